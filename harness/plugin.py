@@ -1,0 +1,61 @@
+"""The harness's own components: the built-in suites and the launcher on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .hooks import hookimpl
+from .interfaces import Component
+from .suites.configs import LmEvalConfig, LosslessnessConfig, PerplexityConfig, SpeedConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalConfig:
+    """The launcher `local` has no options: the command line says which GPUs it may use."""
+
+
+@hookimpl
+def mambabench_components() -> Iterable[Component]:
+    return (
+        Component(
+            kind="suite",
+            name="lm-eval",
+            target="mambabench.harness.suites.lm_eval:LmEval",
+            config=LmEvalConfig,
+            requires=("lm-eval>=0.4.13",),
+            traits=frozenset({"score"}),
+            summary="Tasks of the LM evaluation harness, its own or from local YAML files",
+        ),
+        Component(
+            kind="suite",
+            name="perplexity",
+            target="mambabench.harness.suites.perplexity:Perplexity",
+            config=PerplexityConfig,
+            traits=frozenset({"score"}),
+            summary="Negative log-likelihood per token and per byte of given documents",
+        ),
+        Component(
+            kind="suite",
+            name="losslessness",
+            target="mambabench.harness.suites.losslessness:Losslessness",
+            config=LosslessnessConfig,
+            traits=frozenset({"pair"}),
+            summary="Is the greedy text of a decoder that of plain decoding, token for token, in float64?",
+        ),
+        Component(
+            kind="suite",
+            name="speed",
+            target="mambabench.harness.suites.speed:Speed",
+            config=SpeedConfig,
+            traits=frozenset({"pair", "alone"}),
+            summary="Latency of a decoder beside plain decoding, alternating on the same prompts",
+        ),
+        Component(
+            kind="launcher",
+            name="local",
+            target="mambabench.harness.launchers.local:LocalLauncher",
+            config=LocalConfig,
+            summary="Child processes on this machine",
+        ),
+    )
