@@ -1,0 +1,201 @@
+"""Turns TOML into frozen dataclasses, strictly, and every mistake into one line that names the key.
+
+Scalars keep their type (`true` is no number, `"300"` no int), lists are lists, unknown keys are errors with the nearest
+known name. A component's options are checked against its own config dataclass in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args, get_origin
+
+import cattrs
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+
+from .interfaces import Choice, ChoiceOf, Component, MambabenchError, Reference
+from .plugins import Registry, suggest
+
+
+class ConfigError(MambabenchError):
+    """A mistake at a key of a plan. `path` is relative to where the structuring began."""
+
+    def __init__(self, path: str, message: str) -> None:
+        self.path, self.message = path, message
+        super().__init__(f"{path}: {message}" if path else message)
+
+    def under(self, prefix: str) -> ConfigError:
+        """The same mistake, seen from further out."""
+        return ConfigError(f"{prefix}.{self.path}" if self.path else prefix, self.message)
+
+
+class Structurer:
+    """Structures plain data onto dataclasses; components are looked up in a registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.converter = cattrs.Converter(forbid_extra_keys=True)
+        for wanted, accepted, words in (
+            (bool, (bool,), "true or false"),
+            (int, (int,), "a whole number"),
+            (float, (int, float), "a number"),
+            (str, (str,), "a text in quotes"),
+        ):
+            self.converter.register_structure_hook(wanted, _strict(wanted, accepted, words))
+        self.converter.register_structure_hook_factory(_is_tuple, self._tuple_hook)
+        self.converter.register_structure_hook_factory(_is_choice, self._choice_hook)
+
+    def structure(self, value: Any, cls: type) -> Any:
+        """Structures a table. Raises ConfigError with the path inside the table."""
+        if not isinstance(value, Mapping):
+            raise ConfigError("", f"expected a table, got {show(value)}")
+        try:
+            return self.converter.structure(value, cls)
+        except (ClassValidationError, IterableValidationError, ConfigError, ValueError, TypeError) as error:
+            raise _first(error) from None
+
+    def choice(self, kind: str, value: Any, options: Mapping[str, Any] | None = None) -> Choice:
+        """Structures `"name"` or `{ use = "name", option = … }` into a Choice of a kind."""
+        if isinstance(value, str):
+            value = {"use": value}
+        if not isinstance(value, Mapping):
+            raise ConfigError("", f'expected the name of a {kind} or {{ use = "…" }}, got {show(value)}')
+        table = {**value, **(options or {})}
+        if "use" not in table:
+            raise ConfigError("", f'`use` is missing: it names the {kind}{suggest("", self.registry.components(kind))}')
+        name = table.pop("use")
+        if not isinstance(name, str):
+            raise ConfigError("use", f"expected the name of a {kind} in quotes, got {show(name)}")
+        try:
+            component = self.registry.find(kind, name)
+        except MambabenchError as error:
+            raise ConfigError("use", str(error)) from None
+        return Choice(kind, name, self.structure(table, component.config))
+
+    def _tuple_hook(self, cls: Any) -> Any:
+        inner = get_args(cls)[0]
+
+        def hook(value: Any, _: Any) -> tuple[Any, ...]:
+            if not isinstance(value, list | tuple):
+                raise ConfigError("", f"expected a list, got {show(value)}")
+            items = []
+            for index, item in enumerate(value):
+                try:
+                    items.append(self.converter.structure(item, inner))
+                except (ClassValidationError, IterableValidationError, ConfigError, ValueError, TypeError) as error:
+                    raise _first(error).under(str(index)) from None
+            return tuple(items)
+
+        return hook
+
+    def _choice_hook(self, cls: Any) -> Any:
+        kind = next(mark.kind for mark in cls.__metadata__ if isinstance(mark, ChoiceOf))
+
+        def hook(value: Any, _: Any) -> Choice:
+            return value if isinstance(value, Choice) else self.choice(kind, value)
+
+        return hook
+
+
+def show(value: Any) -> str:
+    """A value as it stands in TOML, shortened."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _strict(wanted: type, accepted: tuple[type, ...], words: str) -> Any:
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+            raise ConfigError("", f"expected {words}, got {show(value)}")
+        return wanted(value)
+
+    return hook
+
+
+def _is_tuple(cls: Any) -> bool:
+    return get_origin(cls) is tuple and len(get_args(cls)) == 2 and get_args(cls)[1] is Ellipsis
+
+
+def _is_choice(cls: Any) -> bool:
+    return get_origin(cls) is Annotated and any(isinstance(mark, ChoiceOf) for mark in cls.__metadata__)
+
+
+def _first(error: BaseException) -> ConfigError:
+    """The first mistake in cattrs' tree of errors, with its path."""
+    if isinstance(error, ConfigError):
+        return error
+    if isinstance(error, ForbiddenExtraKeysError):
+        key = sorted(error.extra_fields)[0]
+        names = [f.name for f in dataclasses.fields(error.cl)]
+        return ConfigError(key, f"unknown key{suggest(key, names)}")
+    if isinstance(error, ClassValidationError | IterableValidationError):
+        attributes, others = error.group_exceptions()
+        # An unknown key often explains a missing one, so it is told first.
+        for other in others:
+            if isinstance(other, ForbiddenExtraKeysError):
+                return _first(other)
+        for inner, note in attributes:
+            if isinstance(inner, KeyError):
+                return ConfigError(str(inner.args[0]), "this key is missing")
+            name = getattr(note, "name", None)
+            return _first(inner).under(str(note.index if name is None else name))
+        return _first(others[0])
+    if isinstance(error, KeyError):
+        return ConfigError(str(error.args[0]), "this key is missing")
+    return ConfigError("", str(error))
+
+
+def references(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """The names of `[data]` and `[models]` entries in a config: (path of the field, section, name)."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for item in dataclasses.fields(config):
+        value, path = getattr(config, item.name), f"{prefix}{item.name}"
+        if isinstance(value, Choice):
+            yield from references(value.config, f"{path}.")
+            continue
+        section = _section(hints[item.name])
+        if section and isinstance(value, str) and value:
+            yield path, section, value
+
+
+def _section(hint: Any) -> str | None:
+    if get_origin(hint) is Annotated:
+        return next((mark.section for mark in hint.__metadata__ if isinstance(mark, Reference)), None)
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return next((found for arg in get_args(hint) if (found := _section(arg))), None)
+    return None
+
+
+def plain(config: Any, defaults: bool = True, replace: Mapping[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+    """A config as JSON data. Without `defaults`, fields at their default are left out; `replace` overrides by path."""
+    table: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value, path = getattr(config, item.name), f"{prefix}{item.name}"
+        if replace and path in replace:
+            table[item.name] = replace[path]
+            continue
+        if not defaults and _is_default(item, value):
+            continue
+        if isinstance(value, Choice):
+            table[item.name] = {"use": value.name, **plain(value.config, defaults, replace, f"{path}.")}
+        else:
+            table[item.name] = list(value) if isinstance(value, tuple) else value
+    return table
+
+
+def _is_default(item: dataclasses.Field[Any], value: Any) -> bool:
+    if item.default is not dataclasses.MISSING:
+        return bool(value == item.default)
+    if item.default_factory is not dataclasses.MISSING:
+        return bool(value == item.default_factory())
+    return False
+
+
+def restore(structurer: Structurer, kind: str, record: Mapping[str, Any]) -> tuple[Component, Any]:
+    """The component and config of a stored record `{"kind", "name", "config"}`."""
+    choice = structurer.choice(kind, {"use": record["name"], **record.get("config", {})})
+    return structurer.registry.find(kind, choice.name), choice.config
