@@ -1,0 +1,1 @@
+"""The plans that ship with the package; `tiny.toml` is the default."""

@@ -1,0 +1,1 @@
+"""Plans that measure what the paper reports."""
