@@ -1,0 +1,1 @@
+"""An example plug-in of mambabench; `plugin` is its entry point."""

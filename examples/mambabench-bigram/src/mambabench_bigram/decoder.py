@@ -1,0 +1,66 @@
+"""Greedy decoding that never writes an n-gram twice: small models loop, and this is the simplest cure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from mambabench import Answer, Limits, Prompt, Unsupported
+from mambabench.harness.interfaces import Emit, Stepper
+
+from .plugin import NoRepeatConfig
+
+
+class NoRepeat:
+    """The decoder `no-repeat`. Its text differs from plain decoding's, so it has no trait `lossless`."""
+
+    def __init__(self, config: NoRepeatConfig) -> None:
+        if config.n < 1:
+            raise Unsupported(f"no-repeat: n must be at least 1, is {config.n}")
+        self.n = config.n
+
+    def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
+        if limits.temperature > 0:
+            raise Unsupported("no-repeat decodes greedily: temperature must be 0")
+        began = time.perf_counter()
+        texts = [list(prompt.ids) for prompt in prompts]
+        lengths = [len(text) for text in texts]
+        longest = max(lengths)
+        state = model.open(len(texts), longest + limits.new_tokens, 1)
+        padded = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=model.device)
+        logits = model.prefill(padded, torch.tensor(lengths, dtype=torch.int32, device=model.device), state)
+        finished = [False] * len(texts)
+        for burst in range(limits.new_tokens):
+            for row, text in enumerate(texts):
+                if finished[row]:
+                    continue
+                logits[row, self._repeats(text)] = float("-inf")
+                text.append(int(logits[row].argmax()))
+                finished[row] = self._stops(model, text[lengths[row] :], limits)
+                emit("burst", row=row, burst=burst, at_s=time.perf_counter() - began, tokens=1)
+            if all(finished):
+                break
+            # A finished row repeats its last call, which changes nothing.
+            last = torch.tensor([[text[-1]] for text in texts], device=model.device)
+            start = torch.tensor([len(text) - 1 for text in texts], dtype=torch.int32, device=model.device)
+            logits = model.advance(last, start, state)[:, 0]
+        return [self._answer(model, text[length:], limits) for text, length in zip(texts, lengths, strict=True)]
+
+    def _repeats(self, text: list[int]) -> list[int]:
+        """The tokens that would complete an n-gram that the text already has."""
+        head = self.n - 1
+        tail = text[len(text) - head :]
+        return [text[i + head] for i in range(len(text) - head) if text[i : i + head] == tail]
+
+    def _stops(self, model: Stepper, new: list[int], limits: Limits) -> bool:
+        if new[-1] in limits.stop_tokens or len(new) >= limits.new_tokens:
+            return True
+        return bool(limits.stop_strings) and any(stop in model.tokenizer.decode(new) for stop in limits.stop_strings)
+
+    def _answer(self, model: Stepper, new: list[int], limits: Limits) -> Answer:
+        stopped = new[-1] in limits.stop_tokens
+        text = model.tokenizer.decode(new[:-1] if stopped else new)
+        cuts = [at for stop in limits.stop_strings if (at := text.find(stop)) >= 0]
+        return Answer(tuple(new), text[: min(cuts)] if cuts else text, "stop" if stopped or cuts else "length")

@@ -1,0 +1,35 @@
+"""What a wheel of the package holds."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOMS = ("backends", "decoders", "distillers", "harness", "kernels", "plans", "reports")
+TOP = {"__init__.py", "__main__.py", "py.typed"}
+
+
+def build(checkout: Path) -> set[str]:
+    """Builds a wheel of a checkout; returns the paths of the package's files, relative to the package."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+        + ["--wheel-dir", str(checkout / "wheels"), str(checkout)],
+        check=True,
+    )
+    (wheel,) = (checkout / "wheels").glob("mambabench-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert all(name.startswith("mambabench/") for name in names), "files beside the package"
+    return {name.removeprefix("mambabench/") for name in names}
+
+
+def test_the_wheel_holds_exactly_the_tracked_files_of_the_rooms(checkout: Path, tracked: list[str]) -> None:
+    wanted = {name for name in tracked if name in TOP or name.split("/")[0] in ROOMS and "/" in name}
+    assert build(checkout) == wanted
+
+
+def test_a_stale_build_folder_brings_no_deleted_module_back(checkout: Path) -> None:
+    stale = checkout / "build" / "lib" / "mambabench" / "harness" / "deleted.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    assert "harness/deleted.py" not in build(checkout)
