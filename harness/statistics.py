@@ -1,0 +1,267 @@
+"""Estimates with honest errors: every metric is a ratio of sums over items that come in clusters.
+
+Items of one cluster (questions on one passage, tokens of one document) are not independent, so errors are clustered:
+residuals are summed within clusters before they are squared, with the correction C / (C - 1) for C clusters (Miller 2024,
+arXiv 2411.00640, appendix A). Differences and quotients of two ratios over the same items are linearised per item (delta
+method), so that what the items share cancels. Latency is multiplicative: it is averaged and compared in logarithms.
+
+Only numpy is imported here; scipy.special (light, unlike scipy.stats) where a quantile is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number with its standard error. Renderers print it as `value ± se`, or with its interval where it has one."""
+
+    value: float
+    se: float = math.nan
+    df: float = math.inf
+    """Degrees of freedom of `se` (clusters - 1, blocks - 1)."""
+    n: int = 0
+    """Items behind the value."""
+    seed_se: float = math.nan
+    """Standard error between seeds, where at least two were measured."""
+    low: float = math.nan
+    high: float = math.nan
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """The two-sided t interval; (nan, nan) where the error is unknown."""
+        half = t_quantile(level, self.df) * self.se
+        return self.value - half, self.value + half
+
+    def with_interval(self, level: float) -> Estimate:
+        low, high = self.interval(level)
+        return replace(self, low=low, high=high)
+
+    def through(self, function: Callable[[float], float], slope: float) -> Estimate:
+        """The estimate of an increasing function of the value, by the delta method with the slope at the value."""
+        return replace(
+            self,
+            value=function(self.value),
+            se=self.se * slope,
+            seed_se=self.seed_se * slope,
+            low=function(self.low) if math.isfinite(self.low) else self.low,
+            high=function(self.high) if math.isfinite(self.high) else self.high,
+        )
+
+    def scaled(self, factor: float) -> Estimate:
+        """The estimate in another unit; `factor` is positive."""
+        return self.through(lambda value: value * factor, factor)
+
+    def exp(self) -> Estimate:
+        """The exponential, such as the perplexity of a negative log-likelihood per token.
+
+        >>> Estimate(value=0.0, se=0.1).exp()
+        Estimate(value=1.0, se=0.1, df=inf, n=0, seed_se=nan, low=nan, high=nan)
+        """
+        return self.through(math.exp, math.exp(self.value))
+
+
+def t_quantile(level: float, df: float) -> float:
+    """Half-width, in standard errors, of a two-sided interval of Student's t; nan without degrees of freedom.
+
+    >>> round(t_quantile(0.95, 9), 3), round(t_quantile(0.99, math.inf), 3)
+    (2.262, 2.576)
+    """
+    from scipy.special import ndtri, stdtrit
+
+    if not df > 0:
+        return math.nan
+    p = 0.5 + level / 2
+    return float(ndtri(p)) if math.isinf(df) else float(stdtrit(df, p))
+
+
+def clustered_se(residuals: ArrayLike, clusters: Sequence[object] | NDArray[np.generic]) -> tuple[float, float]:
+    """Standard error of a sum of residuals that are independent between clusters, and its degrees of freedom.
+
+    Args:
+        residuals: [N], the linearised contribution of each item; they sum to zero.
+        clusters: [N], what each item belongs to.
+
+    Returns:
+        sqrt(C / (C - 1) Σ_c (Σ_{i in c} r_i)²) and C - 1; nan and 0 for a single cluster.
+    """
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(index, weights=np.asarray(residuals, dtype=float))
+    count = len(sums)
+    if count < 2:
+        return math.nan, 0.0
+    return math.sqrt(count / (count - 1) * float(np.sum(sums**2))), count - 1.0
+
+
+def _influence(value: Array, weight: Array) -> tuple[float, Array]:
+    """A ratio of sums and each item's linearised contribution to it."""
+    total = float(np.sum(weight))
+    if not total > 0:
+        raise ValueError("a metric needs items of positive weight")
+    ratio = float(np.sum(value)) / total
+    return ratio, (value - ratio * weight) / total
+
+
+def _arrays(*columns: ArrayLike) -> tuple[Array, ...]:
+    return tuple(np.asarray(column, dtype=float) for column in columns)
+
+
+def ratio(value: ArrayLike, weight: ArrayLike, clusters: Sequence[object] | NDArray[np.generic]) -> Estimate:
+    """A metric: Σ value / Σ weight, with its clustered standard error. With weight 1 it is the clustered mean.
+
+    >>> estimate = ratio([1, 0, 1, 1], [1, 1, 1, 1], ["a", "b", "c", "d"])
+    >>> estimate.value, round(estimate.se, 4)
+    (0.75, 0.25)
+    """
+    value, weight = _arrays(value, weight)
+    estimate, influence = _influence(value, weight)
+    se, df = clustered_se(influence, clusters)
+    return Estimate(value=estimate, se=se, df=df, n=len(value))
+
+
+def over_seeds(
+    value: ArrayLike,
+    weight: ArrayLike,
+    clusters: Sequence[object] | NDArray[np.generic],
+    seeds: Sequence[object] | NDArray[np.generic],
+) -> Estimate:
+    """The mean over seeds of a metric on the same items.
+
+    `se` is the error from the choice of items (an item's values under all seeds are one cluster); `seed_se` is the spread
+    of the seeds' metrics over the root of their number, nan for one seed.
+    """
+    value, weight = _arrays(value, weight)
+    names, index = np.unique(np.asarray(seeds), return_inverse=True)
+    influence = np.zeros_like(value)
+    ratios = np.zeros(len(names))
+    for seed in range(len(names)):
+        rows = index == seed
+        ratios[seed], influence[rows] = _influence(value[rows], weight[rows])
+    se, df = clustered_se(influence / len(names), clusters)
+    spread = float(np.std(ratios, ddof=1)) / math.sqrt(len(names)) if len(names) > 1 else math.nan
+    return Estimate(value=float(np.mean(ratios)), se=se, df=df, n=len(np.unique(np.asarray(clusters))), seed_se=spread)
+
+
+def average(parts: Sequence[Estimate]) -> Estimate:
+    """The plain average of metrics on different items, whose errors are independent."""
+    count = len(parts)
+    return Estimate(
+        value=sum(part.value for part in parts) / count,
+        se=math.sqrt(sum(part.se**2 for part in parts)) / count,
+        df=min(part.df for part in parts),
+        n=sum(part.n for part in parts),
+        seed_se=math.nan if count > 1 else parts[0].seed_se,
+    )
+
+
+def paired_difference(
+    base: tuple[ArrayLike, ArrayLike],
+    head: tuple[ArrayLike, ArrayLike],
+    clusters: Sequence[object] | NDArray[np.generic],
+) -> Estimate:
+    """head - base of a metric on the same items in the same order; each side is (value, weight)."""
+    before, of_base = _influence(*_arrays(*base))
+    after, of_head = _influence(*_arrays(*head))
+    se, df = clustered_se(of_head - of_base, clusters)
+    return Estimate(value=after - before, se=se, df=df, n=len(of_base))
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTask:
+    """One metric of a model and of its teacher on the same items."""
+
+    value: Array
+    weight: Array
+    teacher_value: Array
+    teacher_weight: Array
+    clusters: NDArray[np.generic]
+
+
+def recovery(tasks: Sequence[PairedTask]) -> Estimate:
+    """The average of a model's metrics divided by that of its teacher's (1 = as good), paired by item.
+
+    With A = mean_k r_k: d(A / A') = (dA - (A / A') dA') / A'. Tasks are independent, items within one are paired.
+    """
+    count = len(tasks)
+    model, teacher, parts = 0.0, 0.0, []
+    for task in tasks:
+        own, influence = _influence(*_arrays(task.value, task.weight))
+        reference, of_teacher = _influence(*_arrays(task.teacher_value, task.teacher_weight))
+        model, teacher = model + own / count, teacher + reference / count
+        parts.append((influence / count, of_teacher / count, task.clusters))
+    if teacher == 0:
+        return Estimate(value=math.nan)
+    quotient = model / teacher
+    errors = [clustered_se((own - quotient * reference) / teacher, clusters) for own, reference, clusters in parts]
+    return Estimate(
+        value=quotient,
+        se=math.sqrt(sum(se**2 for se, _ in errors)),
+        df=min(df for _, df in errors),
+        n=sum(len(clusters) for _, _, clusters in parts),
+    )
+
+
+def mean(values: ArrayLike) -> Estimate:
+    """The mean of independent values, such as one per block or per seed."""
+    (values,) = _arrays(values)
+    count = len(values)
+    if count == 0:
+        return Estimate(value=math.nan, df=0.0)
+    se = float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+    return Estimate(value=float(np.mean(values)), se=se, df=count - 1.0, n=count)
+
+
+def geometric_mean(values: ArrayLike) -> Estimate:
+    """The geometric mean of positive values with its standard error by the delta method.
+
+    >>> round(geometric_mean([1.0, 4.0]).value, 12)
+    2.0
+    """
+    return mean(np.log(np.asarray(values, dtype=float))).exp()
+
+
+def paired_quotient(numerator: ArrayLike, denominator: ArrayLike, level: float) -> Estimate:
+    """Quotient of two geometric means over the same blocks, with a t interval of the paired log ratios."""
+    logs = np.log(np.asarray(numerator, dtype=float)) - np.log(np.asarray(denominator, dtype=float))
+    return mean(logs).with_interval(level).exp()
+
+
+def welch(base: ArrayLike, head: ArrayLike) -> Estimate:
+    """head - base of two independent groups of values, with Welch's degrees of freedom."""
+    before, after = mean(base), mean(head)
+    return combine(after.value - before.value, ((before.se**2, before.df), (after.se**2, after.df)), before.n + after.n)
+
+
+def combine(value: float, variances: Sequence[tuple[float, float]], n: int) -> Estimate:
+    """An estimate whose variance is a sum of independent ones, each (variance, degrees of freedom), after Satterthwaite."""
+    total = sum(variance for variance, _ in variances)
+    below = sum(variance**2 / df for variance, df in variances if df > 0 and variance > 0)
+    df = total**2 / below if below > 0 else min((df for _, df in variances), default=0.0)
+    return Estimate(value=value, se=math.sqrt(total), df=df, n=n)
+
+
+def pooled_sd(groups: Sequence[ArrayLike]) -> tuple[float, int]:
+    """Standard deviation within groups, pooled, and its degrees of freedom (nan and 0 where no group has two values)."""
+    squares, df = 0.0, 0
+    for (group,) in (_arrays(group) for group in groups):
+        if len(group) > 1:
+            squares += float(np.sum((group - np.mean(group)) ** 2))
+            df += len(group) - 1
+    return (math.sqrt(squares / df), df) if df else (math.nan, 0)
+
+
+def detectable(se: float, df: float, level: float, margin: float, power: float = 0.8) -> float:
+    """The smallest true change that the rule of a comparison would call a failure with probability `power`.
+
+    The rule fails when the estimate is beyond both the margin and the interval's half-width.
+    """
+    if not math.isfinite(se):
+        return math.inf
+    return max(t_quantile(level, df) * se, margin) + t_quantile(2 * power - 1, math.inf) * se
