@@ -10,10 +10,11 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
+from cattrs.gen import make_dict_structure_fn, override
 
 from .interfaces import Choice, ChoiceOf, Component, MambabenchError, Reference
 from .plugins import Registry, suggest
@@ -45,7 +46,8 @@ class Structurer:
         ):
             self.converter.register_structure_hook(wanted, _strict(wanted, accepted, words))
         self.converter.register_structure_hook_factory(_is_tuple, self._tuple_hook)
-        self.converter.register_structure_hook_factory(_is_choice, self._choice_hook)
+        self.converter.register_structure_hook_factory(_is_literal, _literal_hook)
+        self.converter.register_structure_hook_factory(dataclasses.is_dataclass, self._dataclass_hook)
 
     def structure(self, value: Any, cls: type) -> Any:
         """Structures a table. Raises ConfigError with the path inside the table."""
@@ -64,7 +66,7 @@ class Structurer:
             raise ConfigError("", f'expected the name of a {kind} or {{ use = "…" }}, got {show(value)}')
         table = {**value, **(options or {})}
         if "use" not in table:
-            raise ConfigError("", f'`use` is missing: it names the {kind}{suggest("", self.registry.components(kind))}')
+            raise ConfigError("", f"`use` is missing: it names the {kind}{suggest('', self.registry.components(kind))}")
         name = table.pop("use")
         if not isinstance(name, str):
             raise ConfigError("use", f"expected the name of a {kind} in quotes, got {show(name)}")
@@ -90,9 +92,14 @@ class Structurer:
 
         return hook
 
-    def _choice_hook(self, cls: Any) -> Any:
-        kind = next(mark.kind for mark in cls.__metadata__ if isinstance(mark, ChoiceOf))
+    def _dataclass_hook(self, cls: type) -> Any:
+        """cattrs drops annotations that it does not know, so fields that choose a component get their hook by name."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        chosen = {item.name: _kind_chosen(hints[item.name]) for item in dataclasses.fields(cls)}
+        overrides = {name: override(struct_hook=self._choice_hook(kind)) for name, kind in chosen.items() if kind}
+        return make_dict_structure_fn(cls, self.converter, _cattrs_forbid_extra_keys=True, **overrides)
 
+    def _choice_hook(self, kind: str) -> Any:
         def hook(value: Any, _: Any) -> Choice:
             return value if isinstance(value, Choice) else self.choice(kind, value)
 
@@ -120,8 +127,25 @@ def _is_tuple(cls: Any) -> bool:
     return get_origin(cls) is tuple and len(get_args(cls)) == 2 and get_args(cls)[1] is Ellipsis
 
 
-def _is_choice(cls: Any) -> bool:
-    return get_origin(cls) is Annotated and any(isinstance(mark, ChoiceOf) for mark in cls.__metadata__)
+def _is_literal(cls: Any) -> bool:
+    return get_origin(cls) is Literal
+
+
+def _literal_hook(cls: Any) -> Any:
+    allowed = get_args(cls)
+
+    def hook(value: Any, _: Any) -> Any:
+        if value not in allowed or any(type(value) is not type(a) for a in allowed if a == value):
+            hint = suggest(value, allowed) if isinstance(value, str) else ""
+            raise ConfigError("", f"expected one of {', '.join(show(a) for a in allowed)}, got {show(value)}{hint}")
+        return value
+
+    return hook
+
+
+def _kind_chosen(hint: Any) -> str | None:
+    marks = hint.__metadata__ if get_origin(hint) is Annotated else ()
+    return next((mark.kind for mark in marks if isinstance(mark, ChoiceOf)), None)
 
 
 def _first(error: BaseException) -> ConfigError:
@@ -170,7 +194,9 @@ def _section(hint: Any) -> str | None:
     return None
 
 
-def plain(config: Any, defaults: bool = True, replace: Mapping[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+def plain(
+    config: Any, defaults: bool = True, replace: Mapping[str, Any] | None = None, prefix: str = ""
+) -> dict[str, Any]:
     """A config as JSON data. Without `defaults`, fields at their default are left out; `replace` overrides by path."""
     table: dict[str, Any] = {}
     for item in dataclasses.fields(config):

@@ -7,6 +7,7 @@ field with a default is the compatible way to grow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class MambabenchError(Exception):
 
 
 class Unsupported(MambabenchError):
-    """Raised by a component that cannot do what the step asks; the step's state becomes *unsupported* with this reason."""
+    """Raised by a component that cannot do what the step asks; the step becomes *unsupported* with this reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +54,12 @@ class Component:
     name: str
     """Unique within its kind; what `use = "…"` in a plan names."""
     target: str
-    """`"package.module:factory"`. `factory(config)` makes an object of the kind's protocol, in the process that uses it.
-    For a command, the target is a click command itself and is not called."""
+    """`"package.module:factory"`. `factory(config)` makes an object of the kind's protocol, in the process that
+    uses it. For a command, the target is a click command itself and is not called."""
     config: type
-    """A frozen dataclass. Plans are checked against it; unknown keys are errors. Fields annotated `DataRef` or `ModelRef`
-    name an entry of the plan's `[data]` or `[models]` and become inputs of the step; fields annotated `Chosen[...]`
-    name a component of another kind."""
+    """A frozen dataclass. Plans are checked against it; unknown keys are errors. Fields annotated `DataRef` or
+    `ModelRef` name an entry of the plan's `[data]` or `[models]` and become inputs of the step; fields annotated
+    `Annotated[Choice, ChoiceOf(kind)]` name a component of another kind."""
     revision: int = 1
     """Raised when results made by older versions stop being comparable."""
     api: int = API
@@ -167,8 +168,15 @@ class Comparison:
     high: float
     margin: float
     unit: str
+    """Of `base` and `head`."""
     verdict: str
     reason: str = ""
+    better: str = "higher"
+    """`higher`, `lower`, or `equal` where any difference is for the worse."""
+    relative: bool = False
+    """The difference, its interval, the margin and the detectable change are fractions of `base`."""
+    detectable: float = math.nan
+    """The smallest true change for the worse that these data would have called a failure with probability 0.8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +200,6 @@ class Emit(Protocol):
     """
 
     def __call__(self, kind: str, /, **fields: Any) -> None: ...
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
 
 
 class Scores(NamedTuple):
@@ -298,9 +303,6 @@ class Artifact:
     """The model's name in the plan."""
     path: Path
     backend: Backend
-
-
-# --- what a step's child hands to a component --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -423,9 +425,6 @@ class Bench:
 class Suite(Protocol):
     def run(self, bench: Bench) -> None:
         """Measures; every record goes through `bench.emit`."""
-
-
-# --- reports and launching ----------------------------------------------------------------------------------------------
 
 
 class Table(Protocol):

@@ -59,6 +59,15 @@ class Broken:
     error: str
     traceback: str
 
+    def may_bring(self, name: str) -> bool:
+        """Whether the plug-in's code names a component so; what did not load cannot be asked."""
+        try:
+            files = [file for file in importlib.metadata.files(self.distribution) or () if file.suffix == ".py"]
+            texts = [file.read_text(encoding="utf-8") for file in files]
+        except (importlib.metadata.PackageNotFoundError, OSError, UnicodeDecodeError):
+            return True
+        return not texts or any(f"{quote}{name}{quote}" in text for text in texts for quote in "\"'")
+
 
 @dataclass(frozen=True, slots=True)
 class HookFailure:
@@ -101,10 +110,11 @@ class Registry:
             return self._components[kind, name][0]
         known = list(self.components(kind))
         message = f"unknown {kind} {name!r}{suggest(name, known)}"
-        if self.broken:
+        suspects = [broken for broken in self.broken if broken.may_bring(name)]
+        if suspects:
             message += "; it may belong to a broken plug-in:\n" + "\n".join(
                 f"{b.distribution} {b.version}, {b.entry_point}, failed to load ({b.phase}):\n{b.traceback.rstrip()}"
-                for b in self.broken
+                for b in suspects
             )
         raise MambabenchError(message)
 
@@ -180,11 +190,11 @@ def load(files: Sequence[Path] = ()) -> Registry:
     ):
         distribution, version = _distribution(entry_point)
         if distribution == PROJECT or _allowed(distribution):
-            _load_one(loaded, distribution, version, entry_point.name, lambda e=entry_point: e.load())  # type: ignore[misc]
+            _load_one(loaded, distribution, version, entry_point.name, lambda e=entry_point: e.load())
     for file in files:
         if not file.is_file():
             raise MambabenchError(f"--plugin {file}: no such file")
-        _load_one(loaded, file.name, "local file", file.stem, lambda f=file: _import_file(f))  # type: ignore[misc]
+        _load_one(loaded, file.name, "local file", file.stem, lambda f=file: _import_file(f))
     if loaded.broken and os.environ.get("MAMBABENCH_PLUGINS_STRICT") == "1":
         first = loaded.broken[0]
         raise MambabenchError(
@@ -307,15 +317,23 @@ def _validate(component: Any) -> None:
     if not isinstance(component, Component):
         raise TypeError(f"mambabench_components must give Component objects, got {component!r}")
     if component.kind not in KINDS:
-        raise ValueError(f"component {component.name!r} has the unknown kind {component.kind!r}; known: {', '.join(KINDS)}")
+        raise ValueError(
+            f"component {component.name!r} has the unknown kind {component.kind!r}; known: {', '.join(KINDS)}"
+        )
     if not _TARGET.fullmatch(component.target):
-        raise ValueError(f'target of {component.kind} {component.name!r} must be "package.module:factory", is {component.target!r}')
+        raise ValueError(
+            f'target of {component.kind} {component.name!r} must be "package.module:factory", is {component.target!r}'
+        )
     frozen = getattr(getattr(component.config, "__dataclass_params__", None), "frozen", False)
     if not dataclasses.is_dataclass(component.config) or not frozen:
-        raise TypeError(f"config of {component.kind} {component.name!r} must be a frozen dataclass, is {component.config!r}")
+        raise TypeError(
+            f"config of {component.kind} {component.name!r} must be a frozen dataclass, is {component.config!r}"
+        )
     needs = component.traits & {"score", "generate", "pair"}
     if component.kind == "suite" and len(needs) != 1:
-        raise ValueError(f"suite {component.name!r} needs exactly one of the traits score, generate, pair; has {sorted(needs)}")
+        raise ValueError(
+            f"suite {component.name!r} needs exactly one of the traits score, generate, pair; has {sorted(needs)}"
+        )
 
 
 def _check_clashes(loaded: Registry, distribution: str, components: Sequence[Component]) -> None:

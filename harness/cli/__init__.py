@@ -1,0 +1,72 @@
+"""The command line. Sub-commands are imported when they are used, so that `plugins` or `plan` answer at once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import plugins
+from ..interfaces import MambabenchError
+
+_VERBS = {
+    "plugins": "inspect:show_plugins",
+    "list": "inspect:list_components",
+    "env": "inspect:show_environment",
+    "plan": "run:show_plan",
+    "run": "run:run_plan",
+    "show": "run:show_store",
+    "compare": "compare:compare_stores",
+    "generate": "generate:generate",
+}
+
+
+class Verbs(click.Group):
+    """The built-in verbs, and the commands that plug-ins bring."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*_VERBS, *(name for name in plugins.registry().components("command") if name not in _VERBS)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in _VERBS:
+            module, _, attribute = _VERBS[name].partition(":")
+            return getattr(importlib.import_module(f".{module}", __name__), attribute)
+        component = plugins.registry().components("command").get(name)
+        if component is None:
+            return None
+        module, _, attribute = component.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--plugin", "files", multiple=True, type=click.Path(path_type=Path), help="Load a local plug-in file.")
+@click.version_option(package_name="mambabench")
+def cli(files: tuple[Path, ...]) -> None:
+    """Turn Transformers into Mamba hybrids, measure them, and read tables of quality and speed."""
+    if files:
+        plugins.registry(files)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Runs the command line. What the user got wrong ends in one line and exit code 1 (2 for wrong usage)."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        sys.exit(cli(arguments, standalone_mode=False) or 0)
+    except MambabenchError as error:
+        click.echo(f"mambabench: {error}", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("mambabench: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

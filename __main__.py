@@ -1,0 +1,5 @@
+"""`python -m mambabench`."""
+
+from .harness.cli import main
+
+main()

@@ -1,0 +1,229 @@
+"""From a plan to results: `plan`, `run`, `show`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import plugins
+from ..interfaces import MambabenchError
+from ..keys import Fingerprints
+from ..plan import Plan, read_plan
+from ..steps import Steps, expand, matches
+from ..store import Store
+from .inspect import echo_columns
+
+_SYMBOLS = {"ok": "✓", "absent": "·", "skipped": "-"}
+
+
+def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.argument("file", type=click.Path(path_type=Path)),
+        click.option("--store", type=click.Path(path_type=Path), help="Where results are kept [runs/NAME]."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the plan."),
+        click.option("--only", metavar="GLOB", help="Only steps with a matching label, and what they need."),
+        click.option("--gpus", metavar="0,1", help="The GPUs that steps may use [none: CPU]."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("plan")
+@_plan_options
+def show_plan(file: Path, store: Path | None, overrides: tuple[str, ...], only: str | None, gpus: str | None) -> None:
+    """Check a plan and show its steps: label, state, reason."""
+    plan, steps = _expand(file, overrides, only, _gpus(gpus))
+    folder = store or _default_store(plan)
+    at = Store.open(folder) if (folder / "run.json").is_file() else None
+    _warn_of_broken()
+    echo_columns(("", "step", "component", "state"), _rows(steps, at))
+    steps_left = sum(1 for step in steps if at is None or at.state(step.key) != "ok")
+    click.echo(f"\n{len(steps.steps)} steps, {steps_left} to run; store {folder}")
+
+
+@click.command("run")
+@_plan_options
+@click.option("--launcher", default="local", show_default=True, help="The launcher component.")
+@click.option("--jobs", type=click.IntRange(0), default=0, help="Steps side by side [cores, or one a GPU].")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads a step [1].")
+@click.option("--retry", is_flag=True, help="Run steps again that failed.")
+def run_plan(
+    file: Path,
+    store: Path | None,
+    overrides: tuple[str, ...],
+    only: str | None,
+    gpus: str | None,
+    launcher: str,
+    jobs: int,
+    threads: int,
+    retry: bool,
+) -> int:
+    """Run what a plan asks for and the store does not have yet."""
+    from ..config import Structurer
+    from ..environment import capture, code_revision
+    from ..runner import run
+
+    loaded = plugins.registry()
+    indices = _gpus(gpus)
+    plan, steps = _expand(file, overrides, only, indices)
+    _warn_of_broken()
+    component = loaded.find("launcher", launcher)
+    options: dict[str, Any] = {"use": launcher, "gpus": list(indices), "jobs": jobs, "threads": threads}
+    known = component.config.__dataclass_fields__
+    choice = Structurer(loaded).choice("launcher", {k: v for k, v in options.items() if k == "use" or k in known})
+    at = Store.create(store or _default_store(plan))
+    environment = capture()
+    extra = {name: value for name, value in loaded.environment().items() if name not in environment}
+    at.write_run(run_record(plan, steps, {**environment, **extra}, code_revision()))
+    summary = run(list(steps), at, plugins.make(component, choice.config), loaded, retry=retry, host=_host(indices))
+    for failure in loaded.failures:
+        click.echo(f"mambabench: plug-in {failure.plugin}, hook {failure.hook}: {failure.error}", err=True)
+    click.echo(summary.text())
+    return 0 if summary.fine else 1
+
+
+@click.command("show")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("label", required=False)
+def show_store(store: Path, label: str | None) -> None:
+    """What a store holds; with a LABEL (or a glob), that step's record, facts and log."""
+    at = Store.open(store)
+    cells = at.read_run().get("cells", [])
+    if label is None:
+        echo_columns(("step", "state", "reason"), [_cell_row(cell, at) for cell in cells])
+        return
+    found = [cell for cell in cells if matches(cell["label"], label)]
+    if not found:
+        labels = [cell["label"] for cell in cells]
+        raise MambabenchError(f"{store}: no step {label!r}{plugins.suggest(label, labels)}")
+    for cell in found:
+        _echo_step(cell, at)
+
+
+def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of a run; reports need nothing else beside the steps' own files."""
+    loaded = plugins.registry()
+    return {
+        "plan": {"name": plan.name, "sha256": plan.sha256, "toml": plan.text, "seeds": list(plan.seeds)},
+        "code": code,
+        "environment": environment,
+        "plugins": plugins.describe(loaded),
+        "models": [
+            {"name": "teacher", "backend": plan.teacher.backend.name, "keep": "all", "teacher": True},
+            *(
+                {
+                    "name": model.name,
+                    "backend": model.backend.name,
+                    "keep": _keep(model.selector.config),
+                    "train": list(model.train),
+                    "teacher": False,
+                }
+                for model in plan.models.values()
+            ),
+        ],
+        "decoders": list(plan.decoders),
+        "suites": [
+            {"name": name, "use": choice.name, "traits": sorted(loaded.find("suite", choice.name).traits)}
+            for name, choice in plan.suites.items()
+        ],
+        "cells": [
+            {name: getattr(cell, name) for name in cell.__dataclass_fields__}
+            for cell in steps.cells
+        ],
+    }
+
+
+def _expand(file: Path, overrides: tuple[str, ...], only: str | None, gpus: tuple[int, ...]) -> tuple[Plan, Steps]:
+    from ..environment import machine_facts
+
+    loaded = plugins.registry()
+    plan = read_plan(file, loaded, overrides)
+    fingerprints = Fingerprints()
+    steps = expand(plan, loaded, fingerprints, machine_facts(gpus), gpus=1 if gpus else 0)
+    fingerprints.save()
+    return plan, steps.only(only) if only else steps
+
+
+def _gpus(text: str | None) -> tuple[int, ...]:
+    if not text:
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts) or len(set(parts)) != len(parts):
+        raise click.BadParameter(f"expected numbers of GPUs such as 0,1, got {text!r}", param_hint="--gpus")
+    return tuple(int(part) for part in parts)
+
+
+def _default_store(plan: Plan) -> Path:
+    return Path("runs") / plan.name
+
+
+def _host(gpus: tuple[int, ...]) -> Any:
+    from ..environment import host
+
+    return host(gpus)
+
+
+def _keep(config: Any) -> Any:
+    layers = getattr(config, "layers", None)
+    return list(layers) if layers is not None else getattr(config, "share", type(config).__name__)
+
+
+def _warn_of_broken() -> None:
+    for broken in plugins.registry().broken:
+        click.echo(
+            f"mambabench: warning: plug-in {broken.distribution} {broken.version} is broken ({broken.phase}): "
+            f"{broken.error}; `mambabench plugins --traceback` shows where",
+            err=True,
+        )
+
+
+def _rows(steps: Steps, at: Store | None) -> list[tuple[str, ...]]:
+    rows = []
+    for cell in steps.cells:
+        if cell.why:
+            rows.append((_SYMBOLS["skipped"], cell.label, "", f"skipped: {cell.why}"))
+        elif cell.key in steps.steps:
+            step = steps.steps[cell.key]
+            state, reason = ("absent", "") if at is None else _state(at, cell.key)
+            if step.lacking and state != "ok":
+                state, reason = "unsupported", f"needs {', '.join(step.lacking)}"
+            text = {"absent": "to run"}.get(state, state) + (f": {reason}" if reason else "")
+            if step.labels[0] != cell.label:
+                text += f" (same as {step.labels[0]})"
+            rows.append((_SYMBOLS.get(state, "✗"), cell.label, step.view().component, text))
+    return rows
+
+
+def _state(at: Store, key: str) -> tuple[str, str]:
+    status = at.status(key)
+    return status.state, status.reason
+
+
+def _cell_row(cell: dict[str, Any], at: Store) -> tuple[str, ...]:
+    if cell["why"]:
+        return cell["label"], "skipped", cell["why"]
+    return cell["label"], *_state(at, cell["key"])
+
+
+def _echo_step(cell: dict[str, Any], at: Store) -> None:
+    label, state, reason = _cell_row(cell, at)
+    click.echo(f"{label}: {state}{f': {reason}' if reason else ''}")
+    if not cell["key"]:
+        return
+    folder = at.folder(cell["key"])
+    click.echo(f"  folder  {folder}")
+    if (folder / "outcome.json").is_file():
+        record = at.record(cell["key"])
+        click.echo(f"  wall    {record.get('wall_s', 0.0):.2f} s")
+        for name, value in sorted(record.get("detail", {}).items()):
+            click.echo(f"  {name:<22} {value}")
+        for fact in record.get("facts", []):
+            arm = f" ({fact['arm']})" if fact.get("arm") else ""
+            click.echo(f"  {fact['name']:<22} {fact['value']} {fact.get('unit', '')}{arm}".rstrip())
+    log = folder / "log.txt"
+    if log.is_file() and sys.stdout.isatty() and state != "ok":
+        click.echo("  log     " + "\n          ".join(log.read_text(errors="replace").splitlines()[-20:]))

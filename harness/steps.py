@@ -1,0 +1,425 @@
+"""Expands a plan into steps and cells.
+
+A step is one thing that runs: it makes data, selects layers, converts, trains or measures. Its key is a hash of all
+that decides its result; equal steps of several models are one step with several labels. A cell is one label with its
+key, as reports and comparisons see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .config import ConfigError, plain, references
+from .interfaces import Choice, MambabenchError, Needs, StepView
+from .keys import Fingerprints, configured, digest
+from .plan import Model, Plan
+from .plugins import Registry, missing, suggest
+
+SCHEMA = 1
+TEACHER = "teacher"
+NO_DECODER = "-"
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """One thing that runs. `record` is what the child reads from step.json, key and labels apart."""
+
+    key: str
+    kind: str
+    labels: tuple[str, ...]
+    needs: Needs
+    record: Mapping[str, Any]
+    modules: frozenset[str]
+    """Modules of the components that the child will use, to be imported once before it is forked."""
+    lacking: tuple[str, ...] = ()
+    """Requirements of its components that the installed packages do not meet."""
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Role -> key of the step whose artifact plays it."""
+        return dict(self.record["inputs"])
+
+    @property
+    def all_inputs(self) -> frozenset[str]:
+        """Keys of all steps that must be done before."""
+        named = [*self.record["data"].values(), *self.record["models"].values()]
+        return frozenset(self.inputs.values()) | {entry["step"] for entry in named if "step" in entry}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "key": self.key,
+            "kind": self.kind,
+            "labels": list(self.labels),
+            **self.record,
+            "needs": {"gpus": self.needs.gpus, "alone": self.needs.alone, "timeout_s": self.needs.timeout_s},
+        }
+
+    def view(self) -> StepView:
+        """What hooks see."""
+        component = self.record["component"]
+        return StepView(
+            key=self.key,
+            kind=self.kind,
+            labels=self.labels,
+            component=f"{component['kind']}:{component['name']}",
+            needs=self.needs,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One label of a plan; `why` is the reason where the plan skips it."""
+
+    label: str
+    key: str
+    kind: str
+    model: str = ""
+    decoder: str = ""
+    suite: str = ""
+    stage: str = ""
+    seed: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A model at some point of its chain."""
+
+    key: str
+    backend: Choice
+
+
+@dataclass(slots=True)
+class Steps:
+    """The steps of a plan, inputs before what needs them."""
+
+    steps: dict[str, Step] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps.values())
+
+    def only(self, pattern: str) -> Steps:
+        """The steps with a label that matches, and all that they need."""
+        wanted: set[str] = set()
+        queue = [step.key for step in self if any(matches(label, pattern) for label in step.labels)]
+        if not queue:
+            raise MambabenchError(f"--only {pattern}: no step has such a label; `mambabench plan` lists them")
+        while queue:
+            key = queue.pop()
+            if key not in wanted:
+                wanted.add(key)
+                queue += self.steps[key].all_inputs
+        return Steps({key: step for key, step in self.steps.items() if key in wanted}, self.cells)
+
+
+def matches(label: str, pattern: str) -> bool:
+    """Whether a glob fits a label, with or without its seed."""
+    return fnmatchcase(label, pattern) or fnmatchcase(label.partition("@")[0], pattern)
+
+
+def expand(
+    plan: Plan, registry: Registry, fingerprints: Fingerprints, machine: Mapping[str, str], gpus: int = 0
+) -> Steps:
+    """All steps of a plan. `machine` holds the facts that speed depends on; `gpus` is what a step may take.
+
+    Raises MambabenchError, in one line with file and key, where names do not fit together.
+    """
+    try:
+        return _Expander(plan, registry, fingerprints, machine, gpus).run()
+    except ConfigError as error:
+        raise MambabenchError(f"{plan.file}: {error}") from None
+
+
+class _Expander:
+    def __init__(
+        self, plan: Plan, registry: Registry, fingerprints: Fingerprints, machine: Mapping[str, str], gpus: int
+    ) -> None:
+        self.plan, self.registry, self.fingerprints = plan, registry, fingerprints
+        self.machine, self.gpus = dict(machine), gpus
+        self.out = Steps()
+        self.teacher: Made | None = None
+        self.chains: dict[tuple[str, int], Made] = {}
+        self.open_data: list[str] = []
+
+    def run(self) -> Steps:
+        self.teacher = self._teacher()
+        for name in self.plan.models:
+            for seed in self.plan.seeds:
+                self._chain(name, seed)
+        for name, seeds in [(TEACHER, self.plan.seeds[:1]), *((m, self.plan.seeds) for m in self.plan.models)]:
+            for seed in seeds:
+                for suite in self.plan.suites:
+                    self._measures(name, seed, suite)
+        return self.out
+
+    def _teacher(self) -> Made:
+        spec, seed = self.plan.teacher, self.plan.seeds[0]
+        made: Made | None = None
+        if spec.path is not None:
+            folder = Path(spec.path)
+            mark = self.fingerprints.path(folder) if folder.is_dir() else f"hub:{spec.path}"
+            made = Made(
+                self._add(
+                    "convert",
+                    spec.backend,
+                    Cell(label=f"{TEACHER}/convert", key="", kind="convert", model=TEACHER),
+                    backend=spec.backend,
+                    extra={"path": spec.path},
+                    salt={"folder": mark},
+                ),
+                spec.backend,
+            )
+        for stage in spec.train:
+            made = self._train(TEACHER, stage, seed, made, spec.backend)
+        assert made is not None, "the plan reader asks for a path or stages"
+        return made
+
+    def _chain(self, name: str, seed: int) -> Made:
+        if (name, seed) in self.chains:
+            return self.chains[name, seed]
+        assert self.teacher is not None
+        model: Model = self.plan.models[name]
+        parent = self._chain(model.start, seed) if model.start else self.teacher
+        where = f"models.{name}"
+        selection = self._add(
+            "select",
+            model.selector,
+            Cell(label=f"{name}/select@seed{seed}", key="", kind="select", model=name, seed=seed),
+            backend=parent.backend,
+            inputs={"parent": parent.key, "teacher": self.teacher.key},
+            where=f"{where}.keep",
+        )
+        key = self._add(
+            "convert",
+            model.backend,
+            Cell(label=f"{name}/convert@seed{seed}", key="", kind="convert", model=name, seed=seed),
+            backend=model.backend,
+            inputs={"parent": parent.key, "selection": selection},
+            seed=seed,
+            extra={"parent_backend": self._record(parent.backend)},
+        )
+        made = Made(key, model.backend)
+        for stage in model.train:
+            made = self._train(name, stage, seed, made, model.backend)
+        self.chains[name, seed] = made
+        return made
+
+    def _train(self, name: str, stage: str, seed: int, parent: Made | None, backend: Choice) -> Made:
+        choice = self.plan.stages[stage]
+        if parent is None and "from-scratch" not in self.registry.find("distiller", choice.name).traits:
+            raise ConfigError(f"stages.{stage}.use", f"{choice.name!r} trains a given model; the teacher has no `path`")
+        inputs = {"parent": parent.key} if parent else {}
+        if self.teacher:
+            inputs["teacher"] = self.teacher.key
+        key = self._add(
+            "train",
+            choice,
+            Cell(label=f"{name}/{stage}@seed{seed}", key="", kind="train", model=name, stage=stage, seed=seed),
+            backend=backend,
+            inputs=inputs,
+            seed=seed,
+            where=f"stages.{stage}",
+        )
+        return Made(key, backend)
+
+    def _data(self, name: str, where: str) -> dict[str, Any]:
+        """What a DataRef resolves to, for step.json: a step's key, or a file with its fingerprint."""
+        if name not in self.plan.data:
+            raise ConfigError(where, f"unknown data {name!r}{suggest(name, self.plan.data)}")
+        entry = self.plan.data[name]
+        if entry.file is not None:
+            return {"file": str(entry.file), "fingerprint": self.fingerprints.path(entry.file)}
+        assert entry.source is not None
+        if name in self.open_data:
+            raise ConfigError(where, f"a circle of data: {' -> '.join([*self.open_data, name])}")
+        self.open_data.append(name)
+        inputs, backend = {}, None
+        if "teacher" in self.registry.find("source", entry.source.name).traits:
+            if self.teacher is None:
+                raise ConfigError(
+                    f"data.{name}", f"{entry.source.name!r} needs the teacher, which is made from this data"
+                )
+            inputs, backend = {"teacher": self.teacher.key}, self.teacher.backend
+        key = self._add(
+            "data",
+            entry.source,
+            Cell(label=f"data/{name}", key="", kind="data"),
+            backend=backend,
+            inputs=inputs,
+            where=f"data.{name}",
+        )
+        self.open_data.pop()
+        return {"step": key}
+
+    def _model(self, name: str, where: str, seed: int) -> dict[str, Any]:
+        assert self.teacher is not None
+        if name != TEACHER and name not in self.plan.models:
+            raise ConfigError(where, f"unknown model {name!r}{suggest(name, [TEACHER, *self.plan.models])}")
+        made = self.teacher if name == TEACHER else self._chain(name, seed)
+        return {"step": made.key, "backend": self._record(made.backend)}
+
+    def _measures(self, model: str, seed: int, suite: str) -> None:
+        choice = self.plan.suites[suite]
+        traits = self.registry.find("suite", choice.name).traits
+        decoders = list(self.plan.decoders)
+        if "score" in traits:
+            self._measure(model, seed, suite, NO_DECODER, None)
+            return
+        if not decoders:
+            raise ConfigError("decoders", f"the suite {suite!r} needs a decoder and the plan has none")
+        first = decoders[0]
+        if "generate" in traits:
+            for name in decoders:
+                if (
+                    name == first
+                    or "lossless" not in self.registry.find("decoder", self.plan.decoders[name].name).traits
+                ):
+                    self._measure(model, seed, suite, name, None)
+            return
+        for name in decoders[1:] or [first]:
+            self._measure(model, seed, suite, name, first if name != first else None)
+
+    def _measure(self, model: str, seed: int, suite: str, decoder: str, reference: str | None) -> None:
+        assert self.teacher is not None
+        choice = self.plan.suites[suite]
+        traits = self.registry.find("suite", choice.name).traits
+        made = self.teacher if model == TEACHER else self.chains[model, seed]
+        cell = Cell(
+            label=f"{model}/{decoder}/{suite}@seed{seed}",
+            key="",
+            kind="measure",
+            model=model,
+            decoder="" if decoder == NO_DECODER else decoder,
+            suite=suite,
+            seed=seed,
+        )
+        for skip in self.plan.skip:
+            if matches(cell.label, skip.steps):
+                self.out.cells.append(replace(cell, why=skip.why))
+                return
+        used: dict[str, tuple[str, Choice]] = {}
+        extra: dict[str, Any] = {"decoder": None, "reference": None}
+        for role, name in (("decoder", decoder), ("reference", reference)):
+            if name is not None and name != NO_DECODER:
+                used[role] = (f"decoders.{name}", self.plan.decoders[name])
+                extra[role] = {"plan_name": name, **self._record(self.plan.decoders[name])}
+        modules = [self._module(c) for c in (choice, made.backend, *(c for _, c in used.values()))]
+        salt: dict[str, Any] = {"code": self.fingerprints.code([*modules, f"{__package__.rpartition('.')[0]}.kernels"])}
+        if "alone" in traits:
+            salt["machine"] = self.machine
+        self._add(
+            "measure",
+            choice,
+            cell,
+            backend=made.backend,
+            inputs={"subject": made.key},
+            where=f"suites.{suite}",
+            used=used,
+            extra=extra,
+            salt=salt,
+            alone="alone" in traits,
+        )
+
+    def _add(
+        self,
+        kind: str,
+        choice: Choice,
+        cell: Cell,
+        *,
+        backend: Choice | None = None,
+        inputs: Mapping[str, str] | None = None,
+        seed: int = 0,
+        where: str = "",
+        used: Mapping[str, tuple[str, Choice]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        salt: Mapping[str, Any] | None = None,
+        alone: bool = False,
+    ) -> str:
+        """Adds a step and its cell; returns the key.
+
+        `where` is the component's place in the plan; `used` are further components, by role, with their places;
+        `extra` goes into the record only, `salt` into the key only.
+        """
+        roles = {"component": (where, choice), **(used or {})}
+        data: dict[str, Any] = {}
+        models: dict[str, Any] = {}
+        decides: dict[str, Any] = {"kind": kind, "seed": seed, "inputs": dict(inputs or {}), **(salt or {})}
+        for role, (place, component) in roles.items():
+            resolved: dict[str, Any] = {}
+            for path, section, name in references(component.config):
+                at = f"{place}.{path}" if place else path
+                found = self._data(name, at) if section == "data" else self._model(name, at, cell.seed or 0)
+                (data if section == "data" else models)[name] = found
+                resolved[path] = found.get("step") or found["fingerprint"]
+            decides[role] = self._decides(component, resolved)
+        if backend is not None:
+            decides["backend"] = self._decides(backend, {})
+        key = digest(decides)
+        self.out.cells.append(replace(cell, key=key))
+        if key in self.out.steps:
+            step = self.out.steps[key]
+            step.labels = (*step.labels, cell.label) if cell.label not in step.labels else step.labels
+            return key
+        chosen = [component for _, component in roles.values()]
+        parts = [*chosen, *_nested(chosen), *([backend] if backend else [])]
+        record = {
+            "seed": seed,
+            "model": cell.model,
+            "component": self._record(choice),
+            "backend": self._record(backend) if backend else None,
+            "teacher_backend": self._record(self.teacher.backend) if self.teacher else None,
+            "inputs": dict(inputs or {}),
+            "data": data,
+            "models": models,
+            **(extra or {}),
+        }
+        self.out.steps[key] = Step(
+            key=key,
+            kind=kind,
+            labels=(cell.label,),
+            needs=Needs(gpus=0 if kind == "select" else self.gpus, alone=alone, timeout_s=self.plan.limits.timeout),
+            record=record,
+            modules=frozenset(self._module(part) for part in parts),
+            lacking=tuple(
+                dict.fromkeys(
+                    text for part in parts for text in missing(self.registry.find(part.kind, part.name).requires)
+                )
+            ),
+        )
+        return key
+
+    def _record(self, choice: Choice) -> dict[str, Any]:
+        revision = self.registry.find(choice.kind, choice.name).revision
+        return {"kind": choice.kind, "name": choice.name, "revision": revision, "config": plain(choice.config)}
+
+    def _decides(self, choice: Choice, resolved: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a component goes into a key; revisions of nested components count too."""
+        nested = [
+            [part.kind, part.name, self.registry.find(part.kind, part.name).revision] for part in _nested([choice])
+        ]
+        record = configured(
+            self._record(choice),
+            self.registry.find(choice.kind, choice.name).revision,
+            plain(choice.config, defaults=False, replace=resolved),
+        )
+        return {**record, "nested": nested} if nested else record
+
+    def _module(self, choice: Choice) -> str:
+        return self.registry.find(choice.kind, choice.name).target.partition(":")[0]
+
+
+def _nested(choices: Any) -> list[Choice]:
+    """The components chosen inside of components' configs, at any depth."""
+    found: list[Choice] = []
+    for choice in choices:
+        for name in choice.config.__dataclass_fields__:
+            value = getattr(choice.config, name)
+            if isinstance(value, Choice):
+                found += [value, *_nested([value])]
+    return found

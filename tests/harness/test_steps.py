@@ -1,0 +1,155 @@
+"""Steps and keys: what is shared, what changes a key and what does not."""
+
+from mambabench.harness.keys import Fingerprints, digest
+
+
+def keys_by_label(steps):
+    return {cell.label: cell.key for cell in steps.cells}
+
+
+def changed(planner, plan_text, *overrides):
+    """Labels whose keys an override changes."""
+    before, after = keys_by_label(planner.steps(plan_text)), keys_by_label(planner.steps(plan_text, *overrides))
+    return {label for label in before if before[label] != after.get(label)}
+
+
+def test_inputs_come_before_what_needs_them(planner):
+    seen = set()
+    for step in planner.steps():
+        assert step.all_inputs <= seen
+        seen.add(step.key)
+
+
+def test_equal_beginnings_are_one_step(planner):
+    steps = planner.steps()
+    keys = keys_by_label(steps)
+    assert keys["half/align@seed0"] == keys["other/align@seed0"]
+    assert keys["half/align@seed0"] != keys["half/align@seed1"]
+    shared = steps.steps[keys["half/align@seed0"]]
+    assert shared.labels == ("half/align@seed0", "other/align@seed0")
+
+
+def test_the_teacher_is_measured_by_every_suite(planner):
+    labels = set(keys_by_label(planner.steps()))
+    assert {"teacher/-/score@seed0", "teacher/plain/generate@seed0", "teacher/quick/speed@seed0"} <= labels
+    assert "teacher/-/score@seed1" not in labels
+
+
+def test_suites_run_once_per_model_per_lossy_decoder_or_per_pair(planner):
+    labels = {label for label in keys_by_label(planner.steps()) if label.startswith("half/") and "@seed0" in label}
+    measured = {label.removesuffix("@seed0") for label in labels if label.count("/") == 2}
+    assert measured == {
+        "half/-/score",
+        "half/plain/generate",
+        "half/rough/generate",
+        "half/quick/speed",
+        "half/rough/speed",
+    }
+
+
+def test_a_single_decoder_is_measured_without_a_reference(planner, plan_text):
+    text = plan_text.replace('[decoders.quick]\nuse = "toy-lossless"\nk = 2\n[decoders.rough]\nuse = "toy-lossy"\n', "")
+    steps = planner.steps(text)
+    record = steps.steps[keys_by_label(steps)["half/plain/speed@seed0"]].record
+    assert record["decoder"]["plan_name"] == "plain"
+    assert record["reference"] is None
+
+
+def test_a_skipped_cell_keeps_its_reason_and_makes_no_step(planner):
+    cell = next(cell for cell in planner.steps().cells if cell.label == "next/quick/speed@seed0")
+    assert (cell.key, cell.why) == ("", "too slow")
+
+
+def test_an_option_of_a_suite_changes_only_that_suite(planner, plan_text):
+    assert {label.split("/")[2].split("@")[0] for label in changed(planner, plan_text, "suites.score.items=3")} == {"score"}
+
+
+def test_an_option_set_to_its_default_changes_nothing(planner, plan_text):
+    assert not changed(planner, plan_text, "suites.score.items=10", "models.half.width=4")
+
+
+def test_names_of_the_plan_are_not_part_of_a_key(planner, plan_text):
+    renamed = plan_text.replace("models.half", "models.semi").replace('"half"', '"semi"').replace("quick", "fast")
+    before, after = keys_by_label(planner.steps()), keys_by_label(planner.steps(renamed))
+    assert before["half/quick/speed@seed0"] == after["semi/fast/speed@seed0"]
+
+
+def test_data_and_stages_change_what_comes_after(planner, plan_text):
+    assert "half/tune@seed0" in changed(planner, plan_text, "stages.align.lr=0.2")
+    assert "teacher/-/score@seed0" not in changed(planner, plan_text, "stages.align.lr=0.2")
+    before = keys_by_label(planner.steps())
+    (planner.folder / "text.txt").write_text("another text")
+    after = keys_by_label(planner.steps())
+    assert before["half/tune@seed0"] != after["half/tune@seed0"]
+    assert before["half/align@seed0"] == after["half/align@seed0"]
+
+
+def test_the_teacher_s_files_change_everything(planner):
+    before = keys_by_label(planner.steps())
+    (planner.folder / "teacher" / "config.json").write_text('{"a": 1}')
+    after = keys_by_label(planner.steps())
+    assert before["teacher/convert"] != after["teacher/convert"]
+    assert before["half/-/score@seed0"] != after["half/-/score@seed0"]
+
+
+def test_the_machine_is_part_of_speed_only(planner):
+    before = keys_by_label(planner.steps())
+    planner.machine["gpu"] = "H200"
+    after = keys_by_label(planner.steps())
+    assert {label.split("/")[2].split("@")[0] for label in before if before[label] != after[label]} == {"speed"}
+
+
+def test_a_nested_model_becomes_an_input(planner, plan_text):
+    text = plan_text.replace("k = 2", 'draft = { use = "toy-draft", model = "other" }')
+    steps = planner.steps(text)
+    step = steps.steps[keys_by_label(steps)["half/quick/speed@seed1"]]
+    assert step.record["models"]["other"]["step"] == keys_by_label(steps)["other/align@seed1"]
+    assert keys_by_label(steps)["other/align@seed1"] in step.all_inputs
+
+
+def test_missing_requirements_are_told_by_name(planner, plan_text):
+    steps = planner.steps(plan_text.replace('use = "toy-score"', 'use = "toy-needy"'))
+    step = steps.steps[keys_by_label(steps)["half/-/score@seed0"]]
+    assert step.lacking == ("no-such-package>=1 (not installed)",)
+
+
+def test_only_keeps_what_the_wanted_steps_need(planner):
+    steps = planner.steps()
+    few = steps.only("other/-/score")
+    labels = {label for step in few for label in step.labels}
+    assert "other/-/score@seed0" in labels
+    assert "half/tune@seed0" not in labels
+    assert "data/labels" in labels
+
+
+def test_docstrings_and_comments_do_not_change_a_code_fingerprint(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "codeprint_toy.py"
+
+    def fingerprint(text):
+        file.write_text(text)
+        sys.modules.pop("codeprint_toy", None)
+        return Fingerprints(tmp_path / "none" / "cache.json").code(["codeprint_toy"])
+
+    plain = fingerprint("def f():\n    return 1\n")
+    assert fingerprint('"""Why."""\n\n\ndef f():\n    """What."""\n    # how\n    return 1\n') == plain
+    assert fingerprint("def f():\n    return 2\n") != plain
+
+
+def test_a_fingerprint_follows_the_content_and_is_remembered(tmp_path):
+    file, cache = tmp_path / "a.bin", tmp_path / "cache.json"
+    file.write_bytes(b"one")
+    first = Fingerprints(cache)
+    one = first.path(file)
+    first.save()
+    assert Fingerprints(cache).path(file) == one
+    file.write_bytes(b"two!")
+    assert Fingerprints(cache).path(file) != one
+    cache.write_text("{broken")
+    assert Fingerprints(cache).path(file) != one
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
