@@ -6,8 +6,8 @@ proposed, `accepted` of them stand, and one more token follows them (the correct
 counted before the text is cut at a limit, and the first burst belongs to no round.
 
 The scalar functions take plain sequences. Those below them take the frames of a store (`timings.parquet`,
-`rounds.parquet`), which must come with the columns that tell steps apart (`step`, or `label` and `seed`). Importing this
-module imports no pandas.
+`rounds.parquet`), which must come with the columns that tell steps apart (`step`, or `label` and `seed`).
+Importing this module imports no pandas.
 """
 
 from __future__ import annotations
