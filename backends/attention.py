@@ -1,0 +1,82 @@
+"""Causal grouped-query attention with rotary positions: over a sequence, over a prompt, and a few tokens at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import HybridConfig
+from .rope import rotate
+from .state import Advance, Fill, KVCache
+
+
+class Attention(nn.Module):
+    """Names and shapes of the projections are Llama's. H heads of width P read G key and value heads, R = H / G."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, self.heads * self.width, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.groups * self.width, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.groups * self.width, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bias)
+        self._fused: tuple[Tensor, Tensor | None] | None = None
+
+    def fuse(self) -> None:
+        """Lays the three projections out in one storage, for one matrix product instead of three."""
+        self._fused = fuse_linears(self.q_proj, self.k_proj, self.v_proj)
+
+    def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, L, E] -> rotated queries [B, L, H, P], rotated keys and values [B, L, G, P]."""
+        if self._fused is None:
+            projected = torch.cat((self.q_proj(h), self.k_proj(h), self.v_proj(h)), dim=-1)
+        else:
+            projected = F.linear(h, *self._fused)
+        projected = projected.view(*h.shape[:2], -1, self.width)
+        turned = rotate(projected[:, :, : self.heads + self.groups], cos, sin)
+        return turned[:, :, : self.heads], turned[:, :, self.heads :], projected[:, :, self.heads + self.groups :]
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keep: Tensor | None) -> Tensor:
+        """A whole sequence. h [B, L, E]; mask bool [B, 1, L, L] (None: causal); keep is read by other mixers."""
+        q, k, v = (t.transpose(1, 2) for t in self.project(h, cos, sin))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def prefill(self, h: Tensor, cache: KVCache, fill: Fill) -> Tensor:
+        """Prompts. h [n, L, E]; writes the keys and values of the real tokens."""
+        q, k, v = self.project(h, fill.cos, fill.sin)
+        where = fill.rows[fill.flat[0]], fill.positions[fill.flat]
+        cache.keys[where], cache.values[where] = k[fill.flat], v[fill.flat]
+        if not fill.fresh:
+            k, v = (t[fill.rows, : fill.live] for t in (cache.keys, cache.values))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=fill.mask, is_causal=fill.fresh, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def step(self, h: Tensor, cache: KVCache, call: Advance) -> Tensor:
+        """T tokens a row. h [B, T, E]. The heads of a group are rows of one query matrix: no key is repeated."""
+        batch, count = h.shape[:2]
+        q, k, v = self.project(h, call.cos, call.sin)
+        cache.keys[call.rows, call.positions] = k
+        cache.values[call.rows, call.positions] = v
+        q = q.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4).reshape(batch, self.groups, -1, self.width)
+        k, v = (t[:, : call.live].transpose(1, 2) for t in (cache.keys, cache.values))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
+        y = y.view(batch, self.heads, count, self.width).transpose(1, 2).reshape(batch, count, -1)
+        return self.o_proj(y)
+
+
+def fuse_linears(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """One weight (and bias) whose rows are those of `linears`, which become views of it."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+    row = 0
+    for linear in linears:
+        rows = slice(row, row + linear.out_features)
+        linear.weight = nn.Parameter(weight[rows], requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias[rows], requires_grad=False)
+        row = rows.stop
+    return weight, bias

@@ -1,0 +1,92 @@
+"""From a teacher, or another student, to a hybrid: chosen layers trade their attention for Mamba-2.
+
+Every other weight is taken as it is. A layer's new parameters depend on the seed and its index alone, so that two
+hybrids of one teacher begin alike in the layers that they share.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..harness.interfaces import Unsupported
+from . import checkpoint
+from .config import HybridConfig
+from .mamba2 import EXACT, Mamba2
+
+
+def check_parent(parent: Path) -> HybridConfig:
+    """Reads a parent's config and holds its tensors against it."""
+    config = checkpoint.read_config(parent)
+    checkpoint.check(parent, checkpoint.skeleton(config), config)
+    return config
+
+
+def adopt(parent: Path, out: Path) -> None:
+    """Takes a teacher's folder as it is: the weights are hard links (or copies), the config is ours."""
+    config = check_parent(parent)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(set(checkpoint.tensor_files(parent).values())):
+        link(path, out / path.name)
+    index = parent / "model.safetensors.index.json"
+    if index.is_file():
+        shutil.copyfile(index, out / index.name)
+    checkpoint.save_config(config, out)
+    checkpoint.copy_side_files(parent, out)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, d_conv: int, chunk: int) -> None:
+    """Writes the hybrid of `parent` in which only the layers in `keep` have attention."""
+    old = check_parent(parent)
+    had = set(old.attention_layers)
+    for index in keep:
+        if index not in had:
+            raise Unsupported(
+                f"{parent}: layer {index} cannot keep attention, it has none; layers with it: {sorted(had)}"
+            )
+    if old.attention_bias:
+        raise Unsupported(f"{parent}: attention_bias is set, and mamba2 has no place for the biases")
+    if len(had) < old.num_hidden_layers and d_conv != old.d_conv:
+        raise Unsupported(f"{parent}: its mamba2 layers have d_conv {old.d_conv}, so d_conv = {d_conv} cannot be added")
+    fields = old.to_dict()
+    kept = set(keep)
+    fields["mixers"] = ["attention" if index in kept else "mamba2" for index in range(old.num_hidden_layers)]
+    fields |= {"d_conv": d_conv, "chunk": chunk}
+    for name in ("model_type", "layer_types"):
+        fields.pop(name)
+    config = HybridConfig(**fields)
+    model = checkpoint.skeleton(config)
+    source = {name: None for name in checkpoint.tensor_files(parent) if not checkpoint.IGNORED.search(name)}
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.read_tensors(parent, source)}
+    for index in sorted(had - kept):
+        tensors |= _trade(config, tensors, index, seed)
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    checkpoint.fill(model, tensors)
+    checkpoint.save(model, out)
+    checkpoint.copy_side_files(parent, out)
+
+
+def _trade(config: HybridConfig, tensors: dict[str, Tensor], index: int, seed: int) -> dict[str, Tensor]:
+    """Takes layer `index`'s attention out of `tensors` and returns the Mamba-2 tensors that replace it."""
+    old, new = f"model.layers.{index}.self_attn", f"model.layers.{index}.mamba"
+    q, k, v, o = (tensors.pop(f"{old}.{name}_proj.weight") for name in "qkvo")
+    mixer = Mamba2(config).to(torch.float32)
+    mixer.initialise(torch.Generator().manual_seed(seed * 1_000_003 + index))
+    mixer.inherit(q, k, v, o)
+    return {
+        f"{new}.{name}": tensor if name in EXACT else tensor.to(q.dtype) for name, tensor in mixer.state_dict().items()
+    }

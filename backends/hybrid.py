@@ -1,0 +1,109 @@
+"""The built-in backends: `teacher` takes a Llama folder as it is, `mamba2-hybrid` trades attention for Mamba-2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
+from . import checkpoint, convert
+from .config import HybridConfig
+from .model import HybridForCausalLM
+from .plugin import Mamba2HybridConfig, TeacherConfig
+from .stepper import HybridStepper
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+class TeacherBackend:
+    """Llama folders, and every artifact of this room: loading, training, saving."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+
+    def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
+        """Takes the folder over. `keep` must be empty or name every layer: a teacher is not changed."""
+        layers = checkpoint.read_config(parent).num_hidden_layers
+        if keep and sorted(keep) != list(range(layers)):
+            raise Unsupported(
+                f"backend teacher: keeps attention in all {layers} layers, so keep = {list(keep)} cannot be"
+            )
+        convert.adopt(parent, out)
+
+    def describe(self, artifact: Path) -> Mapping[str, Any]:
+        """Sizes from the config and the tensors' headers. A tied head is counted once."""
+        config = checkpoint.read_config(artifact)
+        shapes = {
+            name: entry
+            for name, entry in checkpoint.tensor_shapes(artifact).items()
+            if not checkpoint.IGNORED.search(name)
+        }
+        if config.tie_word_embeddings:
+            shapes.pop("lm_head.weight", None)
+        numbers = {name: torch.Size(shape).numel() for name, (shape, _) in shapes.items()}
+        return {
+            "layers": config.num_hidden_layers,
+            "attention_layers": config.attention_layers,
+            "mixers": list(config.mixers),
+            "parameters": sum(numbers.values()),
+            "weight_bytes": sum(numbers[name] * BYTES.get(kind, 4) for name, (_, kind) in shapes.items()),
+            "vocab_size": config.vocab_size,
+            "max_context": config.max_position_embeddings,
+        }
+
+    def load(self, artifact: Path, device: str, dtype: str) -> HybridStepper:
+        """The stepping engine over the artifact's weights in `dtype`."""
+        if dtype not in DTYPES:
+            raise MambabenchError(f"dtype {dtype!r} is not served; known are {', '.join(DTYPES)}")
+        model = checkpoint.load(artifact, DTYPES[dtype], device)
+        debug = bool(os.environ.get("MAMBABENCH_DEBUG"))
+        return HybridStepper(model, self.tokenizer(artifact), debug)
+
+    def module(self, artifact: Path) -> HybridForCausalLM:
+        """The model for training, fp32, on CPU."""
+        return checkpoint.load(artifact, torch.float32)
+
+    def save(self, module: nn.Module, out: Path, like: Path) -> None:
+        """Writes a `HybridForCausalLM`, or a transformers Llama as an all-attention one."""
+        if not isinstance(module, HybridForCausalLM):
+            module = as_hybrid(module)
+        checkpoint.save(module, out)
+        checkpoint.copy_side_files(like, out)
+
+    def tokenizer(self, artifact: Path) -> Tokenizer:
+        """The artifact's tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(artifact, config=checkpoint.read_config(artifact))
+            return tokenizer
+        except (OSError, ValueError) as error:
+            raise MambabenchError(f"{artifact}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
+
+
+class Mamba2HybridBackend(TeacherBackend):
+    """Hybrids of attention and Mamba-2."""
+
+    def __init__(self, config: Mamba2HybridConfig) -> None:
+        self.options = config
+
+    def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
+        """Layers outside `keep` become Mamba-2, initialised from the parent's attention."""
+        convert.convert(parent, keep, out, seed, self.options.d_conv, self.options.chunk)
+
+
+def as_hybrid(module: nn.Module) -> HybridForCausalLM:
+    """A transformers Llama as an all-attention model that shares its weights."""
+    config: Any = getattr(module, "config", None)
+    if config is None or config.model_type not in checkpoint.FAMILIES:
+        raise MambabenchError(f"{type(module).__name__}: cannot be saved as a hybrid model")
+    fields = {key: value for key, value in config.to_dict().items() if key not in checkpoint.FOREIGN}
+    model = checkpoint.skeleton(HybridConfig(**fields))
+    checkpoint.fill(model, {name: tensor.detach() for name, tensor in module.state_dict().items()})
+    return model

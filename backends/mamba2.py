@@ -1,0 +1,160 @@
+"""The Mamba-2 mixer that takes the place of attention: state width = head width, one B and x per KV head.
+
+Shapes are those of the released Mamba2InLlama layers: `in_proj` has rows z | x | B | C | dt, the convolution runs
+over x | B | C, and the output norm is gated and per head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.conv import conv
+from ..kernels.multistep import multistep, replay
+from ..kernels.scan import scan
+from ..kernels.scan.reference import compute_dtype
+from .config import HybridConfig
+from .state import Advance, Fill, MambaState
+
+EXACT = ("A_log", "D", "dt_bias")
+"""Parameters that stay in fp32 in every precision below it."""
+
+
+class HeadNorm(nn.Module):
+    """The scale of the gated norm; the norm itself is over each head alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Mamba2(nn.Module):
+    """H heads with state [P, N = P]; x and B have one row per KV head (G of them)."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.inner, self.shared = self.heads * self.width, self.groups * self.width
+        self.channels, self.chunk, self.eps = self.inner + 2 * self.shared, config.chunk, config.mamba_norm_eps
+        self.in_proj = nn.Linear(config.hidden_size, self.inner + self.channels + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(self.channels, self.channels, config.d_conv, groups=self.channels)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = HeadNorm(self.inner)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Everything new in a layer that takes the place of attention, as in the released recipe.
+
+        z and dt rows and the convolution: uniform within 1 / sqrt(fan in); dt log-uniform in [0.001, 0.1] through the
+        bias; A uniform in [1, 16] per head; D and the norm one. The x, B and C rows and `out_proj` are left alone.
+        """
+
+        def uniform(tensor: Tensor, low: float, high: float) -> None:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low)
+
+        bound = 1 / math.sqrt(self.in_proj.in_features)
+        uniform(self.in_proj.weight[: self.inner], -bound, bound)
+        uniform(self.in_proj.weight[self.inner + self.channels :], -bound, bound)
+        bound = 1 / math.sqrt(self.conv1d.kernel_size[0])
+        uniform(self.conv1d.weight, -bound, bound)
+        uniform(self.conv_bias, -bound, bound)
+        dt = torch.empty(self.heads, dtype=torch.float64)
+        uniform(dt, math.log(1e-3), math.log(1e-1))
+        dt = dt.exp().clamp(min=1e-4)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1
+        decay = torch.empty(self.heads, dtype=torch.float64)
+        uniform(decay, 1, 16)
+        self.A_log.copy_(decay.log())
+        self.D.fill_(1)
+        self.norm.weight.fill_(1)
+
+    @torch.no_grad()
+    def inherit(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
+        """Q becomes C, K becomes B, V becomes x, O becomes `out_proj` (paper, section 3)."""
+        rows = self.in_proj.weight[self.inner : self.inner + self.channels]
+        for part, source in zip(rows.split((self.shared, self.shared, self.inner)), (v, k, q), strict=True):
+            part.copy_(source)
+        self.out_proj.weight.copy_(o)
+
+    @property
+    def conv_bias(self) -> Tensor:
+        """[(2 G + H) P]."""
+        assert self.conv1d.bias is not None
+        return self.conv1d.bias
+
+    def _split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, L, E] -> gate z [B, L, H P], convolution inputs [B, L, (2 G + H) P], raw dt [B, L, H]."""
+        return self.in_proj(h).split((self.inner, self.channels, self.heads), dim=-1)
+
+    def _dt(self, raw: Tensor) -> Tensor:
+        kind = compute_dtype(raw)
+        return F.softplus(raw.to(kind) + self.dt_bias.to(kind))
+
+    def _heads(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolution outputs -> x [B, L, G, P], B [B, L, G, N], C [B, L, H, N], after SiLU."""
+        heads = F.silu(convolved).unflatten(-1, (-1, self.width))
+        return heads.split((self.groups, self.groups, self.heads), dim=2)
+
+    def _decay(self, kind: torch.dtype) -> Tensor:
+        return -torch.exp(self.A_log.to(kind))
+
+    def _out(self, y: Tensor, z: Tensor) -> Tensor:
+        """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype."""
+        kind = y.dtype
+        gated = y * F.silu(z.to(kind)).view_as(y)
+        normed = F.rms_norm(gated, (self.width,), None, self.eps) * self.norm.weight.to(kind).view(-1, self.width)
+        return self.out_proj(normed.flatten(2).to(z.dtype))
+
+    def _conv(self, u: Tensor, window: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return conv(u, self.conv1d.weight.squeeze(1), self.conv_bias, window, lengths)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keep: Tensor | None) -> Tensor:
+        """A whole sequence. h [B, L, E]; keep bool [B, L, 1] marks real tokens: padding enters neither the
+        convolution nor the state, so that left padding is as if it were not there."""
+        z, u, raw = self._split(h)
+        dt = self._dt(raw)
+        if keep is not None:
+            u, dt = u * keep, dt * keep
+        x, b, c = self._heads(self._conv(u)[0])
+        y, _ = scan(x, dt, self._decay(dt.dtype), b, c, self.D, chunk=self.chunk)
+        return self._out(y, z)
+
+    def prefill(self, h: Tensor, cache: MambaState, fill: Fill) -> Tensor:
+        """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end."""
+        z, u, raw = self._split(h)
+        dt = self._dt(raw)
+        rows = fill.rows
+        decay = self._decay(dt.dtype)
+        window = state = None
+        if not fill.fresh:
+            window = cache.inputs[rows.unsqueeze(1), fill.window]
+            ring = (cache.x[rows], cache.dt[rows], cache.b[rows])
+            state = replay(cache.state[rows], ring, decay, fill.settled, fill.start, fill.longest)
+        convolved, window = self._conv(u, window, fill.lengths)
+        x, b, c = self._heads(convolved)
+        y, state = scan(x, dt, decay, b, c, self.D, state, fill.lengths, self.chunk)
+        cache.state[rows] = state
+        cache.inputs[rows.unsqueeze(1), fill.tail] = window
+        return self._out(y, z)
+
+    def step(self, h: Tensor, cache: MambaState, call: Advance) -> Tensor:
+        """T tokens a row. h [B, T, E]."""
+        z, u, raw = self._split(h)
+        convolved, _ = self._conv(u, cache.inputs[call.rows, call.window])
+        cache.inputs[call.rows, call.slots] = u
+        x, b, c = self._heads(convolved)
+        dt = self._dt(raw)
+        y = multistep(
+            x, dt, self._decay(dt.dtype), b, c, self.D, cache.state, cache.ring,
+            call.settled, call.start, call.settle, call.longest,
+        )  # fmt: skip
+        return self._out(y, z)
+
+    def fuse(self) -> None:
+        """Gets ready for inference: the decay is computed once."""

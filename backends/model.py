@@ -1,0 +1,211 @@
+"""The one model of the harness: a Llama-type pre-norm decoder whose layers mix tokens by attention or by Mamba.
+
+A checkpoint is a plain transformers folder; importing this module registers it, so that `AutoModelForCausalLM` loads
+it. Everything that a teacher has keeps its Llama name; the mixer of a converted layer is `model.layers.N.mamba`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from ..harness.interfaces import Unsupported
+from .attention import fuse_linears
+from .config import HybridConfig
+from .mamba2 import Mamba2
+from .mixers import MIXERS, PREFIXES
+from .rope import Rope
+from .state import Advance, Fill, KVCache, MambaState
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32 or better inside."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self._fused: tuple[Tensor, Tensor | None] | None = None
+
+    def fuse(self) -> None:
+        """Lays gate and up out in one storage."""
+        self._fused = fuse_linears(self.gate_proj, self.up_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._fused is None:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.linear(x, *self._fused).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class HybridLayer(GradientCheckpointingLayer):
+    """h += mixer(norm(h)); h += mlp(norm(h))."""
+
+    def __init__(self, config: HybridConfig, index: int) -> None:
+        super().__init__()
+        name = config.mixers[index]
+        self.mixer_name = PREFIXES[name]
+        self.add_module(self.mixer_name, MIXERS[name](config))
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def mixer(self) -> Any:
+        """The attention or Mamba module."""
+        return self._modules[self.mixer_name]
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keep: Tensor | None) -> Tensor:
+        h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+    def run(self, h: Tensor, cache: KVCache | MambaState, call: Advance | Fill) -> Tensor:
+        """The same on a state: a prompt or a few tokens, whatever `call` describes."""
+        mixer = self.mixer
+        way = mixer.step if isinstance(call, Advance) else mixer.prefill
+        h = h + way(self.input_layernorm(h), cache, call)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+    def fuse(self) -> None:
+        """Gets ready for inference: projections with one input share one storage."""
+        self.mlp.fuse()
+        self.mixer.fuse()
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    config: HybridConfig
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["HybridLayer"]  # noqa: RUF012
+    _is_stateful = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mamba2):
+            module.initialise()
+
+
+class HybridModel(HybridPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HybridLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = Rope(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutput:
+        """input_ids int64 [B, L] (or inputs_embeds [B, L, E]); attention_mask [B, L], 0 on padding at either side;
+        position_ids int64 [B, L], counted from the first real token if not given. Hidden states [B, L, E]."""
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        length = h.shape[1]
+        mask = keep = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            if attention_mask.shape != h.shape[:2]:
+                raise Unsupported(
+                    f"attention_mask: shape {list(attention_mask.shape)} is not served, only [batch, length]"
+                )
+            real = attention_mask.bool()
+            keep = real.unsqueeze(-1)
+            if position_ids is None:
+                position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
+            causal = torch.ones(length, length, dtype=torch.bool, device=h.device).tril()
+            itself = torch.eye(length, dtype=torch.bool, device=h.device)
+            mask = ((causal & real.unsqueeze(1)) | itself).unsqueeze(1)
+        if position_ids is None:
+            position_ids = torch.arange(length, device=h.device).unsqueeze(0)
+        cos, sin = self.rope(position_ids, h)
+        for layer in self.layers:
+            h = layer(h, cos, sin, mask, keep)
+        return BaseModelOutput(last_hidden_state=self.norm(h))
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+    """The decoder with its head, as transformers, TRL and lm-eval expect it."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """Logits [B, L, V] and, with labels [B, L] (-100: ignored), the cross-entropy of the next token in nat.
+
+        The loss is the mean over tokens; with `num_items_in_batch` it is their sum over that number, so that
+        accumulated batches weigh every token alike. `logits_to_keep` > 0 computes only the last ones.
+        """
+        if past_key_values is not None or use_cache:
+            raise Unsupported(
+                "HybridForCausalLM.forward keeps no cache: pass use_cache=False, or decode through the backend's load()"
+            )
+        h = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
+        ).last_hidden_state
+        part = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h[:, part])
+        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
+        return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of labels[:, t + 1] under logits[:, t], in nat: mean over tokens, or sum / items.
+
+    logits [B, L, V], labels int64 [B, L] with -100 where nothing is to be predicted. A scalar in fp32 or better.
+    """
+    kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    flat = logits[:, :-1].flatten(0, 1).to(kind), labels[:, 1:].flatten().to(logits.device)
+    if items is None:
+        return F.cross_entropy(*flat)
+    return F.cross_entropy(*flat, reduction="sum") / items
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)

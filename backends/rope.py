@@ -1,0 +1,49 @@
+"""Rotary position embeddings with the scalings of transformers, at fp32 or better whatever the weights' dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ..kernels.scan.reference import compute_dtype
+from .config import HybridConfig
+
+
+def inverse_frequencies(config: HybridConfig) -> tuple[Tensor, float]:
+    """fp32 [head_dim / 2] on CPU and the factor on cos and sin, as transformers computes them."""
+    parameters = config.rope_parameters or {}
+    kind = parameters.get("rope_type", "default")
+    if kind != "default":
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        return frequencies, float(factor)
+    width = config.head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
+    return 1.0 / (parameters.get("rope_theta", 10000.0) ** exponents), 1.0
+
+
+class Rope:
+    """Makes cos and sin of positions. Not a module: a cast of the model must never round the frequencies."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        self.config = config
+        self._cached: dict[torch.device, Tensor] = {}
+        self._factor = 1.0
+
+    def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """positions int [...] -> cos, sin [..., head_dim] in fp32 (fp64 if `like` is fp64)."""
+        if positions.device not in self._cached:
+            frequencies, self._factor = inverse_frequencies(self.config)
+            self._cached[positions.device] = frequencies.to(positions.device)
+        kind = compute_dtype(like)
+        angles = positions.to(kind).unsqueeze(-1) * self._cached[positions.device].to(kind)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self._factor, angles.sin() * self._factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [B, L, H, P] by cos, sin [B, L, P] (half-split layout of Llama), in x's dtype."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+    return torch.addcmul(x * cos, turned, sin)

@@ -1,0 +1,213 @@
+"""The stepping engine: a hybrid model as decoders see it, in plain PyTorch.
+
+Positions are absolute and belong to the caller (`harness.interfaces.Stepper` has the contract). A call makes its
+indices once, every layer reads them, and the two cursors move after the last layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
+from ..kernels.scan.reference import compute_dtype
+from .model import HybridForCausalLM
+from .state import Advance, Fill, State, open_state
+
+HEAD_SLICE = 1 << 24
+"""Logits that `score` holds at a time."""
+
+
+class HybridStepper:
+    """Drives a `HybridForCausalLM`. Takes the model over: its projections are laid out anew, without a second copy."""
+
+    def __init__(self, model: HybridForCausalLM, tokenizer: Tokenizer, debug: bool = False) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.vocab_size: int = model.config.vocab_size
+        self.max_context: int = model.config.max_position_embeddings
+        weight = model.lm_head.weight
+        self.device, self.dtype = str(weight.device), str(weight.dtype).removeprefix("torch.")
+        self.traits = frozenset({"rollback"})
+        self.debug = debug
+        """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
+        self._layers = list(model.model.layers)
+        for layer in self._layers:
+            layer.fuse()
+
+    @torch.inference_mode()
+    def open(self, batch: int, context: int, steps: int) -> State:
+        """Takes the memory for `batch` rows of `context + steps` positions."""
+        weight = self.model.lm_head.weight
+        return open_state(self.config, batch, context, steps, weight.dtype, weight.device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None = None) -> Tensor:
+        """Runs prompts; ids [B, L], lengths [B], start [B] -> logits [B, V] at each last token. Zeros elsewhere."""
+        fill = self._fill(ids, lengths, state, start)
+        logits = ids.new_zeros(ids.shape[0], self.vocab_size, dtype=compute_dtype(self.model.lm_head.weight))
+        if fill is None:
+            return logits
+        h = self.model.model.embed_tokens(ids[fill.rows])
+        for layer, cache in zip(self._layers, state.layers, strict=True):
+            h = layer.run(h, cache, fill)
+        last = h[torch.arange(h.shape[0], device=h.device), fill.lengths - 1]
+        logits[fill.rows] = self._logits(last)
+        reached = (fill.start + fill.lengths).int()
+        state.end[fill.rows] = reached
+        state.settled[fill.rows] = reached
+        return logits
+
+    @torch.inference_mode()
+    def advance(self, ids: Tensor, start: Tensor, state: State, settle: bool = True) -> Tensor:
+        """Runs ids [B, T] at `start` [B] -> logits [B, T, V]."""
+        call = self._advance(ids, start, state, settle)
+        h = self.model.model.embed_tokens(ids)
+        for layer, cache in zip(self._layers, state.layers, strict=True):
+            h = layer.run(h, cache, call)
+        if settle:
+            state.settled.copy_(start)
+        torch.add(start, ids.shape[1], out=state.end)
+        return self._logits(h)
+
+    @torch.inference_mode()
+    def take(self, state: State, rows: Tensor) -> None:
+        """Row b becomes a copy of row rows[b]."""
+        for tensor in state.tensors():
+            tensor.copy_(tensor[rows])
+
+    @torch.inference_mode()
+    def score(self, ids: Tensor, lengths: Tensor) -> Scores:
+        """Scores ids [B, L] in parallel; the logits of a few positions at a time."""
+        h = self.model.model(input_ids=ids).last_hidden_state[:, :-1]
+        targets = ids[:, 1:]
+        logprob = torch.zeros(targets.shape, dtype=compute_dtype(h), device=h.device)
+        greedy = torch.zeros(targets.shape, dtype=torch.bool, device=h.device)
+        count = max(1, HEAD_SLICE // (self.vocab_size * max(ids.shape[0], 1)))
+        for first in range(0, targets.shape[1], count):
+            part = slice(first, first + count)
+            logits = self._head(h[:, part])
+            chosen = logits.gather(-1, targets[:, part, None])
+            logprob[:, part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+            greedy[:, part] = logits.argmax(-1) == targets[:, part]
+        return Scores(logprob, greedy)
+
+    def cost(self, batch: int, context: int, steps: int) -> Cost:
+        """Least bytes and FLOPs of one `advance`: each weight, cached key and checkpoint read once, the new ones
+        written. A product of n weights with a token is 2 n FLOPs."""
+        config, size = self.config, self.model.lm_head.weight.element_size()
+        attention = len(config.attention_layers)
+        mamba = config.num_hidden_layers - attention
+        heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        weights = {p.data_ptr(): p for name, p in self.model.named_parameters() if name != "model.embed_tokens.weight"}
+        weights[self.model.lm_head.weight.data_ptr()] = self.model.lm_head.weight
+        numbers, tokens = sum(p.numel() for p in weights.values()), batch * steps
+        exact = compute_dtype(self.model.lm_head.weight).itemsize
+        cell = heads * width * width
+        ring = size * (3 * groups + heads + groups) * width + exact * heads
+        return Cost(
+            weight_bytes=sum(p.numel() * p.element_size() for p in weights.values()),
+            kv_bytes=attention * 2 * groups * width * size * batch * (context + steps),
+            state_bytes=mamba * batch * (2 * cell * exact + 2 * steps * ring),
+            flops=2 * numbers * tokens
+            + attention * 4 * tokens * (context + steps) * heads * width
+            + mamba * tokens * 8 * cell,
+        )
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return self._head(self.model.model.norm(h))
+
+    def _head(self, h: Tensor) -> Tensor:
+        """Logits in fp32 or better, never rounded to the weights' dtype."""
+        weight = self.model.lm_head.weight
+        if weight.dtype.itemsize >= 4:
+            return F.linear(h, weight)
+        if weight.is_cuda:
+            return torch.mm(h.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, h.shape[:-1])
+        return F.linear(h.float(), weight.float())
+
+    def _fill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None) -> Fill | None:
+        count = lengths.tolist()
+        if max(count, default=0) > ids.shape[1]:
+            raise MambabenchError(f"prefill: lengths up to {max(count)} but ids have {ids.shape[1]} columns")
+        rows = lengths.nonzero().squeeze(1)
+        if not rows.numel():
+            return None
+        device = ids.device
+        lengths, settled = lengths[rows].long(), state.settled[rows].long()
+        first = torch.zeros_like(lengths) if start is None else start[rows].long()
+        live = int((first + lengths).max())
+        if live > state.capacity:
+            raise MambabenchError(f"prefill: {live} positions do not fit in the {state.capacity} that open() took")
+        if start is not None and bool(((first < settled) | (first > state.end[rows])).any()):
+            raise MambabenchError("prefill: start must lie between the settled position and the end of its row")
+        tokens = torch.arange(ids.shape[1], device=device)
+        positions = first.unsqueeze(1) + tokens
+        before = torch.arange(1 - self.config.d_conv, 0, device=device)
+        cos, sin = self.model.model.rope(positions, self.model.lm_head.weight)
+        mask = None
+        if start is not None:
+            mask = (torch.arange(live, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
+        flat = (tokens < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+        return Fill(
+            rows=rows,
+            lengths=lengths,
+            start=first,
+            settled=settled,
+            fresh=start is None,
+            flat=(flat[0], flat[1]),
+            positions=positions,
+            window=(first.unsqueeze(1) + before) % state.ring,
+            tail=((first + lengths).unsqueeze(1) + before) % state.ring,
+            longest=0 if start is None else int((first - settled).max()),
+            live=live,
+            mask=mask,
+            cos=cos,
+            sin=sin,
+        )
+
+    def _advance(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Advance:
+        count, device = ids.shape[1], ids.device
+        live, longest = state.capacity, state.steps
+        if self.debug or device.type == "cpu":
+            live, longest = self._check(count, start, state, settle)
+        positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
+        before = torch.arange(1 - self.config.d_conv, 0, device=device)
+        cos, sin = self.model.model.rope(positions, self.model.lm_head.weight)
+        repeat = self.config.num_attention_heads // self.config.num_key_value_heads
+        mask = torch.arange(live, device=device) <= positions.unsqueeze(-1)
+        return Advance(
+            rows=torch.arange(ids.shape[0], device=device).unsqueeze(1),
+            positions=positions,
+            slots=positions % state.ring,
+            window=(positions[:, :1] + before) % state.ring,
+            start=start,
+            settled=state.settled,
+            settle=settle,
+            longest=longest,
+            live=live,
+            mask=mask.repeat(1, repeat, 1).unsqueeze(1),
+            cos=cos,
+            sin=sin,
+        )
+
+    @staticmethod
+    def _check(count: int, start: Tensor, state: State, settle: bool) -> tuple[int, int]:
+        """Holds a call against the contract; returns the cache slots in use and the longest replay."""
+        starts, settled, ends = start.tolist(), state.settled.tolist(), state.end.tolist()
+        for row, (at, low, high) in enumerate(zip(starts, settled, ends, strict=True)):
+            if not low <= at <= high:
+                raise MambabenchError(
+                    f"advance: start {at} of row {row} is not between its settled position {low} and its end {high}"
+                )
+            if at + count - (at if settle else low) > state.steps:
+                raise MambabenchError(
+                    f"advance: {count} tokens at {at} of row {row}, settled up to {at if settle else low}, "
+                    f"are more than the {state.steps} steps that open() took"
+                )
+        live = max(starts) + count
+        if live > state.capacity:
+            raise MambabenchError(f"advance: {live} positions do not fit in the {state.capacity} that open() took")
+        return live, max(at - low for at, low in zip(starts, settled, strict=True))

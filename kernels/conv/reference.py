@@ -1,0 +1,50 @@
+"""The causal depthwise convolution of a Mamba mixer, over a sequence and with its window carried on.
+
+    y_t = bias + sum_k weight[:, k] u_{t - W + 1 + k}        W taps
+
+`conv_loop` is the formula, the truth; `conv` does the same as W shifted multiply-adds, without a transposition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _with_window(u: Tensor, weight: Tensor, window: Tensor | None) -> Tensor:
+    if window is None:
+        window = u.new_zeros(u.shape[0], weight.shape[1] - 1, u.shape[2])
+    return torch.cat((window.to(u.dtype), u), dim=1)
+
+
+def _window_at(padded: Tensor, taps: int, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return padded[:, padded.shape[1] - taps + 1 :]
+    index = lengths.long()[:, None] + torch.arange(taps - 1, device=padded.device)
+    return padded.gather(1, index.unsqueeze(-1).expand(-1, -1, padded.shape[2]))
+
+
+def conv_loop(
+    u: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token at a time. Shapes as in `conv`."""
+    taps = weight.shape[1]
+    padded = _with_window(u, weight, window)
+    outputs = [(padded[:, t : t + taps] * weight.T).sum(1) + bias for t in range(u.shape[1])]
+    return torch.stack(outputs, dim=1), _window_at(padded, taps, lengths)
+
+
+def conv(
+    u: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The convolution and the window that continues it.
+
+    u [B, L, E], weight [E, W], bias [E], window [B, W - 1, E]: the inputs just before u (zeros if not given), lengths
+    int [B]: the window returned ends there instead of at L. Returns y [B, L, E] and the next window [B, W - 1, E].
+    """
+    taps, length = weight.shape[1], u.shape[1]
+    padded = _with_window(u, weight, window)
+    y = bias + padded[:, :length] * weight[:, 0]
+    for tap in range(1, taps):
+        y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
+    return y, _window_at(padded, taps, lengths)

@@ -1,0 +1,122 @@
+"""The selective state-space scan in its Mamba-2 form (one decay per head), in plain PyTorch.
+
+The recurrence (Dao and Gu, arXiv 2405.21060, with the exponential-Euler discretisation of Mamba), for head h and its
+group g = h // (H / G):
+
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        S [P, N]
+    y_t = S_t C_t + D x_t
+
+x and B have one row per group (a teacher's KV head), which is never repeated in memory; dt, A, C and D are per head.
+`scan_loop` is the recurrence written down and the truth of every other version. `scan` is the chunked form: inside a
+chunk a masked matrix product, between chunks the state; memory is linear in the length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """States and decays are fp32 in every precision below it, and fp64 for fp64 inputs."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def mask_dt(dt: Tensor, lengths: Tensor | None) -> Tensor:
+    """Zeroes dt [B, L, H] at and after `lengths` [B], where a step then leaves the state as it is."""
+    if lengths is None:
+        return dt
+    positions = torch.arange(dt.shape[1], device=dt.device)
+    return dt * (positions < lengths[:, None]).unsqueeze(-1)
+
+
+def scan_loop(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token at a time. Shapes as in `scan`."""
+    kind = compute_dtype(x)
+    batch, length, groups, width = x.shape
+    heads, size = C.shape[2:]
+    repeat = heads // groups
+    x, B = (t.to(kind).repeat_interleave(repeat, dim=2) for t in (x, B))
+    dt, A, C = mask_dt(dt.to(kind), lengths), A.to(kind), C.to(kind)
+    state = x.new_zeros(batch, heads, width, size) if state is None else state.to(kind)
+    outputs = []
+    for t in range(length):
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
+        y = (state * C[:, t, :, None, :]).sum(-1)
+        outputs.append(y if D is None else y + D.to(kind)[:, None] * x[:, t])
+    return torch.stack(outputs, dim=1), state
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The chunked scan.
+
+    x [B, L, G, P], dt [B, L, H] (after softplus), A [H] (negative), B [B, L, G, N], C [B, L, H, N], D [H],
+    state [B, H, P, N] (zero if not given), lengths int [B] (tokens at or after them leave the state alone; their
+    outputs are meaningless). Head h reads group h // (H / G).
+    Returns y [B, L, H, P] and the final state [B, H, P, N], in fp32 (fp64 for fp64 inputs).
+    """
+    kind = compute_dtype(x)
+    batch, length, groups, width = x.shape
+    heads, size = C.shape[2:]
+    repeat = heads // groups
+    x, B, C, A = x.to(kind), B.to(kind), C.to(kind), A.to(kind)
+    dt = mask_dt(dt.to(kind), lengths)
+
+    chunk = min(chunk, max(length, 1))
+    pad = -length % chunk
+    if pad:
+        x, B, C = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
+        dt = torch.nn.functional.pad(dt, (0, 0, 0, pad))
+    count = (length + pad) // chunk
+
+    # From here on heads come first: x [B, G, K, Q, P], B [B, G, K, Q, N], C [B, G, R, K, Q, N], dt [B, G, R, K, Q].
+    xs = x.view(batch, count, chunk, groups, width).permute(0, 3, 1, 2, 4)
+    Bs = B.view(batch, count, chunk, groups, size).permute(0, 3, 1, 2, 4)
+    Cs = C.view(batch, count, chunk, groups, repeat, size).permute(0, 3, 4, 1, 2, 5)
+    steps = dt.view(batch, count, chunk, groups, repeat).permute(0, 3, 4, 1, 2)
+    decays = torch.cumsum(steps * A.view(groups, repeat, 1, 1), dim=-1)
+
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
+    between = (decays.unsqueeze(-1) - decays.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
+    mixing = (Cs @ Bs.unsqueeze(2).transpose(-1, -2)) * between * steps.unsqueeze(-2)
+    y = mixing @ xs.unsqueeze(2)
+
+    to_end = torch.exp(decays[..., -1:] - decays) * steps
+    added = (xs.unsqueeze(2) * to_end.unsqueeze(-1)).transpose(-1, -2) @ Bs.unsqueeze(2)
+    whole = torch.exp(decays[..., -1])[..., None, None]
+    now = x.new_zeros(batch, groups, repeat, width, size)
+    if state is not None:
+        now = state.to(kind).view(batch, groups, repeat, width, size)
+    before = []
+    for index in range(count):
+        before.append(now)
+        now = whole[:, :, :, index] * now + added[:, :, :, index]
+    if count:
+        carried = torch.stack(before, dim=3)
+        y = y + torch.exp(decays).unsqueeze(-1) * (Cs @ carried.transpose(-1, -2))
+
+    y = y.permute(0, 3, 4, 1, 2, 5).reshape(batch, count * chunk, heads, width)[:, :length]
+    if D is not None:
+        skip = D.to(kind).view(groups, repeat, 1) * x[:, :length].unsqueeze(3)
+        y = y + skip.reshape(batch, length, heads, width)
+    return y, now.reshape(batch, heads, width, size)
