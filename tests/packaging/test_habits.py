@@ -10,7 +10,9 @@ LONGEST = 500
 
 
 def test_files_stay_under_500_lines(root: Path, tracked: list[str]) -> None:
-    lengths = {name: len((root / name).read_text(encoding="utf-8").splitlines()) for name in tracked if name.endswith(".py")}
+    lengths = {
+        name: len((root / name).read_text(encoding="utf-8").splitlines()) for name in tracked if name.endswith(".py")
+    }
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 

@@ -29,7 +29,10 @@ def test_mypy_finds_a_planted_error_across_rooms(root: Path, tracked: list[str],
     (tmp_path / "mambabench" / "backends" / "planted.py").write_text(PLANTED)
     (tmp_path / "pyproject.toml").write_text(SETTINGS)
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "-m", "mambabench.backends.planted"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "mypy", "-m", "mambabench.backends.planted"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert "planted.py:4: error" in done.stdout, done.stdout + done.stderr
     assert '"Needs" has incompatible type "str"; expected "int"' in done.stdout

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch  # noqa: F401
-
 from mambabench import Component, hookimpl
 
 

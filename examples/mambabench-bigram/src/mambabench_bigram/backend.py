@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from mambabench import Cost, Scores, Unsupported
+from mambabench.harness.plugins import make, registry
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mambabench import Cost, Scores, Unsupported
-
 from .plugin import BigramConfig
 
 if TYPE_CHECKING:
+    from mambabench.harness.interfaces import Backend, Stepper, Tokenizer
     from torch import nn
-
-    from mambabench.harness.interfaces import Tokenizer
 
 LARGEST = 16384
 """Tokens of the largest vocabulary that is taken: a table of 1 GiB in fp32."""
@@ -36,22 +35,18 @@ class Bigram:
         self.config = config
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
-        """Asks the parent, any model that transformers can load, for its logits after each token alone."""
-        from transformers import AutoModelForCausalLM
-
+        """Asks the parent, a model that the backend `teacher` reads, for its logits after each token alone."""
         if keep:
             raise Unsupported(f"a bigram model has no attention layers to keep: write keep = 0, not {list(keep)}")
-        model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).eval()
-        vocabulary = model.get_input_embeddings().num_embeddings
+        reader: Backend = make(registry().find("backend", "teacher"))
+        vocabulary = int(reader.describe(parent)["vocab_size"])
         if vocabulary > LARGEST:
             raise Unsupported(f"a bigram table of {vocabulary} x {vocabulary} is too large (at most {LARGEST} tokens)")
-        with torch.no_grad():
-            slices = torch.arange(vocabulary)[:, None].split(self.config.batch)
-            table = torch.cat([model(input_ids=ids, use_cache=False).logits[:, -1] for ids in slices])
+        model = reader.load(parent, "cpu", "float32")
+        table = torch.cat([_after(model, tokens) for tokens in torch.arange(vocabulary).split(self.config.batch)])
         out.mkdir(parents=True, exist_ok=True)
-        save_file({"logits": table.float().contiguous()}, out / "bigram.safetensors")
-        sizes = {"max_context": int(model.config.max_position_embeddings)}
-        (out / "bigram.json").write_text(json.dumps(sizes), encoding="utf-8")
+        save_file({"logits": table.contiguous()}, out / "bigram.safetensors")
+        (out / "bigram.json").write_text(json.dumps({"max_context": model.max_context}), encoding="utf-8")
         self.tokenizer(parent).save_pretrained(out)  # type: ignore[attr-defined]
 
     def describe(self, artifact: Path) -> Mapping[str, Any]:
@@ -153,6 +148,13 @@ class BigramStepper:
     def _logits(self, ids: Tensor) -> Tensor:
         rows = self.table[ids]
         return rows if rows.dtype is torch.float64 else rows.float()
+
+
+def _after(model: Stepper, tokens: Tensor) -> Tensor:
+    """tokens int64 [B] -> logits fp32 [B, V] of what follows each of them as the first token of a text."""
+    with torch.no_grad():
+        lengths = torch.ones(len(tokens), dtype=torch.int32)
+        return model.prefill(tokens[:, None], lengths, model.open(len(tokens), 1, 1))
 
 
 def _sizes(artifact: Path) -> dict[str, int]:

@@ -1,14 +1,15 @@
-"""Greedy decoding that never writes an n-gram twice: small models loop, and this is the simplest cure."""
+"""Decoding that never writes an n-gram twice: small models loop, and this is the simplest cure."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 
 import torch
-
 from mambabench import Answer, Limits, Prompt, Unsupported
 from mambabench.harness.interfaces import Emit, Stepper
+from torch import Tensor
 
 from .plugin import NoRepeatConfig
 
@@ -22,8 +23,8 @@ class NoRepeat:
         self.n = config.n
 
     def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
-        if limits.temperature > 0:
-            raise Unsupported("no-repeat decodes greedily: temperature must be 0")
+        if limits.top_k or limits.top_p < 1:
+            raise Unsupported("no-repeat has no top_k and no top_p: leave them at 0 and 1")
         began = time.perf_counter()
         texts = [list(prompt.ids) for prompt in prompts]
         lengths = [len(text) for text in texts]
@@ -36,8 +37,7 @@ class NoRepeat:
             for row, text in enumerate(texts):
                 if finished[row]:
                     continue
-                logits[row, self._repeats(text)] = float("-inf")
-                text.append(int(logits[row].argmax()))
+                text.append(self._next(logits[row], text, prompts[row].sequence, limits))
                 finished[row] = self._stops(model, text[lengths[row] :], limits)
                 emit("burst", row=row, burst=burst, at_s=time.perf_counter() - began, tokens=1)
             if all(finished):
@@ -47,6 +47,19 @@ class NoRepeat:
             start = torch.tensor([len(text) - 1 for text in texts], dtype=torch.int32, device=model.device)
             logits = model.advance(last, start, state)[:, 0]
         return [self._answer(model, text[length:], limits) for text, length in zip(texts, lengths, strict=True)]
+
+    def _next(self, logits: Tensor, text: list[int], sequence: int, limits: Limits) -> int:
+        """Chooses from logits [V] of the model, which are only kept as they are where every token would repeat."""
+        allowed = logits.double().clone()
+        allowed[self._repeats(text)] = float("-inf")
+        if bool(allowed.isinf().all()):
+            allowed = logits.double()
+        if limits.temperature == 0:
+            return int(allowed.argmax())
+        # Keyed by sequence and position, so that a text does not depend on the batch that it is written in.
+        key = hashlib.sha256(f"{limits.seed} {sequence} {len(text)}".encode()).digest()
+        random = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
+        return int(torch.multinomial((allowed / limits.temperature).softmax(-1).cpu(), 1, generator=random))
 
     def _repeats(self, text: list[int]) -> list[int]:
         """The tokens that would complete an n-gram that the text already has."""

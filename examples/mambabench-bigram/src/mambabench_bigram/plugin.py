@@ -51,7 +51,7 @@ def mambabench_components() -> Iterable[Component]:
             name="no-repeat",
             target="mambabench_bigram.decoder:NoRepeat",
             config=NoRepeatConfig,
-            summary="Greedy decoding in which no n-gram appears twice",
+            summary="Decoding in which no n-gram appears twice",
         ),
         Component(
             kind="suite",

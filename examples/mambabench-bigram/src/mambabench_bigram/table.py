@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from .plugin import VarietyConfig
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
     from mambabench.harness.results import Results
+    from pandas import DataFrame
 
 
 class Variety:
