@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from mambabench import Limits, Prompt, Unsupported
+from mambabench.harness.conformance import check_backend
 from mambabench.harness.conformance_decoders import check_decoder
-from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 11
 
@@ -59,10 +61,41 @@ def test_of_equal_logits_the_lowest_index_is_the_greedy_one(package: dict[str, M
     assert scores.logprob.exp()[0].tolist() == pytest.approx([1 / VOCABULARY] * 2)
 
 
-def test_an_artifact_describes_itself(package: dict[str, ModuleType], table: torch.Tensor, tmp_path: Path) -> None:
-    save_file({"logits": table}, tmp_path / "bigram.safetensors")
-    (tmp_path / "bigram.json").write_text(json.dumps({"max_context": 64}))
-    sizes = package["backend"].Bigram(package["plugin"].BigramConfig()).describe(tmp_path)
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights with a tokenizer of letters, as a transformers folder."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, bos_token_id=None, eos_token_id=0, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(WordLevel({"abcdefghijk"[i]: i for i in range(VOCABULARY)}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def artifact(package: dict[str, ModuleType], teacher: Path, tmp_path: Path) -> Path:
+    package["backend"].Bigram(package["plugin"].BigramConfig(batch=4)).convert(teacher, [], tmp_path / "bigram", 0)
+    return tmp_path / "bigram"
+
+
+def test_the_table_is_what_the_teacher_says_after_each_token(
+    package: dict[str, ModuleType], artifact: Path, teacher: Path
+) -> None:
+    model = package["backend"].Bigram(package["plugin"].BigramConfig()).load(artifact, "cpu", "float32")
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(teacher)(torch.arange(VOCABULARY)[:, None]).logits[:, 0]
+    torch.testing.assert_close(model.table, expected, atol=1e-5, rtol=0)
+    assert model.tokenizer.decode([1, 2]) == "b c"
+
+
+def test_the_backend_keeps_the_contract_of_backends(package: dict[str, ModuleType], artifact: Path) -> None:
+    check_backend(package["backend"].Bigram(package["plugin"].BigramConfig()), artifact, rounds=200)
+
+
+def test_an_artifact_describes_itself(package: dict[str, ModuleType], artifact: Path) -> None:
+    sizes = package["backend"].Bigram(package["plugin"].BigramConfig()).describe(artifact)
     assert sizes["parameters"] == VOCABULARY**2
     assert (sizes["attention_layers"], sizes["vocab_size"], sizes["max_context"]) == ([], VOCABULARY, 64)
 

@@ -92,9 +92,9 @@ def test_a_plan_that_needs_a_broken_plug_in_fails_with_its_traceback(
     mambabench: Run, broken: Path, tmp_path: Path
 ) -> None:
     allowed = "mambabench-import-error"
-    done = mambabench("plan", plan(tmp_path, "futuristic"), on=[broken], MAMBABENCH_PLUGINS=allowed)
+    done = mambabench("plan", plan(tmp_path, "unreachable"), on=[broken], MAMBABENCH_PLUGINS=allowed)
     assert done.returncode == 1
-    assert "unknown decoder 'futuristic'" in done.stderr
+    assert "unknown decoder 'unreachable'" in done.stderr
     assert "mambabench-import-error 0.0.1" in done.stderr
     assert "import a_module_that_nobody_has" in done.stderr
 
