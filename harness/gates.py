@@ -1,22 +1,22 @@
 """Gates: what change of which metric of which label is too much. Declared before the run, in a small TOML file.
 
-    [default]
-    level = 0.99            # of the intervals
-    quality = 0.01          # margins by class of metric: absolute for quality,
-    latency = 0.03          # relative for latency
-    counts = 0.0            # and counts
+[default]
+level = 0.99            # of the intervals
+quality = 0.01          # margins by class of metric: absolute for quality,
+latency = 0.03          # relative for latency
+counts = 0.0            # and counts
 
-    [[gate]]                # the last gate that matches decides
-    labels = "half/*"       # a glob over model/decoder/suite
-    metric = "acc"          # a glob over `task/metric`, its last part, or the first word of a latency or count
-    margin = 0.02
+[[gate]]                # the last gate that matches decides
+labels = "half/*"       # a glob over model/decoder/suite
+metric = "acc"          # a glob over `task/metric`, its last part, or the first word of a latency or count
+margin = 0.02
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gates:
-    margins: Mapping[str, float] = MARGINS
+    margins: Mapping[str, float] = field(default_factory=lambda: MARGINS)
     default: Gate = Gate(level=LEVEL, ignore=False)
     gates: tuple[Gate, ...] = ()
 

@@ -1,8 +1,8 @@
 """What stores hold, as data frames: the input of every table, report and comparison.
 
 Nothing is derived here beyond joining records with the labels of the plan. A step that serves several seeds or models
-(the teacher, measured once for all seeds) gives its records once per model, decoder and suite, so that nothing is counted
-twice. A failure stays a state with a reason in `cells`; it has no records.
+(a model that no seed changes) gives its records once per model, decoder and suite, so that nothing is counted twice.
+A failure stays a state with a reason in `cells`; it has no records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from .interfaces import STATES, MambabenchError
+from .interfaces import MambabenchError
 from .store import Store
 
 WHO = ("store", "label", "key", "model", "decoder", "suite", "stage", "seed")
@@ -45,7 +45,7 @@ class Results:
 
     stores: tuple[Path, ...]
     cells: pd.DataFrame
-    """One row per label in plan order, columns `CELLS`; `state` is an outcome's, `interrupted`, `skipped` or `not run`."""
+    """One row per label in plan order; `state` as of outcomes, or `interrupted`, `skipped`, `not run`."""
     models: pd.DataFrame
     """In plan order, the teacher first: store, model, backend, keep, teacher, order."""
     suites: pd.DataFrame
@@ -63,12 +63,17 @@ class Results:
         if not stores:
             raise MambabenchError("no store was given")
         opened = dict(zip(_names(stores), (Store.open(Path(path)) for path in stores), strict=True))
-        runs = {name: store.read_run() for name, store in opened.items()}
+        runs = {name: store.run() for name, store in opened.items()}
         several = len(runs) > 1
         cells = pd.DataFrame(_cells(opened, runs), columns=list(CELLS))
         models = pd.DataFrame(
             [
-                {"store": name, "model": model["name"], "order": order, **{k: model.get(k) for k in ("backend", "keep")}}
+                {
+                    "store": name,
+                    "model": model["name"],
+                    "order": order,
+                    **{k: model.get(k) for k in ("backend", "keep")},
+                }
                 | {"teacher": bool(model.get("teacher"))}
                 for name, run in runs.items()
                 for order, model in enumerate(run.get("models", ()))
@@ -121,7 +126,10 @@ class Results:
     def facts(self) -> pd.DataFrame:
         """One row per fact that a step told of itself, with the step's `kind`."""
         rows = [
-            {**{column: owner[column] for column in (*WHO, "kind")}, **{column: fact.get(column, "") for column in FACTS}}
+            {
+                **{column: owner[column] for column in (*WHO, "kind")},
+                **{column: fact.get(column, "") for column in FACTS},
+            }
             for owner in self._owners.to_dict("records")
             for fact in self.outcome(owner["store"], owner["key"]).get("facts", ())
         ]
@@ -133,7 +141,11 @@ class Results:
 
     def outcome(self, store: str, key: str) -> Mapping[str, Any]:
         """How a step ended (`outcome.json`, all of it)."""
-        return self._opened[store].record(key)
+        return self._opened[store].outcome(key) or {}
+
+    def folder(self, store: str) -> Path:
+        """Where a store of `cells` lies."""
+        return self._opened[store].path
 
     @cached_property
     def _opened(self) -> Mapping[str, Store]:
@@ -180,21 +192,21 @@ def _cells(stores: Mapping[str, Store], runs: Mapping[str, Mapping[str, Any]]) -
     for name, run in runs.items():
         for cell in run.get("cells", ()):
             row: dict[str, Any] = {**dict.fromkeys(CELLS), **{column: cell.get(column, "") for column in CELLS[1:9]}}
-            row |= {"store": name, **_state(stores[name], cell)}
-            if row["state"] in STATES:
-                record = stores[name].record(cell["key"])
-                detail = record.get("detail", {})
-                row |= {column: record.get(column) for column in ("wall_s", "started", "attempt")}
-                row |= {column: detail.get(column) for column in ("device", "threads", "peak_rss_bytes")}
-                row["overhead_s"] = _overhead(record.get("wall_s"), detail)
-            yield row
-
-
-def _state(store: Store, cell: Mapping[str, Any]) -> dict[str, str]:
-    if cell.get("why"):
-        return {"state": "skipped", "reason": cell["why"]}
-    status = store.status(cell["key"])
-    return {"state": "not run" if status.state == "absent" else status.state, "reason": status.reason}
+            row["store"] = name
+            if cell.get("why"):
+                yield {**row, "state": "skipped", "reason": cell["why"]}
+                continue
+            status = stores[name].status(cell["key"])
+            record = status.record or {}
+            detail = record.get("detail", {})
+            yield {
+                **row,
+                "state": "not run" if status.state == "absent" else status.state,
+                "reason": status.reason,
+                **{column: record.get(column) for column in ("wall_s", "started", "attempt")},
+                **{column: detail.get(column) for column in ("device", "threads", "peak_rss_bytes")},
+                "overhead_s": _overhead(record.get("wall_s"), detail),
+            }
 
 
 def _overhead(wall: float | None, detail: Mapping[str, Any]) -> float | None:
@@ -204,13 +216,9 @@ def _overhead(wall: float | None, detail: Mapping[str, Any]) -> float | None:
 
 
 def _dataset(files: Sequence[Path]) -> pd.DataFrame:
-    """Reads parquet files of steps as one data set, with the folder's name as `key`; columns may differ between files."""
+    """Reads parquet files of steps as one data set; columns may differ between files."""
     schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
-    names = [*schema.names, "__filename"]
-    table = ds.dataset([str(file) for file in files], schema=schema, format="parquet").to_table(columns=names)
-    frame = table.to_pandas()
-    frame["key"] = [Path(file).parent.name for file in frame.pop("__filename")]
-    return frame
+    return ds.dataset([str(file) for file in files], schema=schema, format="parquet").to_table().to_pandas()
 
 
 def _merged(environments: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Estimates with honest errors: every metric is a ratio of sums over items that come in clusters.
 
 Items of one cluster (questions on one passage, tokens of one document) are not independent, so errors are clustered:
-residuals are summed within clusters before they are squared, with the correction C / (C - 1) for C clusters (Miller 2024,
-arXiv 2411.00640, appendix A). Differences and quotients of two ratios over the same items are linearised per item (delta
-method), so that what the items share cancels. Latency is multiplicative: it is averaged and compared in logarithms.
+residuals are summed within clusters before they are squared, with the correction C / (C - 1) for C clusters (Miller
+2024, arXiv 2411.00640, appendix A). Differences and quotients of two ratios over the same items are linearised per item
+(delta method), so that what the items share cancels. Latency is multiplicative: it is averaged in logarithms.
 
 Only numpy is imported here; scipy.special (light, unlike scipy.stats) where a quantile is needed.
 """
@@ -134,8 +134,8 @@ def over_seeds(
 ) -> Estimate:
     """The mean over seeds of a metric on the same items.
 
-    `se` is the error from the choice of items (an item's values under all seeds are one cluster); `seed_se` is the spread
-    of the seeds' metrics over the root of their number, nan for one seed.
+    `se` is the error from the choice of items (an item's values under all seeds are one cluster); `seed_se` is the
+    spread of the seeds' metrics over the root of their number, nan for one seed.
     """
     value, weight = _arrays(value, weight)
     names, index = np.unique(np.asarray(seeds), return_inverse=True)
@@ -240,7 +240,7 @@ def welch(base: ArrayLike, head: ArrayLike) -> Estimate:
 
 
 def combine(value: float, variances: Sequence[tuple[float, float]], n: int) -> Estimate:
-    """An estimate whose variance is a sum of independent ones, each (variance, degrees of freedom), after Satterthwaite."""
+    """An estimate whose variance is a sum of independent ones, each (variance, freedom), after Satterthwaite."""
     total = sum(variance for variance, _ in variances)
     below = sum(variance**2 / df for variance, df in variances if df > 0 and variance > 0)
     df = total**2 / below if below > 0 else min((df for _, df in variances), default=0.0)
@@ -248,7 +248,7 @@ def combine(value: float, variances: Sequence[tuple[float, float]], n: int) -> E
 
 
 def pooled_sd(groups: Sequence[ArrayLike]) -> tuple[float, int]:
-    """Standard deviation within groups, pooled, and its degrees of freedom (nan and 0 where no group has two values)."""
+    """Standard deviation within groups, pooled, and its degrees of freedom; nan and 0 if no group has two values."""
     squares, df = 0.0, 0
     for (group,) in (_arrays(group) for group in groups):
         if len(group) > 1:

@@ -1,0 +1,132 @@
+"""Did two stores measure the same thing? What `compare` must know before it subtracts two numbers.
+
+A step's key does not include the code that trained a model, so equal keys are not equal weights: a model is the same
+artifact where its files are equal, or where one store holds a copy of the other's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .interfaces import MambabenchError
+from .keys import Fingerprints
+from .store import Store, read_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from .results import Results
+
+
+@dataclass(frozen=True)
+class Side:
+    """One label of one store."""
+
+    results: Results
+    cell: Any
+    """A row of `results.cells`."""
+
+    @property
+    def step(self) -> Mapping[str, Any]:
+        return self.results.step(self.cell["store"], self.cell["key"])
+
+    @property
+    def folder(self) -> Path:
+        """The store's folder."""
+        return self.results.folder(self.cell["store"])
+
+    def frame(self, name: str) -> DataFrame:
+        """The records of this label: a step that serves several seeds or models has its own rows for each model."""
+        frame: DataFrame = getattr(self.results, name)
+        return frame[
+            (frame["key"] == self.cell["key"])
+            & (frame["model"] == self.cell["model"])
+            & (frame["decoder"] == self.cell["decoder"])
+            & (frame["suite"] == self.cell["suite"])
+        ]
+
+    def decoding(self) -> tuple[Any, Any]:
+        """The decoder and the reference, as configured."""
+        step = self.step
+        return step.get("decoder"), step.get("reference")
+
+    def machine(self) -> dict[str, Any]:
+        """What ran the step: the kind of device and its name (`cpu`, or `gpu0`, … of an environment)."""
+        record = self.results.outcome(self.cell["store"], self.cell["key"])
+        environment = {**self.results.environment, **record.get("environment", {})}
+        device = str(record.get("detail", {}).get("device", "")).partition(":")[0]
+        prefix = "gpu" if device.startswith("cuda") else "cpu"
+        return {
+            "device": device,
+            prefix: ", ".join(sorted({v for k, v in environment.items() if k.startswith(prefix)})),
+        }
+
+    def is_same(self, other: Side) -> bool:
+        """Whether both are one and the same measurement: the same step, begun at the same moment."""
+        return bool(self.cell["key"] == other.cell["key"] and self.cell["started"] == other.cell["started"])
+
+
+def differs(base: Side, head: Side) -> str:
+    """Why two finished cells cannot be compared; empty if they can."""
+    before, after = base.step, head.step
+    for part in ("name", "revision", "config"):
+        old, new = before["component"].get(part), after["component"].get(part)
+        if old != new:
+            return f"the suites differ ({_difference(part, old, new)})"
+    data = [
+        {name: entry.get("step") or entry.get("fingerprint") for name, entry in step.get("data", {}).items()}
+        for step in (before, after)
+    ]
+    if data[0] != data[1]:
+        names = [name for name in {**data[0], **data[1]} if data[0].get(name) != data[1].get(name)]
+        return f"the data differ ({', '.join(names)})"
+    machines = base.machine(), head.machine()
+    if machines[0] != machines[1]:
+        name = next(name for name in {**machines[0], **machines[1]} if machines[0].get(name) != machines[1].get(name))
+        return f"the devices differ ({machines[0].get(name)} and {machines[1].get(name)})"
+    return ""
+
+
+def _difference(part: str, old: Any, new: Any) -> str:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        return f"{key}: {old.get(key)} and {new.get(key)}"
+    return f"{part}: {old} and {new}"
+
+
+def same_artifact(base: Side, head: Side) -> bool:
+    """Whether both sides measured the same weights."""
+    keys = [side.step.get("inputs", {}).get("subject") for side in (base, head)]
+    if keys[0] != keys[1] or keys[0] is None:
+        return False
+    stores = [Store(side.folder) for side in (base, head)]
+    if stores[0].path.resolve() == stores[1].path.resolve():
+        return True
+    records = [_outcome(store, keys[0]) for store in stores]
+    if (
+        all(records)
+        and records[0].get("started") is not None
+        and records[0].get("started") == records[1].get("started")
+    ):
+        return True
+    folders = [store.artifact(keys[0]) for store in stores]
+    return all(folder.is_dir() for folder in folders) and _contents(folders[0]) == _contents(folders[1])
+
+
+def _outcome(store: Store, key: str) -> Mapping[str, Any]:
+    try:
+        return read_json(store.finished(key) / "outcome.json")
+    except MambabenchError:
+        return {}
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """The files of an artifact by content; the harness's own note of who made it does not count."""
+    known = Fingerprints()
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / "artifact.json")
+    contents = {file.relative_to(folder).as_posix(): known.path(file) for file in files}
+    known.save()
+    return contents
