@@ -57,9 +57,8 @@ def show_environment() -> None:
     """What is recorded of this machine and its packages with every run."""
     from ..environment import capture
 
-    facts = capture()
-    extra = {name: value for name, value in plugins.registry().environment().items() if name not in facts}
-    echo_columns(("fact", "value"), [(name, str(value)) for name, value in {**facts, **extra}.items()])
+    facts = capture(plugins.registry().environment())
+    echo_columns(("fact", "value"), [(name, str(value)) for name, value in facts.items()])
 
 
 def echo_columns(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

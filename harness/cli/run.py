@@ -64,7 +64,7 @@ def run_plan(
 ) -> int:
     """Run what a plan asks for and the store does not have yet."""
     from ..config import Structurer
-    from ..environment import capture, code_revision
+    from ..environment import capture, code, host
     from ..runner import run
 
     loaded = plugins.registry()
@@ -76,10 +76,8 @@ def run_plan(
     known = component.config.__dataclass_fields__
     choice = Structurer(loaded).choice("launcher", {k: v for k, v in options.items() if k == "use" or k in known})
     at = Store.create(store or _default_store(plan))
-    environment = capture()
-    extra = {name: value for name, value in loaded.environment().items() if name not in environment}
-    at.write_run(run_record(plan, steps, {**environment, **extra}, code_revision()))
-    summary = run(list(steps), at, plugins.make(component, choice.config), loaded, retry=retry, host=_host(indices))
+    at.write_run(run_record(plan, steps, capture(loaded.environment()), code()))
+    summary = run(list(steps), at, plugins.make(component, choice.config), loaded, retry=retry, host=host(indices))
     for failure in loaded.failures:
         click.echo(f"mambabench: plug-in {failure.plugin}, hook {failure.hook}: {failure.error}", err=True)
     click.echo(summary.text())
@@ -130,10 +128,7 @@ def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict
             {"name": name, "use": choice.name, "traits": sorted(loaded.find("suite", choice.name).traits)}
             for name, choice in plan.suites.items()
         ],
-        "cells": [
-            {name: getattr(cell, name) for name in cell.__dataclass_fields__}
-            for cell in steps.cells
-        ],
+        "cells": [{name: getattr(cell, name) for name in cell.__dataclass_fields__} for cell in steps.cells],
     }
 
 
@@ -159,12 +154,6 @@ def _gpus(text: str | None) -> tuple[int, ...]:
 
 def _default_store(plan: Plan) -> Path:
     return Path("runs") / plan.name
-
-
-def _host(gpus: tuple[int, ...]) -> Any:
-    from ..environment import host
-
-    return host(gpus)
 
 
 def _keep(config: Any) -> Any:

@@ -1,0 +1,39 @@
+"""Whether a run is worse than another: `compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import plugins
+
+
+@click.command("compare")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("head", type=click.Path(path_type=Path))
+@click.option("--gates", type=click.Path(path_type=Path), help="TOML file with margins [1 point, 3 %].")
+def compare_stores(base: Path, head: Path, gates: Path | None) -> int:
+    """Compare two stores, label by label and item by item.
+
+    Exit codes: 0 pass, 10 fail, 11 inconclusive, 12 not comparable. The same store twice measures a machine's noise.
+    """
+    from rich.console import Console
+
+    from ..compare import compare, exit_code, render_comparisons
+    from ..gates import Gates, read_gates
+    from ..results import Results
+
+    comparisons = compare(
+        Results.read([base]),
+        Results.read([head]),
+        read_gates(gates) if gates else Gates(),
+        plugins.registry().verdicts,
+    )
+    console = Console()
+    console.print(render_comparisons(comparisons))
+    counts = {
+        verdict: sum(c.verdict == verdict for c in comparisons) for verdict in {c.verdict: 0 for c in comparisons}
+    }
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
+    return exit_code(comparisons)
