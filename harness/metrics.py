@@ -6,7 +6,7 @@ proposed, `accepted` of them stand, and one more token follows them (the correct
 counted before the text is cut at a limit, and the first burst belongs to no round.
 
 The scalar functions take plain sequences. Those below them take the frames of a store (`timings.parquet`,
-`rounds.parquet`), which must come with the columns that tell steps apart (`step`, or `label` and `seed`).
+`rounds.parquet`), which must come with the columns that tell steps apart (`key`, the step's).
 Importing this module imports no pandas.
 """
 
@@ -156,7 +156,7 @@ def share_rejecting(drafted: Sequence[int], accepted: Sequence[int]) -> float:
     return sum(a < d for d, a in zip(drafted, accepted, strict=True)) / len(accepted) if accepted else math.nan
 
 
-def request_frame(timings: DataFrame, by: Sequence[str] = ("step",)) -> DataFrame:
+def request_frame(timings: DataFrame, by: Sequence[str] = ("key",)) -> DataFrame:
     """One row per request: the columns `by`, `arm`, `block`, `row`, those of `REQUEST` that there are, and
     `ttft_s`, `tpot_s`, `tokens`, `bursts`, `last_s`, `later_tokens` (those after the first burst), `gaps_s` (a list).
 
@@ -175,7 +175,7 @@ def request_frame(timings: DataFrame, by: Sequence[str] = ("step",)) -> DataFram
     return pandas.DataFrame(rows, columns=[*keys, *figures])
 
 
-def block_frame(timings: DataFrame, by: Sequence[str] = ("step",)) -> DataFrame:
+def block_frame(timings: DataFrame, by: Sequence[str] = ("key",)) -> DataFrame:
     """One row per block and arm, the unit in which latency is paired.
 
     Columns: `by`, those of `REQUEST`, `arm`, `block`; `ttft_s` and `tpot_s` (geometric means over the block's rows),
@@ -206,7 +206,7 @@ def block_frame(timings: DataFrame, by: Sequence[str] = ("step",)) -> DataFrame:
     return pandas.DataFrame(rows, columns=[*keys, *figures])
 
 
-def speed_frame(timings: DataFrame, by: Sequence[str] = ("step",)) -> DataFrame:
+def speed_frame(timings: DataFrame, by: Sequence[str] = ("key",)) -> DataFrame:
     """One row per step, request and arm: the printed figures.
 
     Columns: `by`, those of `REQUEST`, `arm`; `blocks`, `ttft_s`, `tpot_s`, `prefill_tokens_per_s`,
@@ -228,7 +228,7 @@ def speed_frame(timings: DataFrame, by: Sequence[str] = ("step",)) -> DataFrame:
     return pandas.DataFrame(rows, columns=[*keys, *figures, "gap_p50_s", "gap_p90_s", "gap_p99_s"])
 
 
-def acceptance_frame(rounds: DataFrame, by: Sequence[str] = ("step", "arm")) -> DataFrame:
+def acceptance_frame(rounds: DataFrame, by: Sequence[str] = ("key", "arm")) -> DataFrame:
     """One row per group `by` of rounds: `rounds`, `mean_accepted_length`, `acceptance_rate`, `share_accepting`,
     `share_rejecting`, `k` (the most tokens drafted) and `by_position` (a list of k shares)."""
     import pandas

@@ -1,0 +1,89 @@
+"""How well a model predicts given documents: one negative log-likelihood per document, per token and per byte."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..documents import Document, encode_document, read_documents
+from ..interfaces import Bench, MambabenchError, Stepper
+from .configs import PerplexityConfig
+from .texts import check_room, pad
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A piece of a document: its tokens from place `context` on are scored."""
+
+    document: int
+    ids: Sequence[int]
+    context: int
+
+
+class Perplexity:
+    """Documents are scored each by itself behind the beginning-of-text token. One that is longer than `context` tokens
+    is cut into windows; each window after the first has the token before it as its only context."""
+
+    def __init__(self, config: PerplexityConfig) -> None:
+        self.config = config
+
+    def run(self, bench: Bench) -> None:
+        model = bench.subject.load()
+        check_room("perplexity", model, self.config.context)
+        documents = read_documents(bench.data[self.config.data])
+        if self.config.limit:
+            documents = itertools.islice(documents, self.config.limit)
+        done = 0
+        # Batches are made of documents of similar length, within groups that keep records coming.
+        while group := list(itertools.islice(documents, 16 * self.config.batch)):
+            self._measure(group, model, bench)
+            done += len(group)
+            bench.emit("progress", done=done, total=self.config.limit or done, unit="documents")
+        if not done:
+            raise MambabenchError(f"{bench.data[self.config.data]}: no documents to score")
+
+    def _measure(self, group: Sequence[Document], model: Stepper, bench: Bench) -> None:
+        encoded = [encode_document(document, model.tokenizer) for document in group]
+        windows = [
+            window
+            for number, (ids, context) in enumerate(encoded)
+            for window in cut(number, ids, context, self.config.context)
+        ]
+        windows.sort(key=lambda window: len(window.ids))
+        nll = [0.0] * len(group)
+        for first in range(0, len(windows), self.config.batch):
+            chosen = windows[first : first + self.config.batch]
+            scores = model.score(*pad([window.ids for window in chosen], model.device))
+            for row, window in enumerate(chosen):
+                scored = scores.logprob[row, window.context - 1 : len(window.ids) - 1]
+                nll[window.document] -= float(scored.double().sum())
+        for document, (ids, context), value in zip(group, encoded, nll, strict=True):
+            if len(ids) == context:
+                continue
+            scored_text = model.tokenizer.decode(ids[context:]) if document.ids is not None else document.text
+            weights = {"nll_per_token": len(ids) - context, "nll_per_byte": len(scored_text.encode())}
+            for metric, weight in weights.items():
+                bench.emit(
+                    "sample",
+                    task=self.config.data,
+                    item=document.item,
+                    metric=metric,
+                    value=value,
+                    weight=weight,
+                    better="lower",
+                )
+
+
+def cut(document: int, ids: Sequence[int], context: int, longest: int) -> Iterator[Window]:
+    """Cuts a document into windows of at most `longest` tokens, which score every token from place `context` on once.
+
+    >>> [(w.ids, w.context) for w in cut(0, [0, 1, 2, 3, 4, 5], 1, 4)]
+    [([0, 1, 2, 3], 1), ([3, 4, 5], 1)]
+    >>> [(w.ids, w.context) for w in cut(0, [0, 1, 2, 3, 4, 5], 5, 4)]
+    [([3, 4, 5], 2)]
+    """
+    for start in range(0, len(ids) - 1, longest - 1):
+        end = min(start + longest, len(ids))
+        if end > context:
+            yield Window(document, ids[start:end], max(context - start, 1))

@@ -1,0 +1,49 @@
+"""What suites need of documents: prompts of a given length, and padded batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..documents import encode_document, read_documents
+from ..interfaces import MambabenchError, Stepper, Unsupported
+
+
+def pad(texts: Sequence[Sequence[int]], device: str) -> tuple[Tensor, Tensor]:
+    """Token ids as int64 [B, L], right-padded with 0, and their lengths, int32 [B]."""
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+    for text, row in zip(texts, ids, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    return ids.to(device), torch.tensor([len(text) for text in texts], dtype=torch.int32, device=device)
+
+
+def take_prompts(path: Path, model: Stepper, count: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """The beginnings of `count` documents; their lengths in tokens go round in `lengths`.
+
+    A document that is too short is continued with the next one; data that run out are taken again from the beginning.
+    Raises `MambabenchError` if there is no document.
+    """
+    tokenizer = model.tokenizer
+    encoded = (encode_document(document, tokenizer)[0] for document in read_documents(path))
+    needed = [lengths[number % len(lengths)] for number in range(count)]
+    source = itertools.cycle(ids for ids in encoded if ids)
+    prompts = []
+    for length in needed:
+        prompt: list[int] = []
+        while len(prompt) < length:
+            part = next(source, None)
+            if part is None:
+                raise MambabenchError(f"{path}: no documents to take prompts from")
+            prompt += part
+        prompts.append(tuple(prompt[:length]))
+    return prompts
+
+
+def check_room(suite: str, model: Stepper, tokens: int) -> None:
+    """Raises `Unsupported` where a model has too few positions for what a suite asks."""
+    if tokens > model.max_context:
+        raise Unsupported(f"{suite}: needs {tokens} positions, the model has {model.max_context}")

@@ -1,0 +1,74 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mambabench.harness.interfaces import MambabenchError, Unsupported
+from mambabench.harness.mockmodel import MockStepper
+from mambabench.harness.suites.configs import PerplexityConfig
+from mambabench.harness.suites.perplexity import Perplexity, cut
+
+
+def nll(model: MockStepper, ids: list[int], context: int, longest: int = 10**6) -> float:
+    """By definition: -log softmax of each scored token, given what its window shows before it."""
+    total = 0.0
+    for place in range(context, len(ids)):
+        begin = (place - 1) // (longest - 1) * (longest - 1)
+        logits = model.logits(ids[begin:place])
+        total += math.log(np.exp(logits).sum()) - logits[ids[place]]
+    return total
+
+
+def samples(records, metric):
+    return [(r["value"], r["weight"]) for r in records if r["kind"] == "sample" and r["metric"] == metric]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_values_are_those_of_the_definition(measure, bos, batch):
+    texts = ["abc", "gfedcbaabcdefg", "a", "bb", "cacacacacacaca"]
+
+    def make():
+        return MockStepper(bos=bos)
+
+    suite = Perplexity(PerplexityConfig(data="text", context=6, batch=batch))
+    records = measure(suite, texts, make=make)
+    model = make()
+    lead = model.tokenizer.bos_token_id if bos else model.tokenizer.eos_token_id
+    encoded = [[lead, *model.tokenizer.encode(text, add_special_tokens=False)] for text in texts]
+    assert [weight for _, weight in samples(records, "nll_per_token")] == [len(text) for text in texts]
+    assert [weight for _, weight in samples(records, "nll_per_byte")] == [len(text) for text in texts]
+    for (value, _), ids in zip(samples(records, "nll_per_token"), encoded, strict=True):
+        assert value == pytest.approx(nll(model, ids, 1, 6), rel=1e-12)
+    assert samples(records, "nll_per_token")[0][0] == samples(records, "nll_per_byte")[0][0]
+    assert {r["better"] for r in records if r["kind"] == "sample"} == {"lower"}
+    assert len({r["item"] for r in records if r["kind"] == "sample"}) == len(texts)
+
+
+def test_a_prompt_is_context_only(measure):
+    ids = [0, 1, 2, 3, 4, 5]
+    records = measure(Perplexity(PerplexityConfig(data="text")), [{"ids": ids, "prompt": 4}])
+    ((value, weight),) = samples(records, "nll_per_token")
+    assert weight == 2
+    assert value == pytest.approx(nll(MockStepper(), ids, 4), rel=1e-12)
+    assert samples(records, "nll_per_byte")[0][1] == len("de")
+
+
+@given(st.integers(2, 40), st.integers(1, 39), st.integers(2, 12))
+def test_windows_score_every_token_once_with_context(length, context, longest):
+    context = min(context, length - 1)
+    scored = []
+    for window in cut(0, list(range(length)), context, longest):
+        assert 1 <= window.context < len(window.ids) <= longest
+        scored += window.ids[window.context :]
+    assert scored == list(range(context, length))
+
+
+def test_limits_and_bad_sizes(measure):
+    records = measure(Perplexity(PerplexityConfig(data="text", limit=2)), ["ab", "cd", "ef"])
+    assert len(samples(records, "nll_per_token")) == 2
+    with pytest.raises(Unsupported, match="needs 5000 positions"):
+        measure(Perplexity(PerplexityConfig(data="text", context=5000)), ["ab"])
+    with pytest.raises(MambabenchError, match="no documents"):
+        measure(Perplexity(PerplexityConfig(data="text")), [])

@@ -1,0 +1,96 @@
+import pandas
+import pytest
+import torch
+from mambabench.harness import metrics
+from mambabench.harness.interfaces import Answer, MambabenchError
+from mambabench.harness.suites.configs import SpeedConfig
+from mambabench.harness.suites.speed import Speed
+
+TEXTS = ["abcabcabc", "gggfgggf", "edcba", "abababab", "fedfedfed"]
+CONFIG = SpeedConfig(data="text", batch=(1, 2), prompt_tokens=5, new_tokens=9, pairs=3, warmup=1)
+
+
+@pytest.fixture
+def records(measure, lookup, plain):
+    return measure(Speed(CONFIG), TEXTS, lookup, plain)
+
+
+def of(records, kind):
+    return pandas.DataFrame([{"key": "s", **r} for r in records if r["kind"] == kind])
+
+
+def test_arms_alternate_and_answer_the_same_requests(records):
+    bursts = of(records, "burst")
+    first = bursts.drop_duplicates(["block", "arm"])[["block", "arm", "order"]].values.tolist()
+    assert first == [
+        row
+        for block in range(6)
+        for row in (
+            [[block, "subject", 0], [block, "reference", 1]]
+            if block % 2 == 0
+            else [[block, "reference", 0], [block, "subject", 1]]
+        )
+    ]
+    tokens = bursts.groupby(["block", "arm", "row"])["tokens"].sum()
+    assert set(tokens) == {9}
+    assert len(tokens) == 2 * (3 * 1 + 3 * 2)
+    assert set(bursts["content"]) == {"text"}
+
+
+def test_figures_agree_with_the_definitions(records):
+    bursts, rounds = of(records, "burst"), of(records, "round")
+    figures = metrics.speed_frame(bursts)
+    assert sorted(zip(figures["batch"], figures["arm"], strict=True)) == [
+        (batch, arm) for batch in (1, 2) for arm in ("reference", "subject")
+    ]
+    assert (figures["blocks"] == 3).all()
+    one = bursts.query("arm == 'reference' and batch == 1").sort_values(["block", "burst"])
+    by_hand = [(b["at_s"].iloc[-1] - b["at_s"].iloc[0]) / 8 for _, b in one.groupby("block")]
+    mean = (by_hand[0] * by_hand[1] * by_hand[2]) ** (1 / 3)
+    printed = figures.query("arm == 'reference' and batch == 1")["tpot_s"].item()
+    assert printed == pytest.approx(mean, rel=1e-12)
+    blocks = metrics.block_frame(bursts).query("batch == 2").pivot(index="block", columns="arm", values="tpot_s")
+    paired = metrics.geometric_mean(blocks["reference"] / blocks["subject"])
+    two = figures.query("batch == 2").set_index("arm")["tpot_s"]
+    assert metrics.speedup(two["reference"], two["subject"]) == pytest.approx(paired, rel=1e-12)
+    assert set(rounds["arm"]) == {"subject"}
+    accepted = metrics.acceptance_frame(rounds)
+    total = 1 + sum(accepted["by_position"].iloc[0])
+    assert accepted["mean_accepted_length"].item() == pytest.approx(total, rel=1e-12)
+    assert 1 <= total <= 4
+
+
+def test_facts_name_warm_up_sizes_and_memory(records):
+    facts = {(r["name"], r.get("arm", "")): r for r in records if r["kind"] == "fact"}
+    assert facts["warm-up, batch 2", "reference"]["unit"] == "s"
+    assert facts["weights", ""]["value"] == 8 * 8
+    assert facts["KV cache, batch 2", ""]["value"] == 8 * 2 * 14
+    assert facts["peak memory of the process", ""]["value"] > 2**20
+
+
+def test_without_a_reference_there_is_one_arm_and_threads_come_back(measure, plain):
+    before = torch.get_num_threads()
+    records = measure(Speed(CONFIG), TEXTS, plain)
+    assert {r["arm"] for r in records if r["kind"] == "burst"} == {"subject"}
+    assert torch.get_num_threads() == before
+
+
+def test_sampled_arms_are_measured_at_their_temperature(measure, lookup, plain):
+    config = SpeedConfig(data="text", prompt_tokens=4, new_tokens=5, pairs=2, temperature=0.8)
+    records = measure(Speed(config), TEXTS, lookup, plain)
+    assert {r["temperature"] for r in records if r["kind"] in ("burst", "round")} == {0.8}
+
+
+def test_a_decoder_that_stops_early_is_an_error(measure, plain):
+    class Short:
+        def generate(self, model, prompts, limits, emit):
+            return [Answer((1,), "a", "length") for _ in prompts]
+
+    with pytest.raises(MambabenchError, match="yielded 1 tokens, not the 9"):
+        measure(Speed(CONFIG), TEXTS, Short(), plain)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": ()}, {"batch": (0,)}, {"new_tokens": 1}, {"pairs": 0}])
+def test_sizes_that_cannot_be_are_refused(wrong):
+    with pytest.raises(MambabenchError, match="must be at least"):
+        Speed(SpeedConfig(data="text", **wrong))
