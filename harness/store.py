@@ -1,0 +1,300 @@
+"""The store of a run: a folder that survives `kill -9` at any moment and never shows half a step as a whole one.
+
+A finished step is a folder in `steps/`, put there by one rename after everything in it is on disk. It counts only while
+its `outcome.json` parses, says `ok`, and every file that it lists still has the size it had. Everything else lives in
+`partial/`. docs/records.md describes the files. Nothing here imports pandas or torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .interfaces import STATES, MambabenchError, Outcome
+from .locks import Lock
+
+SCHEMA = 1
+"""Version of the layout. Raised when an older mambabench would misread a store."""
+
+UNLISTED = frozenset({"outcome.json", "log.txt"})
+"""Files that the outcome of a finished step does not vouch for: itself, and the log that may still grow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a step stands: `ok`, `absent`, `interrupted`, or the state of its last failed attempt."""
+
+    state: str
+    reason: str = ""
+    record: Mapping[str, Any] | None = None
+    """outcome.json, where there is a whole one."""
+
+
+class Store:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path | str) -> Store:
+        """Opens an existing store; refuses one written by a newer mambabench."""
+        store = cls(Path(path))
+        if not store.run_file.is_file():
+            raise MambabenchError(f"{store.path}: not a store of results (it has no run.json)")
+        store.run()
+        return store
+
+    @classmethod
+    def create(cls, path: Path | str) -> Store:
+        """Opens the store at `path`, making it if there is none."""
+        store = cls(Path(path))
+        if store.run_file.exists():
+            return cls.open(path)
+        if store.path.is_dir() and any(store.path.iterdir()):
+            raise MambabenchError(f"{store.path}: neither empty nor a store of results (it has no run.json)")
+        with disk_errors(store.path):
+            store.path.mkdir(parents=True, exist_ok=True)
+        store.write_run({})
+        return store
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / "run.json"
+
+    def run(self) -> dict[str, Any]:
+        """What run.json says; refuses a schema that this version does not know."""
+        run = read_json(self.run_file)
+        schema = run.get("schema")
+        if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+            raise MambabenchError(f"{self.run_file}: schema = {schema!r}, where a whole number from 1 would be right")
+        if schema > SCHEMA:
+            raise MambabenchError(
+                f"{self.run_file}: written in schema {schema}, this mambabench reads up to {SCHEMA}; "
+                "update mambabench, or choose another folder with --store"
+            )
+        return run
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        write_json(self.run_file, {"schema": SCHEMA, **run})
+
+    def finished(self, key: str) -> Path:
+        """The folder of a step that ended well."""
+        return self.path / "steps" / key
+
+    def partial(self, key: str) -> Path:
+        """The folder of a step that runs, or that ended in any state but ok."""
+        return self.path / "partial" / key
+
+    def artifact(self, key: str) -> Path:
+        """What a finished step made."""
+        return self.finished(key) / "artifact"
+
+    def folder(self, key: str) -> Path:
+        """Wherever the step's files are now."""
+        return self.finished(key) if self.finished(key).is_dir() else self.partial(key)
+
+    def keys(self) -> tuple[str, ...]:
+        """Every step that ended well."""
+        folder = self.path / "steps"
+        found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        return tuple(key for key in found if self.state(key) == "ok")
+
+    def step(self, key: str) -> dict[str, Any]:
+        """What was asked of a step (step.json)."""
+        return read_json(self.folder(key) / "step.json")
+
+    def state(self, key: str) -> str:
+        return self.status(key).state
+
+    def outcome(self, key: str) -> Mapping[str, Any] | None:
+        """How the last attempt ended (outcome.json), or None where none did or what it left is not whole."""
+        return self.status(key).record
+
+    def status(self, key: str) -> Status:
+        """Where a step stands, with the reason; a damaged step counts as interrupted, never as done."""
+        folder = self.folder(key)
+        whole = folder == self.finished(key)
+        if not whole and not (folder / "outcome.json").exists():
+            if (folder / "events.jsonl").exists():
+                return Status("interrupted", "the run was stopped in the middle of this step")
+            return Status("absent")
+        try:
+            record = read_json(folder / "outcome.json")
+            outcome = outcome_of(record, folder / "outcome.json")
+        except MambabenchError as error:
+            return Status("interrupted", str(error))
+        if whole:
+            damage = damaged(folder, record) if outcome.state == "ok" else f"{folder}: in state {outcome.state}"
+            return Status("interrupted", damage) if damage else Status("ok", "", record)
+        if outcome.state == "ok":
+            return Status("interrupted", f"{folder}: ended well, but was stopped before it was moved to steps/")
+        return Status(outcome.state, outcome.reason, record)
+
+    def claim(self, key: str) -> Lock | None:
+        """Takes the right to run a step, or returns None while another run of this store has it or its child lives."""
+        claim = Lock.take(self.path / "locks" / key)
+        if claim is None:
+            return None
+        alive = Lock.take(self.child_lock(key))
+        if alive is None:
+            claim.release()
+            return None
+        alive.release()
+        return claim
+
+    def child_lock(self, key: str) -> Path:
+        """What a step's child holds as long as it lives, so that no second child works in the same folder."""
+        return self.path / "locks" / f"{key}.child"
+
+    def prepare(self, key: str, step: Mapping[str, Any]) -> Path:
+        """Makes the folder in which a step runs and writes step.json; scratch/ of an earlier attempt stays."""
+        partial = self.partial(key)
+        with disk_errors(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+        write_json(partial / "step.json", step)
+        return partial
+
+    def begin(self, key: str) -> None:
+        """Clears what earlier attempts left, except scratch/, the events and the log. Called by the child."""
+        partial = self.partial(key)
+        (partial / "outcome.json").unlink(missing_ok=True)
+        if self.finished(key).is_dir():
+            shutil.rmtree(self.finished(key))
+        for name in ("samples", "timings", "rounds", "losses"):
+            (partial / f"{name}.parquet").unlink(missing_ok=True)
+        if (partial / "artifact").exists():
+            shutil.rmtree(partial / "artifact")
+        with disk_errors(partial):
+            (partial / "artifact").mkdir()
+            (partial / "scratch").mkdir(exist_ok=True)
+
+    def fail(self, key: str, record: Mapping[str, Any]) -> None:
+        """Writes the outcome of an attempt that did not end well."""
+        write_json(self.partial(key) / "outcome.json", record)
+
+    def finish(self, key: str, record: Mapping[str, Any]) -> None:
+        """Makes a step whole: everything on disk, the outcome with its list of files, then one rename."""
+        partial, finished = self.partial(key), self.finished(key)
+        shutil.rmtree(partial / "scratch", ignore_errors=True)
+        artifact = partial / "artifact"
+        if artifact.is_dir() and not any(artifact.iterdir()):
+            artifact.rmdir()
+        with disk_errors(partial):
+            files = sync_tree(partial)
+        write_json(partial / "outcome.json", {**record, "files": files})
+        with disk_errors(finished):
+            finished.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(partial, finished)
+            sync_folder(finished.parent)
+            sync_folder(partial.parent)
+
+
+def outcome_of(record: Mapping[str, Any], source: Path) -> Outcome:
+    """Reads the fields of `Outcome` out of an outcome.json."""
+    state = record.get("state")
+    if state not in STATES:
+        raise MambabenchError(f"{source}: state = {state!r} is none of {', '.join(STATES)}")
+    try:
+        return Outcome(
+            state=state,
+            reason=str(record.get("reason", "")),
+            attempt=int(record.get("attempt", 1)),
+            wall_s=float(record.get("wall_s", 0.0)),
+            detail={**record.get("detail", {}), "facts": record.get("facts", [])},
+        )
+    except (TypeError, ValueError) as error:
+        raise MambabenchError(f"{source}: not an outcome ({error})") from error
+
+
+def damaged(folder: Path, record: Mapping[str, Any]) -> str:
+    """Why a finished step's files are not those that its outcome lists; empty if they are."""
+    files = record.get("files")
+    if not isinstance(files, Mapping):
+        return f"{folder / 'outcome.json'}: lists no files"
+    for name, size in files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{folder / name}: missing"
+        if found != size:
+            return f"{folder / name}: {found} bytes, where {size} were written"
+    return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object, or raises one line that names the file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise MambabenchError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise MambabenchError(f"{path}: not whole JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise MambabenchError(f"{path}: holds a {type(value).__name__}, where an object would be right")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> dict[str, int]:
+    """Writes every file below `folder` out to disk; returns the sizes of those that an outcome vouches for."""
+    files: dict[str, int] = {}
+    for root, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = Path(root, name)
+            if path.is_symlink():
+                continue
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                relative = path.relative_to(folder).as_posix()
+                if relative not in UNLISTED:
+                    files[relative] = os.fstat(file.fileno()).st_size
+        sync_folder(Path(root))
+    return files
+
+
+class disk_errors:  # noqa: N801  (used like a function)
+    """Turns what the user can mend about a disk into one line; other errors pass."""
+
+    MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in self.MENDABLE:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = "the disk is full; free some space and run again" if full else error.strerror
+            raise MambabenchError(f"{self.path}: cannot be written, {advice}") from error

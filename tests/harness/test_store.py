@@ -1,0 +1,164 @@
+"""A store never shows half a step as a whole one, and says in one line what is wrong."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from mambabench import MambabenchError
+from mambabench.harness import store as module
+from mambabench.harness.store import SCHEMA, Store
+
+OK = {"state": "ok", "reason": "", "attempt": 1, "wall_s": 1.5, "started": 0.0, "detail": {"device": "cpu"}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+def whole(store: Store, key: str = "k") -> Path:
+    store.prepare(key, {"kind": "measure"})
+    store.begin(key)
+    (store.partial(key) / "events.jsonl").write_text('{"kind":"fact"}\n')
+    (store.partial(key) / "artifact" / "model.bin").write_bytes(b"12345")
+    store.finish(key, OK)
+    return store.finished(key)
+
+
+def test_a_step_goes_from_absent_through_interrupted_to_ok(store: Store) -> None:
+    assert store.state("k") == "absent"
+    store.prepare("k", {"kind": "data"})
+    assert store.state("k") == "absent"
+    store.begin("k")
+    (store.partial("k") / "events.jsonl").write_text("")
+    assert store.state("k") == "interrupted"
+    store.finish("k", OK)
+    assert store.state("k") == "ok"
+    assert store.keys() == ("k",)
+    assert store.outcome("k")["detail"] == {"device": "cpu"}
+    assert not store.partial("k").exists()
+    assert not (store.finished("k") / "scratch").exists()
+
+
+def test_a_failure_keeps_its_state_and_reason_until_the_next_attempt(store: Store) -> None:
+    store.prepare("k", {})
+    store.fail("k", {**OK, "state": "timeout", "reason": "not done after 3 s", "attempt": 2})
+    assert (store.status("k").state, store.status("k").reason) == ("timeout", "not done after 3 s")
+    assert store.outcome("k")["attempt"] == 2
+    store.begin("k")
+    assert store.state("k") == "absent"
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"state": "o', "[]", '{"state": "fine"}', '{"state": "ok"}', '{"state": "error"}']
+)
+def test_a_finished_step_with_a_damaged_outcome_is_not_done(store: Store, text: str) -> None:
+    folder = whole(store)
+    (folder / "outcome.json").write_text(text)
+    status = store.status("k")
+    assert status.state == "interrupted"
+    assert str(folder) in status.reason
+    assert store.outcome("k") is None
+    assert store.keys() == ()
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "artifact/model.bin"])
+def test_a_finished_step_with_a_cut_or_missing_file_is_not_done(store: Store, name: str) -> None:
+    file = whole(store) / name
+    os.truncate(file, 2)
+    assert store.state("k") == "interrupted"
+    assert f"{name}: 2 bytes, where" in store.status("k").reason
+    file.unlink()
+    assert store.status("k").reason.endswith("missing")
+
+
+def test_a_damaged_step_can_be_done_anew(store: Store) -> None:
+    (whole(store) / "outcome.json").unlink()
+    whole(store)
+    assert store.state("k") == "ok"
+
+
+def test_a_new_attempt_keeps_scratch_and_begins_the_artifact_anew(store: Store) -> None:
+    store.prepare("k", {})
+    store.begin("k")
+    (store.partial("k") / "scratch" / "checkpoint").write_text("half")
+    (store.partial("k") / "artifact" / "rubbish").write_text("half")
+    store.begin("k")
+    assert (store.partial("k") / "scratch" / "checkpoint").read_text() == "half"
+    assert list((store.partial("k") / "artifact").iterdir()) == []
+
+
+def test_a_newer_schema_is_refused_in_one_line(store: Store) -> None:
+    store.write_run({"schema": SCHEMA + 1})
+    with pytest.raises(
+        MambabenchError, match=rf"run\.json: written in schema {SCHEMA + 1}, .* up to {SCHEMA}; update"
+    ) as e:
+        Store.create(store.path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"schema": true}', '{"schema": "1"}', '{"sch', "[]"])
+def test_a_strange_run_file_is_refused_by_name(store: Store, text: str) -> None:
+    store.run_file.write_text(text)
+    with pytest.raises(MambabenchError, match=r"run\.json: "):
+        Store.open(store.path)
+
+
+def test_a_folder_of_other_things_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    for open_or_create in (Store.open, Store.create):
+        with pytest.raises(MambabenchError, match=r"no run\.json"):
+            open_or_create(tmp_path)
+    assert Store.create(tmp_path / "new").run() == {"schema": SCHEMA}
+
+
+def test_run_json_is_read_back_as_written(store: Store) -> None:
+    store.write_run({"plan": {"name": "tiny", "seeds": [0]}, "cells": []})
+    assert Store.open(store.path).run() == {"schema": SCHEMA, "plan": {"name": "tiny", "seeds": [0]}, "cells": []}
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_run({"plan": {"name": "old"}})
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_run({"plan": {"name": "new"}})
+    assert store.run()["plan"] == {"name": "old"}
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(MambabenchError, match=r"run\.json: cannot be written, the disk is full; free some space") as e:
+        store.write_run({})
+    assert "\n" not in str(e.value)
+    assert [file.name for file in store.path.iterdir()] == ["run.json"]
+
+
+def test_a_step_is_claimed_once_and_not_while_its_child_lives(store: Store) -> None:
+    claim = store.claim("k")
+    assert claim is not None
+    assert store.claim("k") is None
+    assert store.claim("other") is not None
+    claim.release()
+    child = module.Lock.take(store.child_lock("k"))
+    assert child is not None
+    assert store.claim("k") is None
+    child.release()
+    assert store.claim("k") is not None
+
+
+def test_outcomes_are_plain_json(store: Store) -> None:
+    folder = whole(store)
+    assert json.loads((folder / "outcome.json").read_text())["files"] == {
+        "artifact/model.bin": 5,
+        "events.jsonl": 16,
+        "step.json": (folder / "step.json").stat().st_size,
+    }
