@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from .hooks import hookimpl
 from .interfaces import Component
+from .launchers.configs import LocalConfig
 from .suites.configs import LmEvalConfig, LosslessnessConfig, PerplexityConfig, SpeedConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalConfig:
-    """The launcher `local` has no options: the command line says which GPUs it may use."""
 
 
 @hookimpl

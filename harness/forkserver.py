@@ -1,0 +1,294 @@
+"""A fork server: imports the heavy modules once, then forks a child per step in milliseconds.
+
+Our own, not multiprocessing's, because children must get a clean sys.path, their own session and log, and must all be
+gone when the run is gone, `kill -9` included. Run as `python -P -m mambabench.harness.forkserver IN OUT PARENT` with
+two inherited pipe ends; requests and replies are JSON lines (see `Server`). The server stays single-threaded and only
+imports: forking is safe then, and a forked child may start CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+SERVER, LEASED, ATTEMPT, THREADS = (f"MAMBABENCH_{name}" for name in ("SERVER", "LEASED", "ATTEMPT", "THREADS"))
+"""Variables of a child: process of the server, Unix time of the lease, number of the attempt, threads."""
+
+POLL_S = 0.2
+
+
+class Server:
+    """Requests: `preload` (modules), `start` (id, command, env, log), `kill` (id). Replies: `ready` (failed: module ->
+    reason, cuda: the module that made a CUDA context or null, threads, seconds), `started` (id, pid), `ended` (id,
+    code).
+    """
+
+    def __init__(self, requests: int, replies: int, parent: int) -> None:
+        self.requests, self.replies, self.parent = requests, replies, parent
+        self.running: dict[int, int] = {}
+        """pid -> id"""
+        self.failed: dict[str, str] = {}
+        self.cuda: str | None = None
+
+    def serve(self) -> None:
+        """Answers requests until the pipe closes, then ends everything that was started."""
+        wake, wake_end = os.pipe()
+        for end in (wake, wake_end):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        buffered = b""
+        while True:
+            ready, _, _ = select.select([self.requests, wake], [], [])
+            if wake in ready:
+                with suppress(BlockingIOError):
+                    os.read(wake, 4096)
+                self.reap()
+            if self.requests in ready:
+                data = os.read(self.requests, 65536)
+                if not data:
+                    break
+                *lines, buffered = (buffered + data).split(b"\n")
+                for line in lines:
+                    self.answer(json.loads(line))
+        self.end_all()
+
+    def answer(self, request: Mapping[str, Any]) -> None:
+        match request["op"]:
+            case "preload":
+                self.preload(request["modules"])
+            case "start":
+                self.start(request)
+            case "kill":
+                for pid, number in list(self.running.items()):
+                    if number == request["id"]:
+                        kill_tree(pid)
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Imports modules; what fails is told and met again by the child that needs it."""
+        began = time.perf_counter()
+        with dies_with(self.parent):
+            for module in modules:
+                try:
+                    importlib.import_module(module)
+                except (Exception, SystemExit) as error:
+                    self.failed[module] = f"{type(error).__name__}: {error}"
+                    traceback.print_exc()
+                if self.cuda is None and cuda_in_use():
+                    self.cuda = module
+        gc.collect()
+        gc.freeze()
+        seconds = time.perf_counter() - began
+        self.reply("ready", failed=self.failed, cuda=self.cuda, threads=threads(), seconds=seconds)
+
+    def start(self, request: Mapping[str, Any]) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        server = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            print(f"cannot fork: {error}", file=sys.stderr, flush=True)
+            self.reply("started", id=request["id"], pid=0)
+            self.reply("ended", id=request["id"], code=1)
+            return
+        if pid == 0:
+            self.become(request, server)
+        self.running[pid] = request["id"]
+        self.reply("started", id=request["id"], pid=pid)
+
+    def become(self, request: Mapping[str, Any], server: int) -> None:
+        """The child's way from the fork to its command; never returns."""
+        code = 1
+        try:
+            os.setsid()
+            die_with_parent()
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            os.close(self.requests)
+            os.close(self.replies)
+            redirect(request["log"])
+            if os.getppid() != server:
+                os._exit(1)
+            os.environ.update(request["env"])
+            os.environ[SERVER] = str(server)
+            for module, reason in self.failed.items():
+                print(f"mambabench: {module} could not be imported beforehand: {reason}", file=sys.stderr)
+            code = self.run(request["command"])
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code & 0xFF)
+
+    def run(self, command: Sequence[str]) -> int:
+        """Runs `python [-P] -m MODULE ARGUMENTS…` in this process, or anew where this one cannot use its GPUs."""
+        if self.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES"):
+            print(f"mambabench: started anew, since importing {self.cuda} made a CUDA context", flush=True)
+            os.execv(command[0], list(command))
+        at = command.index("-m")
+        sys.argv = list(command[at + 1 :])
+        return int(importlib.import_module(command[at + 1]).main(command[at + 2 :]) or 0)
+
+    def reap(self) -> None:
+        """Tells of children that ended and ends what they left behind."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            number = self.running.pop(pid, None)
+            if number is not None:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
+                self.end_strays(pid)
+                self.reply("ended", id=number, code=os.waitstatus_to_exitcode(status))
+
+    def end_strays(self, session: int) -> None:
+        """Orphans come to the server (it is their subreaper): ends those of a session, all where no step runs."""
+        for pid in children_of(os.getpid()):
+            with suppress(ProcessLookupError):
+                if pid not in self.running and (not self.running or os.getsid(pid) == session):
+                    kill_tree(pid)
+
+    def end_all(self) -> None:
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            left = children_of(os.getpid())
+            for pid in left:
+                kill_tree(pid)
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            if not left:
+                return
+            time.sleep(0.01)
+
+    def reply(self, event: str, **fields: Any) -> None:
+        # A closed pipe shows as the end of requests, which ends the server in order.
+        with suppress(BrokenPipeError):
+            os.write(self.replies, json.dumps({"event": event, **fields}).encode() + b"\n")
+
+
+class dies_with:  # noqa: N801  (used like a function)
+    """While the server imports it does not read its pipe, so the kernel must end it with its parent."""
+
+    def __init__(self, parent: int) -> None:
+        self.parent = parent
+
+    def __enter__(self) -> None:
+        die_with_parent()
+        if os.getppid() != self.parent:
+            os._exit(1)
+
+    def __exit__(self, *_: object) -> None:
+        # From here on the end of the pipe tells, and the server still has children to end then.
+        die_with_parent(0)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Has the kernel send a signal when the parent ends (Linux; `watch` does it elsewhere)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def watch() -> None:
+    """Ends this process and its group once the server that forked it is gone. Called by every child."""
+    server = int(os.environ.get(SERVER, 0))
+    if not server:
+        return
+
+    def loop() -> None:
+        while os.getppid() == server:
+            time.sleep(POLL_S)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=loop, name="watch-server", daemon=True).start()
+
+
+def redirect(log: str) -> None:
+    """Sends output to the end of a log, and takes input from nowhere."""
+    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.close(out)
+    os.close(nothing)
+
+
+def children_of(pid: int) -> list[int]:
+    with suppress(psutil.NoSuchProcess):
+        return [child.pid for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return []
+
+
+def kill_tree(pid: int) -> None:
+    """Ends a process, its group, and all that descends from it, whatever session it went to."""
+    tree: list[int] = [pid]
+    with suppress(psutil.NoSuchProcess):
+        tree += [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    with suppress(ProcessLookupError, PermissionError):
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+    for each in tree:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(each, signal.SIGKILL)
+
+
+def kill_forsaken(server: int) -> None:
+    """Ends what a dead server's steps left behind; they carry its number in their environment."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(SERVER) == str(server):
+                kill_tree(process.pid)
+
+
+def cuda_in_use() -> bool:
+    """Whether this process holds a CUDA context, which children could not use."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    return bool(cuda is not None and cuda.is_initialized())
+
+
+def threads() -> int:
+    """Threads of this process as the kernel counts them."""
+    return psutil.Process().num_threads()
+
+
+def main(argv: Sequence[str]) -> int:
+    requests, replies, parent = (int(value) for value in argv)
+    for end in (requests, replies):
+        os.set_inheritable(end, False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    Server(requests, replies, parent).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    # Under its own name, so that children do not import it a second time.
+    sys.exit(importlib.import_module(__spec__.name).main(sys.argv[1:]))
