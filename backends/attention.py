@@ -59,8 +59,8 @@ class Attention(nn.Module):
         """T tokens a row. h [B, T, E]. The heads of a group are rows of one query matrix: no key is repeated."""
         batch, count = h.shape[:2]
         q, k, v = self.project(h, call.cos, call.sin)
-        cache.keys[call.rows, call.positions] = k
-        cache.values[call.rows, call.positions] = v
+        for store, new in ((cache.keys, k), (cache.values, v)):
+            store.view(-1, *new.shape[2:]).index_copy_(0, call.slots, new.flatten(0, 1))
         q = q.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4).reshape(batch, self.groups, -1, self.width)
         k, v = (t[:, : call.live].transpose(1, 2) for t in (cache.keys, cache.values))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask)

@@ -46,6 +46,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = HeadNorm(self.inner)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
+        self._fused: Tensor | None = None
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -102,7 +103,8 @@ class Mamba2(nn.Module):
         return heads.split((self.groups, self.groups, self.heads), dim=2)
 
     def _decay(self, kind: torch.dtype) -> Tensor:
-        return -torch.exp(self.A_log.to(kind))
+        """A [H], negative."""
+        return -torch.exp(self.A_log.to(kind)) if self._fused is None else self._fused
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype."""
@@ -135,7 +137,7 @@ class Mamba2(nn.Module):
         if not fill.fresh:
             window = cache.inputs[rows.unsqueeze(1), fill.window]
             ring = (cache.x[rows], cache.dt[rows], cache.b[rows])
-            state = replay(cache.state[rows], ring, decay, fill.settled, fill.start, fill.longest)
+            state = replay(cache.state[rows], ring, decay, fill.ring)
         convolved, window = self._conv(u, window, fill.lengths)
         x, b, c = self._heads(convolved)
         y, state = scan(x, dt, decay, b, c, self.D, state, fill.lengths, self.chunk)
@@ -146,15 +148,14 @@ class Mamba2(nn.Module):
     def step(self, h: Tensor, cache: MambaState, call: Advance) -> Tensor:
         """T tokens a row. h [B, T, E]."""
         z, u, raw = self._split(h)
-        convolved, _ = self._conv(u, cache.inputs[call.rows, call.window])
-        cache.inputs[call.rows, call.slots] = u
+        inputs = cache.inputs.view(-1, self.channels)
+        convolved, _ = self._conv(u, inputs.index_select(0, call.window).view(u.shape[0], -1, self.channels))
+        inputs.index_copy_(0, call.ring.new, u.flatten(0, 1))
         x, b, c = self._heads(convolved)
         dt = self._dt(raw)
-        y = multistep(
-            x, dt, self._decay(dt.dtype), b, c, self.D, cache.state, cache.ring,
-            call.settled, call.start, call.settle, call.longest,
-        )  # fmt: skip
+        y = multistep(x, dt, self._decay(dt.dtype), b, c, self.D, cache.state, cache.ring, call.ring, call.settle)
         return self._out(y, z)
 
     def fuse(self) -> None:
         """Gets ready for inference: the decay is computed once."""
+        self._fused = self._decay(compute_dtype(self.A_log)).detach()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.multistep import Indices
 from ..kernels.scan.reference import compute_dtype
 from .config import HybridConfig
 
@@ -57,6 +58,8 @@ class State:
     """Positions a row can hold."""
     ring: int
     """Slots of every ring."""
+    exact: torch.dtype
+    """Of recurrent states."""
 
     def tensors(self) -> list[Tensor]:
         return [self.settled, self.end, *(t for layer in self.layers for t in layer.tensors())]
@@ -66,19 +69,12 @@ class State:
 class Advance:
     """Indices of one `advance` of T tokens a row, made once and read by every layer."""
 
-    rows: Tensor
-    """int64 [B, 1]."""
-    positions: Tensor
-    """int64 [B, T]."""
     slots: Tensor
-    """int64 [B, T], of the rings."""
+    """int64 [B * T], of the caches, flat over B x S."""
     window: Tensor
-    """int64 [B, W - 1], ring slots of the convolution's inputs just before `start`."""
-    start: Tensor
-    settled: Tensor
+    """int64 [B * (W - 1)], flat ring slots of the convolution's inputs just before `start`."""
+    ring: Indices
     settle: bool
-    longest: int
-    """No row replays more tokens than this."""
     live: int
     """No row's positions reach beyond this many cache slots."""
     mask: Tensor
@@ -97,8 +93,6 @@ class Fill:
     """int64 [n], at least 1."""
     start: Tensor
     """int64 [n]."""
-    settled: Tensor
-    """int64 [n], before this call."""
     fresh: bool
     """Every row begins anew: nothing of the state is read."""
     flat: tuple[Tensor, Tensor]
@@ -109,7 +103,8 @@ class Fill:
     """int64 [n, W - 1], ring slots of the convolution's inputs just before `start`."""
     tail: Tensor
     """int64 [n, W - 1], the same just before the new end."""
-    longest: int
+    ring: Indices
+    """What is replayed first, of rings cut down to the n rows."""
     live: int
     mask: Tensor | None
     """bool [n, 1, L, live], None if fresh."""
@@ -147,4 +142,4 @@ def open_state(
                 )
             )
     cursor = zeros(kind=torch.int32)
-    return State(layers, cursor, cursor.clone(), steps, context + steps, ring)
+    return State(layers, cursor, cursor.clone(), steps, context + steps, ring, exact)

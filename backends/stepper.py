@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
+from ..kernels.multistep import indices
 from ..kernels.scan.reference import compute_dtype
 from .model import HybridForCausalLM
 from .state import Advance, Fill, State, open_state
@@ -155,13 +156,12 @@ class HybridStepper:
             rows=rows,
             lengths=lengths,
             start=first,
-            settled=settled,
             fresh=start is None,
             flat=(flat[0], flat[1]),
             positions=positions,
             window=(first.unsqueeze(1) + before) % state.ring,
             tail=((first + lengths).unsqueeze(1) + before) % state.ring,
-            longest=0 if start is None else int((first - settled).max()),
+            ring=indices(settled, first, 0, state.ring, None if start is not None else 0, state.exact),
             live=live,
             mask=mask,
             cos=cos,
@@ -174,19 +174,16 @@ class HybridStepper:
         if self.debug or device.type == "cpu":
             live, longest = self._check(count, start, state, settle)
         positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
+        rows = torch.arange(ids.shape[0], device=device).unsqueeze(1)
         before = torch.arange(1 - self.config.d_conv, 0, device=device)
         cos, sin = self.model.model.rope(positions, self.model.lm_head.weight)
         repeat = self.config.num_attention_heads // self.config.num_key_value_heads
         mask = torch.arange(live, device=device) <= positions.unsqueeze(-1)
         return Advance(
-            rows=torch.arange(ids.shape[0], device=device).unsqueeze(1),
-            positions=positions,
-            slots=positions % state.ring,
-            window=(positions[:, :1] + before) % state.ring,
-            start=start,
-            settled=state.settled,
+            slots=(rows * state.capacity + positions).flatten(),
+            window=(rows * state.ring + (positions[:, :1] + before) % state.ring).flatten(),
+            ring=indices(state.settled, start, count, state.ring, longest, state.exact),
             settle=settle,
-            longest=longest,
             live=live,
             mask=mask.repeat(1, repeat, 1).unsqueeze(1),
             cos=cos,

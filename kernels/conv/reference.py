@@ -44,7 +44,7 @@ def conv(
     """
     taps, length = weight.shape[1], u.shape[1]
     padded = _with_window(u, weight, window)
-    y = bias + padded[:, :length] * weight[:, 0]
+    y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
     for tap in range(1, taps):
         y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
     return y, _window_at(padded, taps, lengths)

@@ -12,17 +12,44 @@ is enough for a caller that settles each round. The recurrence itself is that of
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def _rows(start: Tensor) -> Tensor:
-    return torch.arange(start.shape[0], device=start.device).unsqueeze(1)
+class Indices(NamedTuple):
+    """Where one call reads and writes its rings: the same for every layer, so made once. Flat, over B x S slots."""
+
+    old: Tensor
+    """int64 [B * R]: the slots to replay, R of each row."""
+    live: Tensor | None
+    """[B, R, 1], 1 where a replayed slot is before `start`, else 0; in the dtype of the state. None without replay."""
+    new: Tensor
+    """int64 [B * T]: the slots of the new tokens."""
+    longest: int
+    """R."""
 
 
-def _slots(start: Tensor, count: int, size: int) -> Tensor:
-    """Ring slots int64 [B, count] of the positions from `start` [B] on."""
-    return (start.long().unsqueeze(1) + torch.arange(count, device=start.device)) % size
+def indices(
+    settled: Tensor, start: Tensor, count: int, size: int, longest: int | None = None, dtype: torch.dtype | None = None
+) -> Indices:
+    """Indices for `count` tokens at `start`, rings of `size` slots.
+
+    settled, start int [B]; `longest` bounds start - settled from above (without it the host reads it from the
+    device); `dtype` is that of the states (fp32 if not given).
+    """
+    if longest is None:
+        longest = int((start - settled).max())
+    device = start.device
+    offset = (torch.arange(start.shape[0], device=device) * size).unsqueeze(1)
+    tokens = torch.arange(max(count, longest), device=device)
+    new = (offset + (start.unsqueeze(1) + tokens[:count]) % size).flatten()
+    old = (offset + (settled.unsqueeze(1) + tokens[:longest]) % size).flatten()
+    live = None
+    if longest:
+        live = (tokens[:longest] < (start - settled).unsqueeze(1)).unsqueeze(-1).to(dtype or torch.float32)
+    return Indices(old, live, new, longest)
 
 
 def multistep_loop(
@@ -38,7 +65,8 @@ def multistep_loop(
     start: Tensor,
     settle: bool,
 ) -> Tensor:
-    """Row by row and token by token: the truth. Shapes and effects as in `multistep`."""
+    """Row by row and token by token, positions in the open: the truth. Shapes and effects as in `multistep`;
+    settled and start are int [B]."""
     ring_x, ring_dt, ring_b = ring
     heads, repeat, size = C.shape[2], C.shape[2] // x.shape[2], ring_x.shape[1]
     kind = state.dtype
@@ -66,27 +94,22 @@ def multistep_loop(
     return y
 
 
-def replay(
-    state: Tensor, ring: tuple[Tensor, Tensor, Tensor], A: Tensor, settled: Tensor, start: Tensor, longest: int
-) -> Tensor:
+def replay(state: Tensor, ring: tuple[Tensor, Tensor, Tensor], A: Tensor, at: Indices) -> Tensor:
     """The state at `start` from the checkpoint at `settled`: decays folded into the inputs, a sum of outer products.
 
-    state [B, H, P, N]; ring: x [B, S, G, P], dt [B, S, H], B [B, S, G, N]; A [H]; settled, start int [B];
-    `longest` bounds start - settled from above. Returns a new tensor unless `longest` is 0.
+    state [B, H, P, N]; ring: x [B, S, G, P], dt [B, S, H], B [B, S, G, N]; A [H]. Returns a new tensor, or `state`
+    itself where nothing is to be replayed.
     """
-    if longest == 0:
+    if at.live is None:
         return state
-    ring_x, ring_dt, ring_b = ring
-    kind, (batch, heads, width, size), groups = state.dtype, state.shape, ring_x.shape[2]
-    rows, slots = _rows(start), _slots(settled, longest, ring_x.shape[1])
-    live = torch.arange(longest, device=start.device) < (start - settled).unsqueeze(1)
-    x, b = ring_x[rows, slots].to(kind), ring_b[rows, slots].to(kind)
-    dt = (ring_dt[rows, slots].to(kind) * live.unsqueeze(-1)).transpose(1, 2)  # [B, H, R]
+    kind, (batch, heads, width, size), groups = state.dtype, state.shape, ring[0].shape[2]
+    x, dt, b = (t.flatten(0, 1).index_select(0, at.old).to(kind).unflatten(0, (batch, at.longest)) for t in ring)
+    dt = (dt * at.live).transpose(1, 2)  # [B, H, R]
     decays = torch.cumsum(dt * A.to(kind).unsqueeze(-1), dim=-1)
     last = decays[..., -1:]
-    weights = (torch.exp(last - decays) * dt).view(batch, groups, -1, 1, longest)
+    weights = (torch.exp(last - decays) * dt).view(batch, groups, -1, 1, at.longest)
     added = (x.permute(0, 2, 3, 1).unsqueeze(2) * weights) @ b.transpose(1, 2).unsqueeze(2)  # [B, G, R, P, N]
-    return torch.exp(last).unsqueeze(-1) * state + added.view(batch, heads, width, size)
+    return torch.addcmul(added.view(batch, heads, width, size), torch.exp(last).unsqueeze(-1), state)
 
 
 def multistep(
@@ -98,50 +121,40 @@ def multistep(
     D: Tensor,
     state: Tensor,
     ring: tuple[Tensor, Tensor, Tensor],
-    settled: Tensor,
-    start: Tensor,
+    at: Indices,
     settle: bool,
-    longest: int | None = None,
 ) -> Tensor:
-    """T tokens at positions start[b] … start[b] + T - 1.
+    """T tokens at positions start[b] … start[b] + T - 1, which `at` holds as ring slots.
 
     x [B, T, G, P] and B [B, T, G, N] after the convolution, dt [B, T, H] after softplus, A [H] (negative), C [B, T,
     H, N], D [H]; state [B, H, P, N] fp32 or fp64: the checkpoint at `settled`, replaced by the one at `start` if
-    `settle`; ring: x [B, S, G, P], dt [B, S, H], B [B, S, G, N], read from `settled` to `start` and written from
-    `start` on, in whatever dtype they have: new values are rounded to it before use, so that a replay makes the very
-    state that this call saw. settled, start int [B]. `longest` bounds start - settled from above; without it the
-    host reads it from the device. Returns y [B, T, H, P] in the state's dtype.
+    `settle`; ring: x [B, S, G, P], dt [B, S, H], B [B, S, G, N], contiguous, read from `settled` to `start` and
+    written from `start` on, in whatever dtype they have: new values are rounded to it before use, so that a replay
+    makes the very state that this call saw. Returns y [B, T, H, P] in the state's dtype.
     """
     batch, count, groups, width = x.shape
     heads, size = C.shape[2:]
     repeat, kind = heads // groups, state.dtype
-    if longest is None:
-        longest = int((start - settled).max())
-    now = replay(state, ring, A, settled, start, longest)
-    if settle and longest:
+    now = replay(state, ring, A, at)
+    if settle and now is not state:
         state.copy_(now)
 
-    rows, slots = _rows(start), _slots(start, count, ring[0].shape[1])
     rounded = []
     for store, new in zip(ring, (x, dt, B), strict=True):
         new = new.to(store.dtype)
-        store[rows, slots] = new
+        store.view(-1, *store.shape[2:]).index_copy_(0, at.new, new.flatten(0, 1))
         rounded.append(new.to(kind))
     x, dt, B = rounded
 
     dt = dt.transpose(1, 2)  # [B, H, T]
     decays = torch.cumsum(dt * A.to(kind).unsqueeze(-1), dim=-1)
     read = C.to(kind).transpose(1, 2)  # [B, H, T, N]
-    y = torch.exp(decays).unsqueeze(-1) * (read @ now.transpose(-1, -2))
-    mixing = (read.reshape(batch, groups, repeat * count, size) @ B.permute(0, 2, 3, 1)).view(
-        batch, heads, count, count
-    )
+    carried = torch.exp(decays).unsqueeze(-1) * (read @ now.transpose(-1, -2))
+    mixing = (read.reshape(batch, groups, repeat * count, size) @ B.permute(0, 2, 3, 1)).view(batch, heads, count, -1)
     if count > 1:
-        later = torch.ones(count, count, dtype=torch.bool, device=x.device).triu(1)
-        between = (decays.unsqueeze(-1) - decays.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
-        mixing = mixing * between
-    mixing = mixing * dt.unsqueeze(-2)
-    inputs = x.transpose(1, 2)  # [B, G, T, P]
-    y = y + (mixing.view(batch, groups, repeat * count, count) @ inputs).view(batch, heads, count, width)
-    y = y.transpose(1, 2)
-    return y + (D.to(kind).view(groups, repeat, 1) * x.unsqueeze(3)).view(batch, count, heads, width)
+        between = decays.unsqueeze(-1) - decays.unsqueeze(-2)
+        mixing = mixing * between.tril().exp().tril()
+    mixing = (mixing * dt.unsqueeze(-2)).view(batch, groups, repeat * count, count)
+    y = carried + (mixing @ x.transpose(1, 2)).view(batch, heads, count, width)
+    skip = D.to(kind).view(groups, repeat, 1) * x.unsqueeze(3)
+    return y.transpose(1, 2) + skip.view(batch, count, heads, width)

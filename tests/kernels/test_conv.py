@@ -1,0 +1,47 @@
+"""The convolution is its formula, and its window carries on where a row ends."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mambabench.kernels.conv import conv, conv_loop
+
+
+@given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_shifted_products_are_the_formula(
+    seed: int, batch: int, length: int, channels: int, taps: int, carried: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(batch, length, channels, generator=generator, dtype=torch.float64)
+    weight = torch.randn(channels, taps, generator=generator, dtype=torch.float64)
+    bias = torch.randn(channels, generator=generator, dtype=torch.float64)
+    window = lengths = None
+    if carried:
+        window = torch.randn(batch, taps - 1, channels, generator=generator, dtype=torch.float64)
+        lengths = torch.randint(0, length + 1, (batch,), generator=generator)
+    want, want_window = conv_loop(u, weight, bias, window, lengths)
+    got, got_window = conv(u, weight, bias, window, lengths)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert got_window.shape == (batch, taps - 1, channels)
+    assert torch.equal(got_window, want_window)
+
+
+@given(st.integers(0, 1000), st.integers(1, 9), st.integers(0, 9), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_window_continues_each_row_at_its_own_length(seed: int, length: int, more: int, taps: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(2, length + more, 3, generator=generator, dtype=torch.float64)
+    weight, bias = torch.randn(3, taps, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    lengths = torch.tensor([length, max(1, length - 1)])
+    whole, _ = conv(u, weight, bias)
+    _, window = conv(u[:, :length], weight, bias, lengths=lengths)
+    for row, at in enumerate(lengths.tolist()):
+        if at < u.shape[1]:
+            rest, _ = conv(u[row : row + 1, at:], weight, bias, window[row : row + 1])
+            torch.testing.assert_close(rest, whole[row : row + 1, at:], rtol=1e-12, atol=1e-12)
+
+
+def test_agrees_with_torch() -> None:
+    u, weight, bias = torch.randn(2, 17, 6), torch.randn(6, 4), torch.randn(6)
+    want = torch.nn.functional.conv1d(u.transpose(1, 2), weight.unsqueeze(1), bias, padding=3, groups=6)
+    torch.testing.assert_close(conv(u, weight, bias)[0], want[..., :17].transpose(1, 2), rtol=1e-5, atol=1e-5)
