@@ -11,7 +11,7 @@ silence.
 * Latency is paired by block, as a log ratio. Blocks of one process share its luck, so the spread between processes is
   added: as the gate declares it, else as the stores show it where they measured the reference decoder in several
   processes, else 2 %.
-* Counts compare exactly where artifact and decoder are the same.
+* Counts, and checks of a decoder against its reference, compare exactly where artifact and decoder are the same.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class _Run:
 
     def _quality(self, label: str, base: Side, head: Side) -> Iterator[Comparison]:
         for (task, metric), before, after in _tasks(base.frame("samples"), head.frame("samples")):
-            name = f"{task}/{metric}"
-            rule = self.gates.rule(label, name, "quality")
+            name, exact = f"{task}/{metric}", base.is_exact()
+            rule = self.gates.rule(label, name, "counts" if exact else "quality")
             if rule.ignore:
                 continue
             joined = _join_items(before, after)
@@ -144,7 +144,9 @@ class _Run:
             of = [(side["value"].to_numpy(float), side["weight"].to_numpy(float)) for side in (left, right)]
             difference = st.paired_difference(of[0], of[1], left["cluster"].to_numpy())
             values = [value.sum() / weight.sum() for value, weight in of]
-            reason = f"{difference.n} items" if difference.df > 0 else "a single cluster has no error"
+            if exact:
+                difference = replace(difference, se=0.0)
+            reason = f"{difference.n} items" if difference.df > 0 or exact else "a single cluster has no error"
             yield _verdict(label, name, values, difference, rule, str(left["better"].iloc[0]), reason)
 
     def _by_seed(self, label: str, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Comparison]:
@@ -216,8 +218,8 @@ class _Run:
             subjects = [frame[frame["arm"] == "subject"] for frame in frames]
             totals = [float(len(of) if metric == "rounds" else of["tokens"].sum()) for of in subjects]
             relative = totals[1] / totals[0] - 1 if totals[0] else math.nan
-            exact = st.Estimate(value=relative, se=0.0)
-            yield _verdict(label, metric, totals, exact, rule, better, "exact", unit="", relative=True)
+            change = st.Estimate(value=relative, se=0.0)
+            yield _verdict(label, metric, totals, change, rule, better, "exact", unit="", relative=True)
 
 
 _WORDS = {"prompt_tokens": "prompt", "new_tokens": "new", "batch": "batch"}

@@ -48,6 +48,12 @@ class Side:
             & (frame["suite"] == self.cell["suite"])
         ]
 
+    def is_exact(self) -> bool:
+        """Whether the suite holds a decoder against its reference: what it counts has no error of sampling."""
+        suites = self.results.suites
+        of = suites[(suites["store"] == self.cell["store"]) & (suites["suite"] == self.cell["suite"])]
+        return any("pair" in traits for traits in of["traits"])
+
     def decoding(self) -> tuple[Any, Any]:
         """The decoder and the reference, as configured."""
         step = self.step

@@ -1,0 +1,99 @@
+"""The tables of what a run took: cost per stage of training, and every step with its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from ..harness.results import Results
+from .options import NoOptions
+from .rows import by_plan, drop_empty, table_of
+
+UNITS = {"byte": ("MB", 1e-6), "bytes": ("MB", 1e-6), "share": ("%", 100.0)}
+FIRST = ("parameters", "weights MB", "trainable share %", "tokens", "train wall s", "peak memory MB")
+"""Facts that come first; those that a distiller adds follow them."""
+
+
+class Cost:
+    """One row per model and stage of its training; a stage that several models share stands in each."""
+
+    title = "Cost"
+    note = "What each stage of training told of itself; numbers are means over seeds. Loss: the last one recorded."
+
+    def __init__(self, config: NoOptions) -> None:
+        self.config = config
+
+    def frame(self, results: Results) -> pd.DataFrame | None:
+        cells = results.cells[results.cells["kind"] == "train"]
+        if cells.empty:
+            return None
+        facts = results.facts[results.facts["kind"] == "train"]
+        losses = results.losses
+        rows, told = [], dict.fromkeys(FIRST)
+        for model, _, group in by_plan(results, cells.assign(decoder="")):
+            for stage, of in group.groupby("stage", sort=False):
+                finished = of[of["state"] == "ok"].drop_duplicates("key")
+                mine = facts[(facts["model"] == model) & (facts["stage"] == stage)]
+                row: dict[str, Any] = {"model": model, "stage": stage, "seeds": len(finished)}
+                for (name, unit), values in mine.groupby(["name", "unit"], sort=False):
+                    heading, value = _fact(name, unit, values["value"])
+                    row[heading] = value
+                    told[heading] = None
+                ends = losses[(losses["model"] == model) & (losses["stage"] == stage)].sort_values(
+                    "step", kind="stable"
+                )
+                row["loss"] = float(ends.groupby("key")["loss"].last().mean()) if len(ends) else None
+                row["step wall s"] = float(finished["wall_s"].mean()) if len(finished) else None
+                if not len(finished):
+                    row["state"] = ", ".join(dict.fromkeys(of["state"]))
+                rows.append(row)
+        frame = table_of(rows, ["model", "stage", "state", "seeds", *told, "loss", "step wall s"])
+        if frame["seeds"].max() <= 1:
+            frame = frame.drop(columns="seeds")
+        return drop_empty(frame, [*told, "state", "loss"])
+
+
+def _fact(name: str, unit: str, values: pd.Series[Any]) -> tuple[str, Any]:
+    """Heading and value of a fact; numbers in readable units, averaged over seeds; other values as they are."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    if numbers.isna().any():
+        return name, ", ".join(dict.fromkeys(str(value) for value in values))
+    shown, factor = UNITS.get(unit, (unit, 1.0))
+    mean = float(numbers.mean()) * factor
+    named = shown if shown and shown not in ("tokens", "parameters") else ""
+    value = int(mean) if mean == int(mean) and factor == 1.0 else mean
+    return f"{name} {named}".strip(), value
+
+
+class Steps:
+    """Every label of the plan with its state, in plan order."""
+
+    title = "Steps"
+    note = "Overhead: from the step's start to its first record and from its last record to its end."
+
+    def __init__(self, config: NoOptions) -> None:
+        self.config = config
+
+    def frame(self, results: Results) -> pd.DataFrame | None:
+        cells = results.cells
+        if cells.empty:
+            return None
+        frame = pd.DataFrame(
+            {
+                "store": cells["store"],
+                "label": cells["label"],
+                "state": cells["state"],
+                "reason": [str(reason or "").strip().splitlines()[-1:] for reason in cells["reason"]],
+                "wall s": cells["wall_s"],
+                "overhead s": cells["overhead_s"],
+                "attempt": cells["attempt"],
+                "device": cells["device"],
+            }
+        )
+        frame["reason"] = ["".join(lines) for lines in frame["reason"]]
+        if frame["store"].nunique() == 1:
+            frame = frame.drop(columns="store")
+        if (frame["attempt"].fillna(1) == 1).all():
+            frame = frame.drop(columns="attempt")
+        return drop_empty(frame, ["reason", "overhead s", "device"])

@@ -1,0 +1,159 @@
+"""The plots of a report, as SVG that keeps its text as text and takes the page's colours.
+
+Text and axes are drawn in a marker colour that becomes `currentColor`, so one picture suits light and dark pages; data
+are drawn in middle tones that stand out on both. matplotlib is imported when a plot is drawn, without pyplot.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..harness.results import Results
+from .build import Plot
+from .cells import is_numeric, number
+from .quality import AVERAGE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+INK = "#010203"
+"""Drawn as this, shown in the page's colour."""
+COLOURS = ("#4c8dd6", "#e0803a", "#3fa37a", "#c85fa8", "#8f7ae0", "#b8982f", "#d75a5a", "#5aa9b8")
+MARKS = ("o", "s", "D", "^", "v", "P", "X")
+
+
+def plots_of(frames: Mapping[str, DataFrame], results: Results) -> tuple[Plot, ...]:
+    """The plots for which there is data."""
+    plots = (_quality_and_speed(frames, results), _accepted_lengths(results))
+    return tuple(plot for plot in plots if plot is not None)
+
+
+def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plot | None:
+    if "quality" not in frames or "speed" not in frames:
+        return None
+    quality, speed = frames["quality"], frames["speed"].copy()
+    measure = _measure(quality)
+    if measure is None or "tokens/s" not in speed:
+        return None
+    # One request stands for all: the smallest batch, and the first of what else may differ.
+    for column in ("batch", "prompt", "new", "temperature", "content"):
+        if column in speed and speed[column].notna().any():
+            values = speed[column].dropna()
+            speed = speed[speed[column] == (values.min() if column == "batch" else values.iloc[0])]
+    rows = quality[quality["decoder"] == ""] if "decoder" in quality else quality
+    values = {row["model"]: row[measure] for row in rows.to_dict("records") if is_numeric(row.get(measure))}
+    points = [
+        (row["model"], row["decoder"], row["tokens/s"], values[row["model"]])
+        for row in speed.to_dict("records")
+        if row["model"] in values and not math.isnan(number(row["tokens/s"]))
+    ]
+    if not points:
+        return None
+    figure, axes = _canvas(6.4, 4.2)
+    models = list(dict.fromkeys(point[0] for point in points))
+    decoders = list(dict.fromkeys(point[1] for point in points))
+    for model, decoder, speed_, value in points:
+        colour, mark = COLOURS[models.index(model) % len(COLOURS)], MARKS[decoders.index(decoder) % len(MARKS)]
+        error = getattr(value, "se", math.nan)
+        axes.errorbar(
+            speed_, number(value), yerr=error if math.isfinite(error) else None,
+            fmt=mark, color=colour, markersize=7, capsize=2, elinewidth=1,
+        )  # fmt: skip
+    _label(axes, points, [COLOURS[models.index(point[0]) % len(COLOURS)] for point in points])
+    axes.set_xlabel("decoding speed, tokens/s")
+    axes.set_ylabel(measure)
+    axes.margins(x=0.16, y=0.18)
+    better = "lower" if measure.endswith("perplexity") else "higher"
+    batch = "" if "batch" not in speed else f" at batch {int(speed['batch'].iloc[0])}"
+    note = f"One point per model and decoder{batch}; {better} and further right is better; bars are standard errors."
+    return Plot("quality-speed", "Quality against decoding speed", note, _svg(figure))
+
+
+def _measure(quality: DataFrame) -> str | None:
+    """The column that stands for quality: the average, else the first accuracy, else the first perplexity."""
+    if AVERAGE in quality:
+        return AVERAGE
+    named = [str(name) for name in quality.columns if any(is_numeric(cell) for cell in quality[name])]
+    for ending in (" %", "perplexity"):
+        for name in named:
+            if name.endswith(ending) and not name.startswith("recovery"):
+                return name
+    return None
+
+
+def _label(axes: Axes, points: Sequence[tuple[str, str, float, Any]], colours: Sequence[str]) -> None:
+    """Names the points; those that lie close are named on alternate sides."""
+    xs, ys = [point[2] for point in points], [number(point[3]) for point in points]
+    wide, high = (max(xs) - min(xs)) or 1, (max(ys) - min(ys)) or 1
+    for place, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        close = [
+            other for other in range(place) if abs(xs[other] - x) < 0.25 * wide and abs(ys[other] - y) < 0.07 * high
+        ]
+        below = len(close) % 2 == 1
+        axes.annotate(
+            f"{points[place][0]}, {points[place][1]}", (x, y), textcoords="offset points",
+            xytext=(0, -10 if below else 8), ha="center", va="top" if below else "bottom",
+            color=colours[place], fontsize=9,
+        )  # fmt: skip
+
+
+def _accepted_lengths(results: Results) -> Plot | None:
+    rounds = results.rounds[results.rounds["arm"] == "subject"]
+    if rounds.empty:
+        return None
+    timed = rounds[rounds["suite"].isin(results.timings["suite"].unique())]
+    rounds = timed if len(timed) else rounds
+    groups = [(of, group["accepted"] + 1) for of, group in rounds.groupby(["model", "decoder"], sort=False)]
+    order = {name: place for place, name in enumerate(results.models["model"])}
+    groups.sort(key=lambda group: order.get(group[0][0], len(order)))
+    figure, axes = _canvas(6.4, 3.4)
+    longest = int(max(lengths.max() for _, lengths in groups))
+    width = 0.8 / len(groups)
+    for place, ((model, decoder), lengths) in enumerate(groups):
+        shares = [100 * float((lengths == length).mean()) for length in range(1, longest + 1)]
+        shift = (place - (len(groups) - 1) / 2) * width
+        axes.bar(
+            [length + shift for length in range(1, longest + 1)], shares, width * 0.92,
+            color=COLOURS[place % len(COLOURS)], label=f"{model}, {decoder} (mean {lengths.mean():.2f})",
+        )  # fmt: skip
+    axes.set_xticks(range(1, longest + 1))
+    axes.set_xlabel("accepted length, tokens per round")
+    axes.set_ylabel("share of rounds, %")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    note = "Tokens that a round of verification yields, the correction or bonus token included."
+    return Plot("accepted-lengths", "Accepted lengths", note, _svg(figure))
+
+
+def _canvas(width: float, height: float) -> tuple[Any, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.grid(True, color="#8888", linewidth=0.5, alpha=0.35)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an SVG element, the same bytes every time."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mambabench", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    return re.sub(r"(?<=font: )([\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)

@@ -1,0 +1,39 @@
+"""The built-in tables and renderers, and the command `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..harness.hooks import hookimpl
+from ..harness.interfaces import Component
+from .options import NoOptions
+
+TABLES = (
+    ("quality", "quality:Quality", "Each metric of each model beside its teacher's, with errors and recovery"),
+    ("speed", "speed:Speed", "Latency, throughput, speed-up and memory per decoder"),
+    ("acceptance", "speed:Acceptance", "Accepted lengths of speculative decoding, by position"),
+    ("losslessness", "speed:Losslessness", "Texts and tokens that are those of plain decoding"),
+    ("cost", "cost:Cost", "What each stage of training took"),
+    ("steps", "cost:Steps", "Every label with its state"),
+)
+RENDERERS = (
+    ("md", "markdown:Markdown", "One Markdown file with pictures beside it"),
+    ("html", "html:Html", "One page without scripts, light and dark"),
+    ("csv", "csv:Csv", "One file per table, in full precision"),
+)
+
+
+@hookimpl
+def mambabench_components() -> Iterable[Component]:
+    for kind, components in (("table", TABLES), ("renderer", RENDERERS)):
+        for name, target, summary in components:
+            yield Component(
+                kind=kind, name=name, target=f"mambabench.reports.{target}", config=NoOptions, summary=summary
+            )
+    yield Component(
+        kind="command",
+        name="report",
+        target="mambabench.reports.cli:report",
+        config=NoOptions,
+        summary="Print the tables of stores and write them as md, csv and html",
+    )
