@@ -36,7 +36,7 @@ def main(arguments):
         from mambabench.harness.forkserver import watch
         watch()
         started = [subprocess.Popen(SLEEP), subprocess.Popen(SLEEP, start_new_session=True)]
-        again = f"import subprocess; print(subprocess.Popen({SLEEP!r}, start_new_session=True, stdout=-3, stderr=-3).pid)"
+        again = f"from subprocess import *; print(Popen({SLEEP!r}, start_new_session=True, stdout=-3, stderr=-3).pid)"
         orphan = int(subprocess.run([sys.executable, "-c", again], capture_output=True, check=True).stdout)
         text = " ".join(map(str, [os.getpid(), *(each.pid for each in started), orphan]))
         open(out + ".new", "w").write(text)

@@ -1,0 +1,296 @@
+"""One step in one process: builds the component that step.json names, gives it its inputs, and leaves an outcome.
+
+Run as `python -P -m mambabench.harness.child STORE KEY [--plugin FILE]…`, by a launcher or by hand. Whatever happens
+inside becomes a state with a reason; only what ends the process itself is left for the runner to see.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Structurer, restore
+from .environment import versions
+from .events import Recorder
+from .forkserver import ATTEMPT, LEASED, THREADS, watch
+from .interfaces import Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
+from .locks import Lock
+from .plugins import Registry, make, registry
+from .store import Store, read_json, write_json
+
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+VERSIONS = ("torch", "triton", "transformers", "numpy", "mamba-ssm", "causal-conv1d")
+ARTIFACT_KINDS = ("data", "select", "convert", "train")
+LOCK_S = 15.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a step. Returns 0 once an outcome is on disk, whatever its state."""
+    watch()
+    path, key, *rest = argv
+    plugins = [Path(value) for flag, value in zip(rest[::2], rest[1::2], strict=True) if flag == "--plugin"]
+    store = Store.open(path)
+    alive = _only_child(store, key)
+    clock = Clock()
+    store.begin(key)
+    recorder = Recorder(store.partial(key), key, attempt=clock.attempt)
+    device = "cpu"
+    try:
+        step = read_json(store.partial(key) / "step.json")
+        device = _device(step)
+        _settle(step["seed"])
+        work = Work(store, key, step, registry(plugins), device, recorder)
+        work.run()
+        facts = recorder.finish()
+        if step["kind"] in ARTIFACT_KINDS:
+            work.sign(facts)
+        store.finish(key, clock.record("ok", "", recorder, device, facts))
+    except (Exception, SystemExit) as error:
+        state, reason = classify(error)
+        if state != "unsupported":
+            traceback.print_exc()
+        print(f"{state}: {reason}", file=sys.stderr, flush=True)
+        store.fail(key, clock.record(state, reason, recorder, device, []))
+    finally:
+        alive.release()
+    return 0
+
+
+def classify(error: BaseException) -> tuple[str, str]:
+    """The state and the one-line reason that an exception of a component means."""
+    import torch
+
+    text = " ".join(traceback.format_exception_only(error)[-1].split())
+    if isinstance(error, Unsupported):
+        return "unsupported", str(error)
+    if isinstance(error, MambabenchError):
+        return "error", str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "error", f"the disk is full; free some space and run again ({text[:300]})"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in CPU_OUT_OF_MEMORY):
+        return "out-of-memory", text[:300]
+    return "error", text[:500]
+
+
+class Clock:
+    """Times and resources of an attempt, counted from the lease."""
+
+    def __init__(self) -> None:
+        self.leased = float(os.environ.get(LEASED) or time.time())
+        self.attempt = int(os.environ.get(ATTEMPT) or 1)
+        self.rss = _peak_rss()
+
+    def record(
+        self, state: str, reason: str, recorder: Recorder, device: str, facts: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """An outcome.json."""
+        import torch
+
+        def since(moment: float | None) -> float | None:
+            return None if moment is None else round(moment - self.leased, 4)
+
+        detail = {
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+            "first_record_s": since(recorder.first),
+            "last_record_s": since(recorder.last),
+            "peak_rss_bytes": _peak_rss(),
+            "rss_at_start_bytes": self.rss,
+        }
+        environment: dict[str, str] = versions(VERSIONS)
+        if device.startswith("cuda") and torch.cuda.is_initialized():
+            detail["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
+            environment |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+        return {
+            "state": state,
+            "reason": reason,
+            "attempt": self.attempt,
+            "started": self.leased,
+            "wall_s": since(time.time()),
+            "detail": detail,
+            "facts": facts,
+            "environment": environment,
+        }
+
+
+class Work:
+    """A step with everything that it names brought to life."""
+
+    def __init__(
+        self, store: Store, key: str, step: Mapping[str, Any], plugins: Registry, device: str, recorder: Recorder
+    ) -> None:
+        self.store, self.key, self.step, self.device, self.recorder = store, key, step, device, recorder
+        self.registry, self.structurer = plugins, Structurer(plugins)
+        self.folder = store.partial(key)
+        self.out = self.folder / "artifact"
+        self.seed = int(step["seed"])
+
+    def run(self) -> None:
+        match self.step["kind"]:
+            case "data":
+                self._component("source").write(self._job())
+            case "select":
+                keep = self._component("selector").select(self._job())
+                write_json(self.out / "layers.json", {"keep": sorted(int(layer) for layer in keep)})
+            case "convert":
+                self._convert()
+            case "train":
+                self._component("distiller").train(self._job())
+            case "measure":
+                self._component("suite").run(self._bench())
+            case kind:
+                raise MambabenchError(f"step.json: unknown kind of step {kind!r}")
+        if self.step["kind"] in ARTIFACT_KINDS and not any(self.out.iterdir()):
+            raise MambabenchError(f"{self._name()} ended without writing anything to its output folder")
+
+    def sign(self, facts: list[dict[str, Any]]) -> None:
+        """Says in artifact.json what made this artifact."""
+        record = {
+            "schema": 1,
+            "key": self.key,
+            "kind": self.step["kind"],
+            "model": self.step.get("model", ""),
+            "labels": self.step["labels"],
+            "backend": self.step.get("backend"),
+            "component": self.step["component"],
+            "seed": self.seed,
+            "code": self.store.run().get("code", {}),
+            "facts": facts,
+        }
+        write_json(self.out / "artifact.json", record)
+
+    def _convert(self) -> None:
+        backend = self._build("backend", self.step["backend"])
+        if "path" in self.step:
+            parent = Path(self.step["path"])
+            if not parent.is_dir():
+                raise MambabenchError(f"{parent}: there is no such folder (nothing is fetched from a hub)")
+            keep = list(range(backend.describe(parent)["layers"]))
+        else:
+            parent = self.store.artifact(self.step["inputs"]["parent"])
+            keep = read_json(self.store.artifact(self.step["inputs"]["selection"]) / "layers.json")["keep"]
+        backend.convert(parent, keep, self.out, self.seed)
+
+    def _job(self) -> Job:
+        backend = self.step.get("backend")
+        return Job(
+            seed=self.seed,
+            device=self.device,
+            data=self._data(),
+            models=self._models(),
+            teacher=self._role("teacher"),
+            parent=self._role("parent"),
+            backend=self._build("backend", backend) if backend else None,
+            scratch=self.folder / "scratch",
+            out=self.out,
+            emit=self.recorder,
+        )
+
+    def _bench(self) -> Bench:
+        artifact = self._role("subject")
+        if artifact is None:
+            raise MambabenchError("step.json: a measuring step without a subject")
+        subject = self._subject(artifact, self.step.get("decoder"))
+        reference = self.step.get("reference")
+        return Bench(
+            subject=subject,
+            reference=self._subject(artifact, reference) if reference else None,
+            data=self._data(),
+            seed=self.seed,
+            scratch=self.folder / "scratch",
+            emit=self.recorder,
+        )
+
+    def _subject(self, artifact: Artifact, decoder: Mapping[str, Any] | None) -> Subject:
+        return Subject(
+            artifact=artifact,
+            decoder_name=decoder["plan_name"] if decoder else "",
+            decoder=self._build("decoder", decoder) if decoder else None,
+            device=self.device,
+            dtype=DTYPES[self.device.partition(":")[0]],
+        )
+
+    def _data(self) -> dict[str, Path]:
+        return {
+            name: self.store.artifact(found["step"]) if "step" in found else Path(found["file"])
+            for name, found in self.step.get("data", {}).items()
+        }
+
+    def _models(self) -> dict[str, Artifact]:
+        return {name: self._artifact(found["step"], name) for name, found in self.step.get("models", {}).items()}
+
+    def _role(self, role: str) -> Artifact | None:
+        key = self.step["inputs"].get(role)
+        if key is None:
+            return None
+        name = self.step.get("model", "") if role == "subject" else ""
+        return self._artifact(key, name)
+
+    def _artifact(self, key: str, name: str = "") -> Artifact:
+        """A model made by another step, with the backend that made it; `name` where this plan calls it otherwise."""
+        path = self.store.artifact(key)
+        made = read_json(path / "artifact.json")
+        backend: Backend = self._build("backend", made["backend"])
+        return Artifact(name or made["model"], path, backend)
+
+    def _component(self, kind: str) -> Any:
+        return self._build(kind, self.step["component"])
+
+    def _build(self, kind: str, record: Mapping[str, Any]) -> Any:
+        return make(*restore(self.structurer, kind, record))
+
+    def _name(self) -> str:
+        return f"{self.step['component']['kind']} {self.step['component']['name']!r}"
+
+
+def _only_child(store: Store, key: str) -> Lock:
+    """Waits for the last of an earlier child of this step, which may be ending."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        lock = Lock.take(store.child_lock(key))
+        if lock is not None:
+            return lock
+        if time.monotonic() > deadline:
+            raise MambabenchError(f"{store.partial(key)}: another process still works on this step")
+        time.sleep(0.05)
+
+
+def _device(step: Mapping[str, Any]) -> str:
+    if not step["needs"]["gpus"]:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MambabenchError("this step needs a GPU, and torch finds none that it can use")
+    return "cuda:0"
+
+
+def _settle(seed: int) -> None:
+    """Sets threads and every global generator of random numbers, which the fork would share otherwise."""
+    import numpy
+    import torch
+
+    if os.environ.get(THREADS):
+        torch.set_num_threads(int(os.environ[THREADS]))
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,397 @@
+"""Runs the steps of a plan: what is done is skipped, what fails stays a state with a reason and stops nothing else.
+
+Only `ok` is final. Unsupported, blocked and cancelled steps are decided anew at every run; a crash or a timeout is
+retried once; other failures wait for `retry`. Several runs may share a store: a step is claimed before it runs, and one
+that another run has claimed is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from .forkserver import ATTEMPT, LEASED
+from .interfaces import STATES, Handle, Host, Launcher, Needs, Outcome, StepView, Unsupported
+from .locks import Lock
+from .plugins import Registry
+from .progress import Progress, Tail, progress_for
+from .store import Store, outcome_of
+
+T = TypeVar("T")
+
+CHILD = f"{__package__}.child"
+PRELOADED = (CHILD, "numpy", "pyarrow.parquet", "torch")
+"""What every step imports."""
+
+AGAIN = ("crashed", "timeout")
+ATTEMPTS = 2
+ANEW = ("absent", "interrupted", "cancelled", "blocked", "unsupported")
+"""States in which a step runs without being asked for again."""
+
+POLL_S, POLL_ALONE_S = 0.03, 0.1
+REDRAW_S, REDRAW_ALONE_S = 0.25, 2.0
+
+
+class PlannedStep(Protocol):
+    """What the runner uses of a planner's step."""
+
+    key: str
+    kind: str
+    labels: tuple[str, ...]
+    needs: Needs
+    lacking: tuple[str, ...]
+
+    @property
+    def modules(self) -> Iterable[str]: ...
+
+    @property
+    def all_inputs(self) -> Iterable[str]: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+    def view(self) -> StepView: ...
+
+
+@dataclass(slots=True)
+class Summary:
+    """How a run ended."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    """By key; a step that was not reached before Ctrl-C has none."""
+    ran: list[str] = field(default_factory=list)
+    """Keys of attempts that this run started, in order."""
+    stopped: bool = False
+    """Whether Ctrl-C ended it."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps per state."""
+        found = Counter(outcome.state for outcome in self.outcomes.values())
+        return {state: found[state] for state in STATES if found[state]}
+
+    @property
+    def fine(self) -> bool:
+        """Whether every step is ok or unsupported."""
+        return not self.stopped and set(self.counts) <= {"ok", "unsupported"}
+
+    def text(self) -> str:
+        """One line: steps per state, and how many of them this run did."""
+        steps = len(self.outcomes)
+        states = ", ".join(f"{count} {state}" for state, count in self.counts.items()) or "nothing to do"
+        end = "; stopped by Ctrl-C" if self.stopped else ""
+        return f"{steps} step{'s' * (steps != 1)}: {states}; {len(set(self.ran))} ran now{end}"
+
+
+@dataclass(slots=True)
+class Running:
+    step: PlannedStep
+    handle: Handle
+    claim: Lock
+    attempt: int
+    leased: float
+    """Unix time; marks the outcome of this attempt."""
+    began: float
+    """Monotonic time, for the timeout."""
+    tail: Tail
+
+
+def run(
+    steps: Iterable[PlannedStep],
+    store: Store,
+    launcher: Launcher,
+    plugins: Registry,
+    *,
+    host: Host,
+    retry: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Runs steps, given inputs first, and shows them on standard error unless `progress` says otherwise.
+
+    The launcher is left open for further runs; Ctrl-C cancels what runs and returns.
+    """
+    return _Run(list(steps), store, launcher, plugins, host, retry, progress or progress_for(sys.stderr)).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        steps: Sequence[PlannedStep],
+        store: Store,
+        launcher: Launcher,
+        plugins: Registry,
+        host: Host,
+        retry: bool,
+        progress: Progress,
+    ) -> None:
+        self.store, self.launcher, self.plugins = store, launcher, plugins
+        self.host, self.retry, self.progress = host, retry, progress
+        self.labels = {step.key: step.labels[0] for step in steps}
+        self.waiting = {step.key: step for step in steps}
+        self.total = len(steps)
+        self.running: dict[str, Running] = {}
+        self.attempts: dict[str, int] = {}
+        """Attempts that are already used up, of steps that this run tried or will try."""
+        self.refused: dict[str, str] = {}
+        """What hooks, requirements and the launcher said; empty where nothing speaks against a step."""
+        self.written: set[str] = set()
+        self.summary = Summary()
+        self.prepared = self.told_waiting = False
+        self.drawn = 0.0
+
+    def run(self) -> Summary:
+        for key in list(self.waiting):
+            status = self.store.status(key)
+            if status.state == "ok":
+                assert status.record is not None
+                self._settle(key, outcome_of(status.record, self.store.finished(key)))
+        self.progress.begin(self.total, len(self.summary.outcomes))
+        try:
+            while self.waiting or self.running:
+                alone = any(running.step.needs.alone for running in self.running.values())
+                moved = self._collect()
+                if not alone:
+                    moved |= self._launch()
+                self._show(alone)
+                if not moved:
+                    time.sleep(POLL_ALONE_S if alone else POLL_S)
+        except KeyboardInterrupt:
+            self._cancel("Ctrl-C")
+        except BaseException as error:
+            self._cancel(f"the run stopped: {error}")
+            raise
+        finally:
+            self.progress.close()
+        return self.summary
+
+    def _launch(self) -> bool:
+        """Decides and starts what can be; returns whether anything changed."""
+        moved = False
+        taken: set[Needs] = set()
+        for key, step in list(self.waiting.items()):
+            inputs = [each for each in step.all_inputs if self._state(each) != "ok"]
+            if any(each in self.waiting or each in self.running for each in inputs):
+                continue
+            kind = Needs(step.needs.gpus, step.needs.alone)
+            if kind in taken:
+                continue
+            claim = self.store.claim(key)
+            if claim is None:
+                self._tell_waiting(step)
+                continue
+            try:
+                if self._decided(step, inputs) or self._start(step, claim):
+                    moved = True
+                else:
+                    taken.add(kind)
+            finally:
+                if key not in self.running:
+                    claim.release()
+        return moved
+
+    def _decided(self, step: PlannedStep, failed_inputs: Sequence[str]) -> bool:
+        """Settles a claimed step that need not or cannot run."""
+        key = step.key
+        status = self.store.status(key)
+        if status.state == "ok":
+            assert status.record is not None
+            self._end(step, outcome_of(status.record, self.store.finished(key)), final=True)
+            return True
+        if failed_inputs:
+            by = ", ".join(self.labels.get(each, each) for each in failed_inputs)
+            self._write(step, Outcome(state="blocked", reason=f"needs {by}, which is {self._state(failed_inputs[0])}"))
+            return True
+        if reason := self._refusal(step):
+            self._write(step, Outcome(state="unsupported", reason=reason))
+            return True
+        tried = status.record["attempt"] if status.record else 0
+        if key in self.attempts and tried <= self.attempts[key]:
+            return False
+        used = 0
+        if status.state not in ANEW and not self.retry:
+            assert status.record is not None
+            outcome = outcome_of(status.record, self.store.partial(key))
+            used = outcome.attempt
+            if status.state not in AGAIN or used >= ATTEMPTS:
+                self._end(step, outcome, final=True)
+                return True
+        self.attempts[key] = used
+        return False
+
+    def _refusal(self, step: PlannedStep) -> str:
+        if step.key not in self.refused:
+            refusals = self._hook(lambda: self.plugins.refusals(step.view(), self.host))
+            reasons = [refusal.reason for refusal in refusals]
+            reasons += [f"not installed as required: {', '.join(step.lacking)}"] if step.lacking else []
+            self.refused[step.key] = "; ".join(reasons)
+        return self.refused[step.key]
+
+    def _start(self, step: PlannedStep, claim: Lock) -> bool:
+        """Starts a child; False while the launcher has no place for it, or if it never will."""
+        key = step.key
+        if not self.prepared:
+            self.prepared = True
+            modules = {module for each in self.waiting.values() if not each.lacking for module in each.modules}
+            # Local files are no importable modules; the child loads them itself.
+            modules -= {f"mambabench_local_{file.stem}" for file in self.plugins.files}
+            self.launcher.prepare([*PRELOADED, *modules])
+        if key not in self.written:
+            self.written.add(key)
+            self.store.prepare(key, step.to_json())
+        partial, leased, attempt = self.store.partial(key), time.time(), self.attempts[key] + 1
+        env = {LEASED: repr(leased), ATTEMPT: str(attempt)}
+        command = child_command(self.store, key, self.plugins.files)
+        try:
+            handle = self.launcher.start(command, step.needs, env, partial / "log.txt")
+        except Unsupported as error:
+            self.refused[key] = str(error)
+            return False
+        if handle is None:
+            return False
+        self.attempts[key] = attempt
+        self.running[key] = Running(
+            step, handle, claim, attempt, leased, began=time.monotonic(), tail=Tail(partial / "events.jsonl")
+        )
+        del self.waiting[key]
+        self.summary.ran.append(key)
+        self.progress.started(key, step.labels[0], attempt)
+        self._hook(lambda: self.plugins.started(step.view()))
+        return True
+
+    def _collect(self) -> bool:
+        """Takes in the ends of children; ends those that are over their time."""
+        moved = False
+        for running in list(self.running.values()):
+            limit = running.step.needs.timeout_s
+            code = running.handle.poll()
+            if code is None and time.monotonic() - running.began > limit:
+                running.handle.kill()
+                self._ended(running, self._outcome(running, "timeout", f"not done after {limit:g} s"))
+            elif code is not None:
+                self._ended(running, self._outcome(running, "crashed", _crash(code)))
+            else:
+                continue
+            moved = True
+        return moved
+
+    def _outcome(self, running: Running, state: str, reason: str) -> Outcome:
+        """What the child wrote at the end of this attempt, else the state that its end means; on disk either way."""
+        key = running.step.key
+        status = self.store.status(key)
+        if status.record is not None and (status.state == "ok" or status.record.get("started") == running.leased):
+            return outcome_of(status.record, self.store.folder(key))
+        if state == "crashed":
+            reason += _last_line(self.store.partial(key) / "log.txt")
+        wall = time.time() - running.leased
+        outcome = Outcome(state=state, reason=reason, attempt=running.attempt, wall_s=round(wall, 4))
+        self.store.fail(key, record_of(outcome, running.leased))
+        return outcome
+
+    def _ended(self, running: Running, outcome: Outcome) -> None:
+        key = running.step.key
+        del self.running[key]
+        running.claim.release()
+        again = outcome.state in AGAIN and outcome.attempt < ATTEMPTS
+        if again:
+            self.waiting[key] = running.step
+        self._end(running.step, outcome, final=not again)
+
+    def _write(self, step: PlannedStep, outcome: Outcome) -> None:
+        """Records the outcome of a step that did not run."""
+        self.store.prepare(step.key, step.to_json())
+        self.store.fail(step.key, record_of(outcome, time.time()))
+        self._end(step, outcome, final=True)
+
+    def _end(self, step: PlannedStep, outcome: Outcome, *, final: bool) -> None:
+        if final:
+            self._settle(step.key, outcome)
+        self.progress.finished(step.key, step.labels[0], outcome, final)
+        self._hook(lambda: self.plugins.finished(step.view(), outcome))
+
+    def _settle(self, key: str, outcome: Outcome) -> None:
+        self.summary.outcomes[key] = outcome
+        self.waiting.pop(key, None)
+
+    def _state(self, key: str) -> str:
+        if key in self.summary.outcomes:
+            return self.summary.outcomes[key].state
+        return "waiting" if key in self.waiting or key in self.running else self.store.state(key)
+
+    def _cancel(self, why: str) -> None:
+        self.summary.stopped = True
+        for running in list(self.running.values()):
+            running.handle.kill()
+            outcome = self._outcome(running, "cancelled", why)
+            del self.running[running.step.key]
+            running.claim.release()
+            self._end(running.step, outcome, final=True)
+
+    def _hook(self, call: Callable[[], T]) -> T:
+        """Calls plug-ins; what fails there is kept in the registry and shown, and stops nothing."""
+        known = len(self.plugins.failures)
+        answer = call()
+        for failure in self.plugins.failures[known:]:
+            self.progress.note(f"plug-in {failure.plugin}: {failure.hook} failed: {failure.error}")
+        return answer
+
+    def _tell_waiting(self, step: PlannedStep) -> None:
+        if not self.told_waiting:
+            self.told_waiting = True
+            self.progress.note(f"waiting for {step.labels[0]}, which another run of this store has")
+
+    def _show(self, alone: bool) -> None:
+        pause = REDRAW_ALONE_S if alone else REDRAW_S
+        if not self.progress.live or time.monotonic() - self.drawn < pause:
+            return
+        self.drawn = time.monotonic()
+        for key, running in self.running.items():
+            if latest := running.tail.latest():
+                self.progress.moved(key, *latest)
+        self.progress.tick()
+
+
+def child_command(store: Store, key: str, plugins: Sequence[Path]) -> list[str]:
+    """The command that runs one step, for a launcher or by hand."""
+    files = [word for file in plugins for word in ("--plugin", str(file.resolve()))]
+    return [sys.executable, "-P", "-m", CHILD, str(store.path.resolve()), key, *files]
+
+
+def record_of(outcome: Outcome, started: float) -> Mapping[str, Any]:
+    """An outcome.json for an attempt that could not write its own."""
+    return {
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "attempt": outcome.attempt,
+        "started": started,
+        "wall_s": outcome.wall_s,
+        "detail": dict(outcome.detail),
+        "facts": [],
+        "environment": {},
+    }
+
+
+def _crash(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code} without an outcome"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return name + (", perhaps for lack of memory" if -code == signal.SIGKILL else "")
+
+
+def _last_line(log: Path, most: int = 4096) -> str:
+    """The end of a log, as a part of a reason."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return f"; the log ends with: {lines[-1].strip()[:300]}" if lines else ""

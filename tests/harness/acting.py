@@ -1,0 +1,186 @@
+"""A local plug-in for the tests of runner and child: components that behave as their options say."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mambabench import Component, DataRef, MambabenchError, Refusal, Unsupported, hookimpl
+
+HERE = __name__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActConfig:
+    do: str = "finish"
+    trace: str = ""
+    """A file that gets a line at each start: what was done, and the process."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Empty:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    data: DataRef
+
+
+def trace(path: str, *words: object) -> None:
+    if path:
+        with open(path, "a") as file:
+            file.write(" ".join(map(str, words)) + "\n")
+
+
+class Act:
+    """The source `act`."""
+
+    def __init__(self, config: ActConfig) -> None:
+        self.config = config
+
+    def write(self, job) -> None:
+        trace(self.config.trace, self.config.do, os.getpid())
+        job.emit("fact", name="seed", value=job.seed)
+        time.sleep(self.config.seconds)
+        getattr(self, self.config.do)(job)
+        (job.out / "data.jsonl").write_text('{"text": "one"}\n')
+
+    def finish(self, job) -> None:
+        """Ends well."""
+
+    def exit(self, job) -> None:
+        raise SystemExit(3)
+
+    def unsupported(self, job) -> None:
+        raise Unsupported("not in this world")
+
+    def line(self, job) -> None:
+        raise MambabenchError("config.json: hidden = 3 is odd")
+
+    def error(self, job) -> None:
+        raise ValueError("a bug\nwith two lines")
+
+    def memory(self, job) -> None:
+        raise MemoryError("no more of it")
+
+    def kill(self, job) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def segv(self, job) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    def leave(self, job) -> None:
+        print("last words", flush=True)
+        os._exit(7)
+
+    def hang(self, job) -> None:
+        time.sleep(60)
+
+    def family(self, job) -> None:
+        """Hangs with a grandchild in its group, one in a session of its own, and one whose parent is gone."""
+        sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+        group = subprocess.Popen(sleep)
+        session = subprocess.Popen(sleep, start_new_session=True)
+        script = f"import subprocess; print(subprocess.Popen({sleep!r}, start_new_session=True, stdout=-3, stderr=-3).pid)"
+        orphan = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        trace(self.config.trace, "family", group.pid, session.pid, orphan.strip())
+        time.sleep(60)
+
+    def once(self, job) -> None:
+        """Dies at the first attempt, leaving something in scratch."""
+        kept = job.scratch / "checkpoint"
+        if not kept.exists():
+            kept.write_text("half way")
+            (job.out / "rubbish").write_text("from the first attempt")
+            job.emit("loss", step=1, tokens=10, loss=3.0)
+            job.emit("loss", step=2, tokens=20, loss=2.9)
+            os.kill(os.getpid(), signal.SIGKILL)
+        job.emit("loss", step=2, tokens=20, loss=2.5)
+        job.emit("loss", step=3, tokens=30, loss=2.0)
+
+
+class Backend:
+    """The backend `toy`: an artifact is one JSON file."""
+
+    def __init__(self, config: Empty) -> None:
+        pass
+
+    def convert(self, parent: Path, keep, out: Path, seed: int) -> None:
+        (out / "toy.json").write_text(json.dumps({"parent": parent.name, "keep": list(keep), "seed": seed}))
+
+    def describe(self, artifact: Path):
+        return {"layers": 3}
+
+
+class Select:
+    def __init__(self, config: Empty) -> None:
+        pass
+
+    def select(self, job):
+        assert job.parent is not None
+        assert job.parent.path.joinpath("toy.json").is_file()
+        return [2, 0]
+
+
+class Train:
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def train(self, job) -> None:
+        import torch
+
+        text = (job.data[self.config.data] / "data.jsonl").read_text()
+        job.emit("loss", step=1, tokens=5, loss=torch.tensor(1.5))
+        toy = json.loads((job.parent.path / "toy.json").read_text())
+        toy |= {"text": text, "teacher": job.teacher.name, "random": torch.rand(()).item()}
+        (job.out / "toy.json").write_text(json.dumps(toy))
+
+
+class Measure:
+    def __init__(self, config: Empty) -> None:
+        pass
+
+    def run(self, bench) -> None:
+        toy = json.loads((bench.subject.artifact.path / "toy.json").read_text())
+        bench.emit("sample", task="toy", item="a", metric="kept", value=len(toy["keep"]))
+        bench.emit("fact", name="subject", value=bench.subject.artifact.name)
+        bench.emit("fact", name="decoder", value=bench.subject.decoder_name)
+        bench.emit("fact", name="dtype", value=bench.subject.dtype)
+
+
+class Decoder:
+    def __init__(self, config: Empty) -> None:
+        pass
+
+
+@hookimpl
+def mambabench_components() -> Iterable[Component]:
+    def of(kind: str, name: str, target: str, config: type = Empty, traits: frozenset[str] = frozenset()) -> Component:
+        return Component(kind=kind, name=name, target=f"{HERE}:{target}", config=config, traits=traits)
+
+    return (
+        of("source", "act", "Act", ActConfig),
+        of("backend", "toy", "Backend"),
+        of("selector", "toy-select", "Select"),
+        of("distiller", "toy-train", "Train", TrainConfig),
+        of("decoder", "toy-decoder", "Decoder"),
+        of("suite", "toy-measure", "Measure", traits=frozenset({"pair"})),
+    )
+
+
+@hookimpl
+def mambabench_refuse(step, host):
+    return Refusal("refused by a hook") if "data/refused" in step.labels else None
+
+
+@hookimpl
+def mambabench_step_finished(step, outcome):
+    if "data/angry" in step.labels:
+        raise RuntimeError("this hook is angry")

@@ -1,0 +1,60 @@
+"""A step can be run by hand, and what goes wrong inside becomes a state with one line."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mambabench import MambabenchError, Unsupported
+from mambabench.harness.child import classify
+from mambabench.harness.store import Store
+
+ACTING = Path(__file__).with_name("acting.py")
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "says"),
+    [
+        (Unsupported("no such mixer"), "unsupported", "no such mixer"),
+        (MambabenchError("x.json: bad"), "error", "x.json: bad"),
+        (MemoryError(), "out-of-memory", "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out-of-memory", "CUDA out of memory. Tried"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "out-of-memory", "allocate"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.bin"), "error", "the disk is full; free some space"),
+        (KeyError("width"), "error", "KeyError: 'width'"),
+        (SystemExit(2), "error", "SystemExit: 2"),
+    ],
+)
+def test_an_exception_means_a_state_and_one_line(error: BaseException, state: str, says: str) -> None:
+    found, reason = classify(raised(error))
+    assert found == state
+    assert says in reason
+    assert "\n" not in reason
+
+
+def by_hand(store: Store, do: str) -> subprocess.CompletedProcess[str]:
+    component = {"kind": "source", "name": "act", "config": {"do": do}}
+    step = {"kind": "data", "seed": 0, "labels": ["data/x"], "inputs": {}, "component": component}
+    store.prepare("k", {**step, "needs": {"gpus": 0, "alone": False, "timeout_s": 9.0}})
+    command = [sys.executable, "-P", "-m", "mambabench.harness.child", str(store.path), "k", "--plugin", str(ACTING)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_step_runs_by_hand(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store")
+    failed = by_hand(store, "error")
+    assert failed.returncode == 0
+    assert failed.stderr.splitlines()[-1] == "error: ValueError: a bug with two lines"
+    assert store.state("k") == "error"
+    assert by_hand(store, "finish").returncode == 0
+    assert store.state("k") == "ok"
