@@ -361,7 +361,8 @@ class _Expander:
         if backend is not None:
             decides["backend"] = self._decides(backend, {})
         key = digest(decides)
-        self.out.cells.append(replace(cell, key=key))
+        if all(known.label != cell.label for known in self.out.cells):
+            self.out.cells.append(replace(cell, key=key))
         if key in self.out.steps:
             step = self.out.steps[key]
             step.labels = (*step.labels, cell.label) if cell.label not in step.labels else step.labels

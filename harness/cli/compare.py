@@ -31,7 +31,9 @@ def compare_stores(base: Path, head: Path, gates: Path | None) -> int:
         plugins.registry().verdicts,
     )
     console = Console()
-    console.print(render_comparisons(comparisons))
+    # A log has no width to fit in, and a wrapped table cannot be searched.
+    wide = console if console.is_terminal else Console(width=240)
+    wide.print(render_comparisons(comparisons))
     counts = {
         verdict: sum(c.verdict == verdict for c in comparisons) for verdict in {c.verdict: 0 for c in comparisons}
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,7 @@ def run_plan(
     """Run what a plan asks for and the store does not have yet."""
     from ..config import Structurer
     from ..environment import capture, code, host
+    from ..progress import progress_for
     from ..runner import run
 
     loaded = plugins.registry()
@@ -77,10 +79,12 @@ def run_plan(
     choice = Structurer(loaded).choice("launcher", {k: v for k, v in options.items() if k == "use" or k in known})
     at = Store.create(store or _default_store(plan))
     at.write_run(run_record(plan, steps, capture(loaded.environment()), code()))
-    summary = run(list(steps), at, plugins.make(component, choice.config), loaded, retry=retry, host=host(indices))
-    for failure in loaded.failures:
-        click.echo(f"mambabench: plug-in {failure.plugin}, hook {failure.hook}: {failure.error}", err=True)
-    click.echo(summary.text())
+    with contextlib.closing(plugins.make(component, choice.config)) as children:
+        summary = run(
+            list(steps), at, children, loaded, host=host(indices), retry=retry, progress=progress_for(sys.stderr)
+        )
+    counts = ", ".join(f"{count} {state}" for state, count in summary.counts.items())
+    click.echo(f"{len(summary.ran)} ran; {counts or 'nothing to do'}; store {at.path}")
     return 0 if summary.fine else 1
 
 
@@ -90,7 +94,7 @@ def run_plan(
 def show_store(store: Path, label: str | None) -> None:
     """What a store holds; with a LABEL (or a glob), that step's record, facts and log."""
     at = Store.open(store)
-    cells = at.read_run().get("cells", [])
+    cells = at.run().get("cells", [])
     if label is None:
         echo_columns(("step", "state", "reason"), [_cell_row(cell, at) for cell in cells])
         return
@@ -206,7 +210,7 @@ def _echo_step(cell: dict[str, Any], at: Store) -> None:
     folder = at.folder(cell["key"])
     click.echo(f"  folder  {folder}")
     if (folder / "outcome.json").is_file():
-        record = at.record(cell["key"])
+        record = at.outcome(cell["key"]) or {}
         click.echo(f"  wall    {record.get('wall_s', 0.0):.2f} s")
         for name, value in sorted(record.get("detail", {}).items()):
             click.echo(f"  {name:<22} {value}")
