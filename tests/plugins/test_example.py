@@ -40,4 +40,4 @@ def test_without_the_package_the_plan_is_refused_in_one_line(mambabench: Run) ->
     done = mambabench("plan", EXAMPLES / "plans" / "bigram.toml")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "models.bigram.use: unknown backend 'bigram'" in done.stderr
+    assert "bigram.toml: decoders.fresh.use: unknown decoder 'no-repeat'" in done.stderr
