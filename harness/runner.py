@@ -210,7 +210,7 @@ class _Run:
         if reason := self._refusal(step):
             self._write(step, Outcome(state="unsupported", reason=reason))
             return True
-        tried = status.record["attempt"] if status.record else 0
+        tried = status.record.get("attempt", 1) if status.record else 0
         if key in self.attempts and tried <= self.attempts[key]:
             return False
         used = 0
@@ -237,9 +237,11 @@ class _Run:
         key = step.key
         if not self.prepared:
             self.prepared = True
-            modules = {module for each in self.waiting.values() if not each.lacking for module in each.modules}
+            modules = {plugin.module for plugin in self.plugins.plugins}
+            modules |= {module for each in self.waiting.values() if not each.lacking for module in each.modules}
             # Local files are no importable modules; the child loads them itself.
             modules -= {f"mambabench_local_{file.stem}" for file in self.plugins.files}
+            self.progress.note("importing what the steps share, once")
             self.launcher.prepare([*PRELOADED, *modules])
         if key not in self.written:
             self.written.add(key)

@@ -88,7 +88,9 @@ class Act:
         sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
         group = subprocess.Popen(sleep)
         session = subprocess.Popen(sleep, start_new_session=True)
-        script = f"import subprocess; print(subprocess.Popen({sleep!r}, start_new_session=True, stdout=-3, stderr=-3).pid)"
+        script = (
+            f"import subprocess; print(subprocess.Popen({sleep!r}, start_new_session=True, stdout=-3, stderr=-3).pid)"
+        )
         orphan = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
         trace(self.config.trace, "family", group.pid, session.pid, orphan.strip())
         time.sleep(60)

@@ -42,6 +42,10 @@ def main(arguments):
         open(out + ".new", "w").write(text)
         os.rename(out + ".new", out)
         time.sleep(60 if what == "hang" else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -286,6 +290,19 @@ def test_gpus_are_leased_all_or_none_and_named_to_the_child(launch: Make, tmp_pa
 def test_more_gpus_than_the_run_has_are_unsupported_at_once(launch: Make, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=r"needs 2 GPUs, this run has 1 \(see --gpus\)"):
         start(launch(gpus=(0,)), "tell", tmp_path / "out", Needs(gpus=2))
+
+
+def test_a_gpu_step_starts_anew_where_an_import_made_a_cuda_context(launch: Make, tmp_path: Path) -> None:
+    import json
+
+    (tmp_path / "modules" / "torch.py").write_text("class cuda:\n    is_initialized = staticmethod(lambda: True)\n")
+    launcher = launch("program", "torch", gpus=(0,))
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1))) == 4
+    assert "started anew, since importing torch made a CUDA context" in (tmp_path / "out.log").read_text()
+    facts = json.loads((tmp_path / "out").read_text())
+    assert (facts["CUDA_VISIBLE_DEVICES"], facts["OMP_WAIT_POLICY"], facts["group"]) == ("0", "PASSIVE", True)
+    assert ended(start(launcher, "tell", tmp_path / "two")) == 4
+    assert "started anew" not in (tmp_path / "two.log").read_text()
 
 
 @pytest.mark.gpu

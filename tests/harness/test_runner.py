@@ -329,10 +329,10 @@ def test_ctrl_c_cancels_what_runs_and_the_next_run_takes_it_up(go: Go, store: St
 def test_lines_tell_starts_and_ends(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
     go(act("a"), act("b", "error", after="a"), progress=Lines(sys.stdout))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "[0/2] start data/a"
-    assert lines[1].startswith("[1/2] ok data/a in ")
-    assert lines[3].startswith("[2/2] error data/b in ")
-    assert lines[3].endswith("s: ValueError: a bug with two lines")
+    assert lines[:2] == ["[0/2] importing what the steps share, once", "[0/2] start data/a"]
+    assert lines[2].startswith("[1/2] ok data/a in ")
+    assert lines[4].startswith("[2/2] error data/b in ")
+    assert lines[4].endswith("s: ValueError: a bug with two lines")
 
 
 def test_a_summary_is_one_line() -> None:
