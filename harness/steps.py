@@ -202,7 +202,6 @@ class _Expander:
             backend=model.backend,
             inputs={"parent": parent.key, "selection": selection},
             seed=seed,
-            extra={"parent_backend": self._record(parent.backend)},
         )
         made = Made(key, model.backend)
         for stage in model.train:
@@ -374,7 +373,6 @@ class _Expander:
             "model": cell.model,
             "component": self._record(choice),
             "backend": self._record(backend) if backend else None,
-            "teacher_backend": self._record(self.teacher.backend) if self.teacher else None,
             "inputs": dict(inputs or {}),
             "data": data,
             "models": models,

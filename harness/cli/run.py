@@ -83,9 +83,8 @@ def run_plan(
         summary = run(
             list(steps), at, children, loaded, host=host(indices), retry=retry, progress=progress_for(sys.stderr)
         )
-    counts = ", ".join(f"{count} {state}" for state, count in summary.counts.items())
-    click.echo(f"{len(summary.ran)} ran; {counts or 'nothing to do'}; store {at.path}")
-    return 0 if summary.fine else 1
+    click.echo(f"{summary.text()}; store {at.path}")
+    return 130 if summary.stopped else 0 if summary.fine else 1
 
 
 @click.command("show")
