@@ -70,15 +70,11 @@ class MockStepper:
         self.vocab_size = len(letters) + 1 + bos
         self.calls = 0
         self._seed, self._habit, self._sharpness, self._levels = seed, habit, sharpness, levels
-        self._noise = functools.lru_cache(maxsize=100_000)(self._make_noise)
+        self._cached = functools.lru_cache(maxsize=50_000)(self._logits)
 
     def logits(self, text: Sequence[int]) -> np.ndarray:
         """What follows a text: fp64 [V]."""
-        prefix = _hash(self._seed, *text)
-        mixed = (1 - self._habit) * self._noise(prefix) + self._habit * self._noise(_hash(~self._seed, *text[-1:]))
-        if self._levels:
-            mixed = np.round(mixed * self._levels) / self._levels
-        return np.asarray(self._sharpness * mixed)
+        return self._cached(tuple(text)).copy()
 
     def open(self, batch: int, context: int, steps: int) -> MockState:
         return MockState(batch, context, steps)
@@ -136,7 +132,14 @@ class MockStepper:
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         return Cost(weight_bytes=8 * self.vocab_size, kv_bytes=8 * batch * context, state_bytes=8 * batch, flops=steps)
 
-    def _make_noise(self, key: int) -> np.ndarray:
+    def _logits(self, text: tuple[int, ...]) -> np.ndarray:
+        whole, last = self._noise(_hash(self._seed, *text)), self._noise(_hash(~self._seed, *text[-1:]))
+        mixed = (1 - self._habit) * whole + self._habit * last
+        if self._levels:
+            mixed = np.round(mixed * self._levels) / self._levels
+        return np.asarray(self._sharpness * mixed)
+
+    def _noise(self, key: int) -> np.ndarray:
         return np.random.default_rng(key).random(self.vocab_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +28,12 @@ def take_prompts(path: Path, model: Stepper, count: int, lengths: Sequence[int])
     A document that is too short is continued with the next one; data that run out are taken again from the beginning.
     Raises `MambabenchError` if there is no document.
     """
-    tokenizer = model.tokenizer
-    encoded = (encode_document(document, tokenizer)[0] for document in read_documents(path))
+    # Only the beginning is needed, and documents can be books; no token is this long on average.
+    characters = 64 * (max(lengths) + 4)
+    encoded = (
+        encode_document(dataclasses.replace(document, text=document.text[:characters]), model.tokenizer)[0]
+        for document in read_documents(path)
+    )
     needed = [lengths[number % len(lengths)] for number in range(count)]
     source = itertools.cycle(ids for ids in encoded if ids)
     prompts = []

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.plugin import NgramConfig
@@ -20,6 +20,7 @@ def by_search(text: list[int], longest: int, shortest: int, k: int) -> list[int]
     return []
 
 
+@settings(deadline=None)
 @given(st.lists(texts, min_size=1, max_size=3), st.data(), st.integers(1, 4), st.integers(0, 3), st.integers(1, 5))
 def test_drafts_continue_the_latest_longest_match(prompts, data, shortest, more, k):
     draft = NgramDraft(NgramConfig(longest=shortest + more, shortest=shortest))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.decoders.sampling import ACCEPT, DRAFT, TOKEN, draw, pick, probabilities, uniform
 from mambabench.harness.interfaces import Limits
@@ -15,6 +15,7 @@ def numbers(seed: int, sequence: list[int], position: list[int], purpose: int = 
     return uniform(seed, torch.tensor(sequence), torch.tensor(position), purpose).tolist()
 
 
+@settings(deadline=None)
 @given(seeds, st.lists(st.integers(0, 2**62), min_size=1, max_size=5), st.integers(0, 2**40))
 def test_a_random_number_depends_on_its_key_alone(seed, sequences, position):
     together = numbers(seed, sequences, [position] * len(sequences))
@@ -47,6 +48,7 @@ def filtered(logits: list[int], temperature: float, top_k: int, top_p: float) ->
     return out
 
 
+@settings(deadline=None)
 @given(coarse, st.sampled_from([0.3, 1.0, 2.5]), st.integers(0, 14), st.sampled_from([0.07, 0.31, 0.62, 0.93, 1.0]))
 def test_filters_are_top_k_then_top_p_with_ties_to_the_lowest_index(logits, temperature, top_k, top_p):
     limits = Limits(new_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -56,6 +58,7 @@ def test_filters_are_top_k_then_top_p_with_ties_to_the_lowest_index(logits, temp
     np.testing.assert_allclose(ours[0].numpy(), wanted, rtol=1e-12, atol=0)
 
 
+@settings(deadline=None)
 @given(coarse)
 def test_the_greedy_token_is_the_first_of_the_largest(logits):
     chosen = pick(
@@ -64,6 +67,7 @@ def test_the_greedy_token_is_the_first_of_the_largest(logits):
     assert chosen.tolist() == [logits.index(max(logits))]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.0, 1e-9, 0.5, 3.0]), min_size=1, max_size=9), st.floats(0, 1, exclude_max=True))
 def test_nothing_of_weight_zero_is_drawn(weights, at):
     token = int(draw(torch.tensor(weights, dtype=torch.float64), torch.tensor(at, dtype=torch.float64)))

@@ -2,7 +2,7 @@ import json
 import lzma
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.harness.documents import Document, encode_document, read_documents
 from mambabench.harness.interfaces import MambabenchError
@@ -56,6 +56,7 @@ def test_what_is_no_data_is_refused_by_name(tmp_path, name):
         list(read_documents(tmp_path / name))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 3), max_size=6), st.integers(0, 6), st.booleans())
 def test_a_document_is_encoded_behind_one_leading_token(ids, prompt, bos):
     tokenizer = MockTokenizer("abc", bos=bos)

@@ -2,7 +2,7 @@ import doctest
 import math
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.harness import metrics
 
@@ -14,6 +14,7 @@ def test_examples_hold():
     assert doctest.testmod(metrics).failed == 0
 
 
+@settings(deadline=None)
 @given(rounds)
 def test_accepted_length_is_one_and_the_acceptance_of_each_position(drawn):
     accepted = [a for _, a in drawn]
@@ -24,11 +25,13 @@ def test_accepted_length_is_one_and_the_acceptance_of_each_position(drawn):
     assert by_position == sorted(by_position, reverse=True)
 
 
+@settings(deadline=None)
 @given(figures, st.floats(0, 100))
 def test_percentiles_are_those_of_numpy(values, percent):
     assert math.isclose(metrics.percentile(values, percent), np.percentile(values, percent), rel_tol=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)), min_size=1, max_size=20))
 def test_the_quotient_of_geometric_means_is_the_mean_of_quotients(pairs):
     one, two = zip(*pairs, strict=True)

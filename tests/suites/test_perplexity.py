@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.harness.interfaces import MambabenchError, Unsupported
 from mambabench.harness.mockmodel import MockStepper
@@ -55,6 +55,7 @@ def test_a_prompt_is_context_only(measure):
     assert samples(records, "nll_per_byte")[0][1] == len("de")
 
 
+@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(1, 39), st.integers(2, 12))
 def test_windows_score_every_token_once_with_context(length, context, longest):
     context = min(context, length - 1)
