@@ -195,9 +195,9 @@ class _Run:
                 rule = self.gates.rule(label, name, "latency")
                 if rule.ignore or before.isna().all():
                     continue
-                yield latency(
-                    label, name, before.to_numpy(float), after.to_numpy(float), rule, noise, base.is_same(head)
-                )
+                # The reference does the same work in every block, so only its scatter is noise.
+                steady = pair[0].get((*group[:-1], "reference"), before) if base.is_same(head) else None
+                yield latency(label, name, before.to_numpy(float), after.to_numpy(float), rule, noise, steady)
 
     def _process_noise(self, figure: str) -> tuple[float, float]:
         """Spread of log latency between processes that did the same with the reference decoder, and its freedom."""
@@ -267,16 +267,21 @@ def latency(
     after: np.ndarray,
     rule: Rule,
     noise: tuple[float, float],
-    same: bool,
+    steady: Sequence[float] | None = None,
 ) -> Comparison:
+    """Compares seconds per block. `noise` is the spread of log latency between processes and its freedom.
+
+    `steady` is given where both sides are one and the same measurement: blocks whose scatter tells what a second run
+    could have seen.
+    """
     if rule.noise is not None:
         noise = (rule.noise, math.inf)
     logs = np.log(after) - np.log(before)
     blocks = st.mean(logs)
     values = [1e3 * float(np.exp(np.mean(np.log(side)))) for side in (before, after)]
     spread = (2 * noise[0] ** 2, noise[1])
-    if same:
-        own = st.mean(np.log(before))
+    if steady is not None:
+        own = st.mean(np.log(np.asarray(steady, dtype=float)))
         seen = st.combine(0.0, [(2 * own.se**2, own.df), spread], own.n)
         none = st.Estimate(value=0.0, se=0.0)
         made = _verdict(label, name, values, none, rule, "lower", "one and the same measurement", "ms", relative=True)

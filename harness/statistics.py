@@ -150,14 +150,13 @@ def over_seeds(
 
 
 def average(parts: Sequence[Estimate]) -> Estimate:
-    """The plain average of metrics on different items, whose errors are independent."""
+    """The plain average of metrics on different items, whose errors are independent; that between seeds is not."""
     count = len(parts)
     return Estimate(
         value=sum(part.value for part in parts) / count,
         se=math.sqrt(sum(part.se**2 for part in parts)) / count,
         df=min(part.df for part in parts),
         n=sum(part.n for part in parts),
-        seed_se=math.nan if count > 1 else parts[0].seed_se,
     )
 
 

@@ -1,6 +1,6 @@
 """What must hold in any table, whoever made it. A row that breaks one is printed as such, never dropped.
 
-Columns are known by their names: `model`, `accepted length`, `k`, `1st` … (acceptance per position), `TPOT ms`,
+Columns are known by their names: `model`, `accepted length`, `k`, `1st %` … (acceptance per position), `TPOT ms`,
 `reference TPOT ms`, `speed-up`, `lossless`; a frame's `attrs["averages"]` maps a column to those that it averages.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ROUNDING = 2e-3
 """Relative difference that rounding to four significant digits may leave in a quotient."""
-_POSITION = re.compile(r"\d+(st|nd|rd|th)")
+_POSITION = re.compile(r"\d+(st|nd|rd|th) %")
 
 
 def problems(frame: DataFrame, results: Results) -> list[list[str]]:
@@ -47,15 +47,9 @@ def _accepted(row: dict[Any, Any]) -> list[str]:
         )
     positions = [number(cell) for name, cell in row.items() if _POSITION.fullmatch(str(name))]
     positions = [share for share in positions if not math.isnan(share)]
-    scale = 100 if frame_in_percent(positions) else 1
-    if positions and abs(1 + sum(positions) / scale - length) > ROUNDING * length:
+    if positions and abs(1 + sum(positions) / 100 - length) > ROUNDING * length:
         found.append("accepted length is not 1 + the sum of the acceptance per position")
     return found
-
-
-def frame_in_percent(shares: list[float]) -> bool:
-    """Whether shares are given in percent: some are above 1."""
-    return any(share > 1 for share in shares)
 
 
 def _speed_up(row: dict[Any, Any]) -> list[str]:

@@ -54,7 +54,7 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
     ]
     if not points:
         return None
-    figure, axes = _canvas(6.4, 4.2)
+    figure, axes = _canvas()
     models = list(dict.fromkeys(point[0] for point in points))
     decoders = list(dict.fromkeys(point[1] for point in points))
     for model, decoder, speed_, value in points:
@@ -67,7 +67,7 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
     _label(axes, points, [COLOURS[models.index(point[0]) % len(COLOURS)] for point in points])
     axes.set_xlabel("decoding speed, tokens/s")
     axes.set_ylabel(measure)
-    axes.margins(x=0.16, y=0.18)
+    axes.margins(x=0.08, y=0.18)
     better = "lower" if measure.endswith("perplexity") else "higher"
     batch = "" if "batch" not in speed else f" at batch {int(speed['batch'].iloc[0])}"
     note = f"One point per model and decoder{batch}; {better} and further right is better; bars are standard errors."
@@ -97,7 +97,7 @@ def _label(axes: Axes, points: Sequence[tuple[str, str, float, Any]], colours: S
         below = len(close) % 2 == 1
         axes.annotate(
             f"{points[place][0]}, {points[place][1]}", (x, y), textcoords="offset points",
-            xytext=(0, -10 if below else 8), ha="center", va="top" if below else "bottom",
+            xytext=(7, -3 if below else 3), ha="left", va="top" if below else "bottom",
             color=colours[place], fontsize=9,
         )  # fmt: skip
 
@@ -111,7 +111,7 @@ def _accepted_lengths(results: Results) -> Plot | None:
     groups = [(of, group["accepted"] + 1) for of, group in rounds.groupby(["model", "decoder"], sort=False)]
     order = {name: place for place, name in enumerate(results.models["model"])}
     groups.sort(key=lambda group: order.get(group[0][0], len(order)))
-    figure, axes = _canvas(6.4, 3.4)
+    figure, axes = _canvas()
     longest = int(max(lengths.max() for _, lengths in groups))
     width = 0.8 / len(groups)
     for place, ((model, decoder), lengths) in enumerate(groups):
@@ -129,10 +129,10 @@ def _accepted_lengths(results: Results) -> Plot | None:
     return Plot("accepted-lengths", "Accepted lengths", note, _svg(figure))
 
 
-def _canvas(width: float, height: float) -> tuple[Any, Axes]:
+def _canvas() -> tuple[Any, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -54,7 +54,7 @@ class Quality:
         "Value ± standard error over items (clustered); a second ± is the error between seeds. "
         "Perplexity is per token of the teacher's tokenizer. "
         f"The average is over the first accuracy of each task; recovery is its share of the teacher's, with a "
-        f"{100 * LEVEL:.0f} % interval paired by item."
+        f"{100 * LEVEL:.0f}\u00a0% interval paired by item, that between seeds included."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -94,10 +94,13 @@ class Quality:
                 elif state and not decoder:
                     row[names[column]] = state
             if averaged and all(column.where in parts for column in averaged):
-                row[AVERAGE] = st.average([_estimate(parts[column.where]) for column in averaged]).scaled(100)
+                average = _average([parts[column.where] for column in averaged])
+                row[AVERAGE] = average.scaled(100)
                 teacher = teachers.get(teacher_of.get(stores.get(model), ""))
-                if teacher is not None and model not in results.teachers:
-                    row[RECOVERY], note = _recovery(parts, teacher, averaged)
+                if model in results.teachers:
+                    row[RECOVERY] = st.Estimate(value=100.0)
+                elif teacher is not None:
+                    row[RECOVERY], note = _recovery(parts, teacher, averaged, average)
                     notes += [note] if note else []
             row["seeds"] = int(group["key"].groupby(group["suite"]).nunique().max()) if len(group) else 0
             row["check"] = "; ".join(notes)
@@ -174,9 +177,18 @@ def _by_item(part: pd.DataFrame) -> pd.DataFrame:
     return means.assign(cluster=keyed.groupby(["item", "again"], sort=True)["cluster"].first())
 
 
+def _average(parts: Sequence[pd.DataFrame]) -> st.Estimate:
+    """The average of tasks; its error between seeds is the spread of the seeds' averages."""
+    of_items = st.average([_estimate(part) for part in parts])
+    sums = [part.groupby("key" if len(parts) == 1 else "seed")[["value", "weight"]].sum() for part in parts]
+    of_seeds = sum((of["value"] / of["weight"]).rename("ratio") for of in sums) / len(parts)
+    return replace(of_items, seed_se=st.mean(of_seeds.dropna()).se)
+
+
 def _recovery(
-    parts: Mapping[Any, pd.DataFrame], teacher: pd.DataFrame, columns: Sequence[Column]
+    parts: Mapping[Any, pd.DataFrame], teacher: pd.DataFrame, columns: Sequence[Column], average: st.Estimate
 ) -> tuple[st.Estimate | None, str]:
+    """A model's share of its teacher's average, and why there is none."""
     taught = dict(iter(teacher.groupby(["suite", "task", "metric"], sort=False)))
     tasks = []
     for column in columns:
@@ -187,4 +199,9 @@ def _recovery(
             return None, f"{column.task}: not the teacher's items"
         arrays = (side[name].to_numpy() for side in (own, reference) for name in ("value", "weight"))
         tasks.append(st.PairedTask(*arrays, own["cluster"].to_numpy()))
-    return st.recovery(tasks).with_interval(LEVEL).scaled(100), ""
+    share = st.recovery(tasks)
+    if math.isfinite(average.seed_se):
+        between = average.seed_se * share.value / average.value if average.value else math.nan
+        seeds = float(parts[columns[0].where]["seed"].nunique() - 1)
+        share = st.combine(share.value, [(share.se**2, share.df), (between**2, seeds)], share.n)
+    return share.with_interval(LEVEL).scaled(100), ""

@@ -25,8 +25,8 @@ class Speed:
     note = (
         "TTFT: time to the first token; TPOT: time per further token; both geometric means over blocks. "
         "Speed-up: reference TPOT / TPOT, both of the same process and prompts, with a "
-        f"{100 * LEVEL:.0f} % interval of the paired blocks; printed only where the text was checked to be that of the "
-        "reference decoder. Accepted length: tokens per round, the bonus token included."
+        f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where the text was checked to be "
+        "that of the reference decoder. Accepted length: tokens per round, the bonus token included."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -36,7 +36,7 @@ class Speed:
         if results.timings.empty:
             return None
         blocks = block_frame(results.timings, by=("store", "model", "decoder", "suite", "key"))
-        requests = [column for column in REQUEST if column in blocks]
+        requests = ["suite", *(column for column in REQUEST if column in blocks)]
         verdicts = verdicts_of_losslessness(results)
         lengths = _accepted_lengths(results, requests)
         rows = []
@@ -49,7 +49,9 @@ class Speed:
                     rows[-1]["lossless"] = "reference"
                 elif rows[-1]["lossless"] == "yes":
                     rows[-1]["speed-up"] = _speed_up(blocks, model, decoder, rows[-1], requests)
-        rows += _failed(results)
+        rows = [{**row, "state": "ok"} for row in rows] + _failed(results)
+        places = {name: place for place, name in enumerate(results.models["model"])}
+        rows.sort(key=lambda row: places.get(row["model"], len(places)))
         figures = [
             "TTFT ms",
             "TPOT ms",
@@ -60,10 +62,11 @@ class Speed:
             "accepted length",
             "k",
         ]
-        sizes = ["weights MB", "KV MB", "state MB", "peak MB", "blocks", "state"]
+        sizes = ["weights MB", "KV MB", "state MB", "peak MB", "blocks"]
         names = {"prompt_tokens": "prompt", "new_tokens": "new"}
-        frame = table_of(rows, ["model", "decoder", *requests, *figures, *sizes]).rename(columns=names)
-        constant = [c for c in ("new", "temperature", "content") if c in frame and frame[c].nunique() == 1]
+        frame = table_of(rows, ["model", "decoder", "state", *requests, *figures, *sizes]).rename(columns=names)
+        hidden = ("suite", "new", "temperature", "content", "state")
+        constant = [name for name in hidden if name in frame and frame[name].nunique() <= 1]
         return drop_empty(
             frame.drop(columns=constant), ["speed-up", "reference TPOT ms", "accepted length", "k", *sizes]
         )
@@ -130,9 +133,10 @@ def _accepted_lengths(results: Results, requests: list[str]) -> dict[tuple[Any, 
         return {}
     timed = set(zip(results.timings["store"], results.timings["suite"], strict=True))
     rounds = of_suites(rounds[rounds["arm"] == "subject"], timed)
-    known = [name for name in requests if name in rounds]
+    if not set(requests) <= set(rounds):
+        return {}
     found = {}
-    for of, group in rounds.groupby(["model", "decoder", *known], sort=False, dropna=False):
+    for of, group in rounds.groupby(["model", "decoder", *requests], sort=False, dropna=False):
         found[of] = {"accepted length": accepted_length(group), "k": int(group["drafted"].max())}
     return found
 
@@ -160,7 +164,7 @@ class Losslessness:
     title = "Losslessness"
     note = (
         "Greedy texts that are the reference decoder's token for token, at every batch size; tokens that one parallel "
-        "run over the text would choose as well; and how often drafts were put to the test."
+        "run over the text would choose as well; and the shares of rounds that accept, or reject, a drafted token."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -195,12 +199,12 @@ class Losslessness:
                     else None,
                     "accepted length": of.get("mean_accepted_length"),
                     "k": of.get("k"),
-                    "rounds that accept %": _percent(of.get("share_accepting")),
-                    "rounds that reject %": _percent(of.get("share_rejecting")),
+                    "accepting %": _percent(of.get("share_accepting")),
+                    "rejecting %": _percent(of.get("share_rejecting")),
                 }
             )
         frame = table_of(rows)
-        return drop_empty(frame, ["accepted length", "k", "rounds that accept %", "rounds that reject %"])
+        return drop_empty(frame, ["accepted length", "k", "accepting %", "rejecting %"])
 
 
 class Acceptance:
@@ -209,7 +213,8 @@ class Acceptance:
     title = "Acceptance of drafts"
     note = (
         "Over all rounds, short drafts included: the mean accepted length is 1 + the sum of the acceptance per "
-        "position (in percent). A round that drafts nothing neither accepts nor rejects."
+        "position. Accepting and rejecting: shares of rounds in which at least one drafted token is accepted, or "
+        "rejected; a round that drafts nothing does neither."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -232,12 +237,12 @@ class Acceptance:
                         "rounds": int(figures["rounds"]),
                         "accepted length": accepted_length(of),
                         **dict(_positions(figures["by_position"])),
-                        "rounds that accept %": _percent(figures["share_accepting"]),
-                        "rounds that reject %": _percent(figures["share_rejecting"]),
+                        "accepting %": _percent(figures["share_accepting"]),
+                        "rejecting %": _percent(figures["share_rejecting"]),
                     }
                 )
         frame = table_of(rows)
-        positions = sorted((name for name in frame if name[0].isdigit()), key=lambda name: int(name[:-2]))
+        positions = sorted((name for name in frame if name[0].isdigit()), key=lambda name: int(name[:-4]))
         others = [name for name in frame if name not in positions]
         at = others.index("accepted length") + 1
         return frame[[*others[:at], *positions, *others[at:]]]
@@ -246,7 +251,7 @@ class Acceptance:
 def _positions(shares: list[float]) -> Iterator[tuple[str, float]]:
     for place, share in enumerate(shares, 1):
         ending = {1: "st", 2: "nd", 3: "rd"}.get(place % 10 if place % 100 not in (11, 12, 13) else 0, "th")
-        yield f"{place}{ending}", 100 * share
+        yield f"{place}{ending} %", 100 * share
 
 
 def _percent(share: float | None) -> float | None:

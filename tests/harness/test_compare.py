@@ -307,7 +307,7 @@ def latency_alarms(rng, process_sd, iteration_sd, slope, slower, times, blocks=8
             np.exp(slope * clock + rng.normal(0, process_sd) + rng.normal(0, iteration_sd, blocks) + shift)
             for shift in (0.0, np.log1p(slower))
         ]
-        made = latency("x", "tpot", *sides, rule=RULE, noise=(0.02, math.inf), same=False)
+        made = latency("x", "tpot", *sides, rule=RULE, noise=(0.02, math.inf))
         failures += made.verdict == "fail"
     return failures / times
 

@@ -1,0 +1,97 @@
+"""A store as a small plan would leave it, failures included."""
+
+import functools
+
+import numpy as np
+import pytest
+from mambabench.harness.results import Results
+from mambabench.reports.build import build
+from mambabench.reports.cost import Cost, Steps
+from mambabench.reports.options import NoOptions
+from mambabench.reports.quality import Quality
+from mambabench.reports.speed import Acceptance, Losslessness, Speed
+
+MODELS = (("teacher", None, 0.95, 1.0), ("half", 0.5, 0.85, 1.2), ("pure", 0, 0.5, 1.6))
+
+
+@pytest.fixture(scope="session")
+def make(stores, tmp_path_factory):
+    """Makes a store of three models; equal ones are made once, so tests only read them."""
+
+    @functools.cache
+    def store(seeds=(0,), differing=0, check=True):
+        builder = stores.Builder(tmp_path_factory.mktemp("stores") / "store", seeds=seeds)
+        for model, keep, *_ in MODELS:
+            builder.model(model, keep, teacher=model == "teacher")
+        for model, _, chance, nll in MODELS:
+            for seed in seeds if model != "teacher" else seeds[:1]:
+                _model(stores, builder, model, seed, chance, nll, differing, check)
+        builder.skip("pure/lookup/other@seed0", "shown elsewhere")
+        return builder.write()
+
+    return store
+
+
+def _model(stores, builder, model, seed, chance, nll, differing, check):
+    rng = np.random.default_rng([seed, len(model)])
+    facts = [
+        {"name": "tokens", "value": 300_000, "unit": "tokens"},
+        {"name": "trainable share", "value": 0.25, "unit": "share"},
+        {"name": "peak memory", "value": 512_000_000, "unit": "byte"},
+    ]
+    steps = [{"step": step, "tokens": 10 * step, "loss": 4.0 / (step + 1)} for step in range(4)]
+    builder.step(f"{model}/align@seed{seed}", "train", {"loss": steps}, facts=facts)
+    tasks = [*stores.samples(rng, "lookup", chance=chance), *stores.samples(rng, "copy", chance=chance - 0.1)]
+    builder.step(f"{model}/-/tasks@seed{seed}", records={"sample": tasks})
+    if model == "pure":
+        builder.step(f"{model}/-/perplexity@seed{seed}", state="timeout", reason="longer than 180 s")
+        builder.step(
+            f"{model}/lookup/speed@seed{seed}",
+            state="crashed",
+            reason="signal 11",
+            use="speed",
+            traits=("pair", "alone"),
+        )
+        return
+    builder.step(f"{model}/-/perplexity@seed{seed}", records={"sample": stores.losses_of_text(rng, nll)})
+    timed, rounds = stores.bursts(rng, {"subject": 0.0022, "reference": 0.002}, new_tokens=32, accepted=0.6)
+    if check:
+        equal = [
+            {**row, "task": "batch 1", "metric": "equal", "value": float(i >= differing)}
+            for i, row in enumerate(stores.samples(rng, items=16))
+        ]
+        builder.step(
+            f"{model}/lookup/lossless@seed{seed}",
+            records={"sample": equal, "round": rounds},
+            use="losslessness",
+            traits=("pair",),
+        )
+    builder.step(
+        f"{model}/lookup/speed@seed{seed}",
+        records={"burst": timed, "round": rounds},
+        use="speed",
+        traits=("pair", "alone"),
+        facts=[{"name": "weights", "value": 2_000_000, "unit": "byte"}],
+    )
+
+
+@pytest.fixture
+def tables():
+    made = {"quality": Quality, "speed": Speed, "acceptance": Acceptance, "losslessness": Losslessness}
+    return {name: table(NoOptions()) for name, table in {**made, "cost": Cost, "steps": Steps}.items()}
+
+
+@pytest.fixture
+def report_of(tables):
+    def report(store, with_plots=False, **more):
+        return build(Results.read([store]), {**tables, **more}, with_plots=with_plots)
+
+    return report
+
+
+@pytest.fixture
+def frames_of(report_of):
+    def frames(store, **more):
+        return {section.name: section.frame for section in report_of(store, **more).sections}
+
+    return frames

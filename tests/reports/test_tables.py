@@ -1,0 +1,156 @@
+"""The built-in tables: their figures against the records, their order, and what stands in for failures."""
+
+import math
+
+import numpy as np
+import pytest
+from mambabench.harness import metrics
+from mambabench.harness.results import Results
+from mambabench.reports.cells import number, text
+
+
+def row(frame, **where):
+    for name, value in where.items():
+        frame = frame[frame[name] == value]
+    (found,) = frame.to_dict("records")
+    return found
+
+
+def test_the_teacher_is_the_first_row_of_every_table(make, frames_of):
+    frames = frames_of(make())
+    for name in ("quality", "speed", "acceptance", "losslessness", "cost"):
+        assert frames[name]["model"].iloc[0] == "teacher"
+        order = list(dict.fromkeys(frames[name]["model"]))
+        assert order == [model for model in ("teacher", "half", "pure") if model in order]
+
+
+def test_quality_is_recomputed_from_the_samples(make, frames_of):
+    store = make()
+    samples = Results.read([store]).samples
+    half = row(frames_of(store)["quality"], model="half")
+    lookup = samples[(samples["model"] == "half") & (samples["task"] == "lookup")]["value"]
+    assert half["lookup acc %"].value == pytest.approx(100 * lookup.mean())
+    assert half["lookup acc %"].se == pytest.approx(100 * lookup.std(ddof=1) / math.sqrt(len(lookup)))
+    text_ = samples[(samples["model"] == "half") & (samples["metric"] == "nll_per_token")]
+    assert half["unseen perplexity"].value == pytest.approx(math.exp(text_["value"].sum() / text_["weight"].sum()))
+    assert half["average %"].value == pytest.approx((half["lookup acc %"].value + half["copy acc %"].value) / 2)
+
+
+def test_recovery_is_the_share_of_the_teacher_s_average(make, frames_of):
+    quality = frames_of(make())["quality"]
+    teacher, half = row(quality, model="teacher"), row(quality, model="half")
+    recovery = half["recovery %"]
+    assert recovery.value == pytest.approx(100 * half["average %"].value / teacher["average %"].value)
+    assert recovery.low < recovery.value < recovery.high
+    assert text(teacher["recovery %"]) == "100.0"
+
+
+def test_several_seeds_are_one_row_with_the_error_between_them(make, frames_of):
+    quality = frames_of(make(seeds=(0, 1, 2)))["quality"]
+    assert list(quality["model"]) == ["teacher", "half", "pure"]
+    assert list(quality["seeds"]) == [1, 3, 3]
+    assert math.isnan(row(quality, model="teacher")["lookup acc %"].seed_se)
+    assert text(row(quality, model="half")["lookup acc %"]).count("±") == 2
+    assert row(quality, model="half")["average %"].seed_se > 0
+
+
+def test_a_failure_is_printed_as_its_state_and_never_as_a_number(make, frames_of):
+    frames = frames_of(make())
+    pure = row(frames["quality"], model="pure")
+    assert pure["unseen perplexity"] == "timeout"
+    speed = row(frames["speed"], model="pure")
+    assert speed["state"] == "crashed"
+    assert all(math.isnan(number(cell)) for cell in speed.values())
+    assert row(frames["steps"], label="pure/-/perplexity@seed0")["reason"] == "longer than 180 s"
+    assert row(frames["steps"], label="pure/lookup/other@seed0")["state"] == "skipped"
+
+
+def test_an_average_lacking_a_task_is_not_printed(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    rng = np.random.default_rng(0)
+    for model in ("teacher", "half"):
+        builder.step(f"{model}/-/one@seed0", records={"sample": stores.samples(rng, "one")})
+    builder.step("teacher/-/two@seed0", records={"sample": stores.samples(rng, "two")})
+    builder.step("half/-/two@seed0", state="error", reason="no such file")
+    quality = frames_of(builder.write())["quality"]
+    assert text(row(quality, model="half")["average %"]) == "–"
+    assert row(quality, model="half")["two acc %"] == "error"
+
+
+def test_seeds_that_failed_are_told_beside_the_number(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store", seeds=(0, 1))
+    builder.model("teacher", teacher=True)
+    builder.step("teacher/-/tasks@seed0", records={"sample": stores.samples(np.random.default_rng(0))})
+    builder.step("teacher/-/tasks@seed1", state="out-of-memory")
+    quality = frames_of(builder.write())["quality"]
+    assert quality["check"].tolist() == ["1 of 2 seeds: out-of-memory"]
+
+
+def test_a_decoder_that_changes_the_text_has_a_row_of_its_own(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store", seeds=(0,), decoders=("plain", "lossy"))
+    builder.model("teacher", teacher=True)
+    rng = np.random.default_rng(0)
+    builder.step("teacher/-/tasks@seed0", records={"sample": stores.samples(rng, "score")})
+    for decoder in ("plain", "lossy"):
+        rows = stores.samples(rng, "written", "exact_match")
+        builder.step(f"teacher/{decoder}/chat@seed0", records={"sample": rows}, traits=("generate",))
+    quality = frames_of(builder.write())["quality"]
+    assert quality["decoder"].tolist() == ["", "lossy"]
+    assert text(row(quality, decoder="lossy")["score acc %"]) == "–"
+    assert number(row(quality, decoder="lossy")["written exact_match %"]) > 0
+
+
+def test_speed_is_that_of_the_definitions(make, frames_of):
+    store = make()
+    speed = frames_of(store)["speed"]
+    timings = Results.read([store]).timings
+    of = timings[timings["model"] == "half"]
+    figures = metrics.speed_frame(of, by=("label",)).set_index("arm")
+    lookup, plain = row(speed, model="half", decoder="lookup"), row(speed, model="half", decoder="plain")
+    for shown, arm in ((lookup, "subject"), (plain, "reference")):
+        assert shown["TPOT ms"] == pytest.approx(1e3 * figures.loc[arm, "tpot_s"])
+        assert shown["TTFT ms"] == pytest.approx(1e3 * figures.loc[arm, "ttft_s"])
+        assert shown["tokens/s"] == pytest.approx(figures.loc[arm, "decode_tokens_per_s"])
+    assert lookup["speed-up"].value == pytest.approx(plain["TPOT ms"] / lookup["TPOT ms"])
+    assert lookup["speed-up"].low < lookup["speed-up"].value < lookup["speed-up"].high
+    assert lookup["weights MB"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "lossless"),
+    [({}, "yes"), ({"differing": 3}, "no: 3 of 16 texts differ"), ({"check": False}, "unchecked")],
+)
+def test_a_speed_up_is_printed_only_beside_a_green_check(make, frames_of, options, lossless):
+    lookup = row(frames_of(make(**options))["speed"], model="half", decoder="lookup")
+    assert lookup["lossless"] == lossless
+    assert ("speed-up" in lookup and not math.isnan(number(lookup["speed-up"]))) == (lossless == "yes")
+
+
+def test_the_accepted_length_is_one_and_the_sum_of_the_positions(make, frames_of):
+    acceptance = frames_of(make())["acceptance"]
+    for record in acceptance.to_dict("records"):
+        positions = [record[f"{place} %"] for place in ("1st", "2nd", "3rd", "4th")]
+        assert record["accepted length"].value == pytest.approx(1 + sum(positions) / 100)
+        assert record["accepted length"].se > 0
+        assert record["k"] == 4
+
+
+def test_cost_shows_what_the_stages_told(make, frames_of):
+    half = row(frames_of(make(seeds=(0, 1)))["cost"], model="half")
+    assert half["tokens"] == 300_000
+    assert half["trainable share %"] == 25.0
+    assert half["peak memory MB"] == 512.0
+    assert half["loss"] == 1.0
+    assert half["seeds"] == 2
+
+
+def test_a_store_without_results_has_only_its_steps(stores, tmp_path, report_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.step("teacher/-/tasks@seed0", state="error", reason="Traceback\nValueError: no")
+    report = report_of(builder.write())
+    assert [section.name for section in report.sections] == ["steps"]
+    assert report.sections[0].frame["reason"].tolist() == ["ValueError: no"]
+    assert "1 error" in report.summary[1]
