@@ -46,7 +46,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = HeadNorm(self.inner)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
-        self._fused: Tensor | None = None
+        self._fixed_decay: Tensor | None = None
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -104,7 +104,7 @@ class Mamba2(nn.Module):
 
     def _decay(self, kind: torch.dtype) -> Tensor:
         """A [H], negative."""
-        return -torch.exp(self.A_log.to(kind)) if self._fused is None else self._fused
+        return -torch.exp(self.A_log.to(kind)) if self._fixed_decay is None else self._fixed_decay
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype."""
@@ -158,4 +158,4 @@ class Mamba2(nn.Module):
 
     def fuse(self) -> None:
         """Gets ready for inference: the decay is computed once."""
-        self._fused = self._decay(compute_dtype(self.A_log)).detach()
+        self._fixed_decay = self._decay(compute_dtype(self.A_log)).detach()

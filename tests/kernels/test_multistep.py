@@ -66,7 +66,7 @@ def test_one_call_is_the_loop(
 @pytest.mark.parametrize("longest", [None, 5], ids=["exact replay", "fixed replay"])
 @pytest.mark.parametrize("seed", range(2))
 def test_random_rounds_are_the_recurrence_over_what_was_kept(seed: int, longest: int | None) -> None:
-    """150 rounds with any acceptance. Where only live slots are replayed the ring starts as NaN: an early read shows."""
+    """150 rounds, any acceptance. Where only live slots are replayed, the ring starts as NaN: an early read shows."""
     dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     batch, groups, heads, width, size, steps = 2, 2, 4, 3, 2, 5
     A, D = -torch.rand(heads, generator=generator).double() * 0.2, torch.randn(heads).double()
