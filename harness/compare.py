@@ -365,8 +365,7 @@ def render_comparisons(comparisons: Sequence[Comparison]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    counts = ", ".join(f"{n} {v}" for v in reversed(STRICTNESS) if (n := sum(c.verdict == v for c in comparisons)))
-    table = Table(title="head against base", caption=counts or "nothing to compare", title_justify="left")
+    table = Table(title="head against base", title_justify="left")
     for heading, justify in (
         *(("label", "left"), ("metric", "left"), ("base", "right"), ("head", "right")),
         *(("difference", "right"), ("margin", "right"), ("sees", "right"), ("verdict", "left"), ("why", "left")),

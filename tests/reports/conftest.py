@@ -75,23 +75,19 @@ def _model(stores, builder, model, seed, chance, nll, differing, check):
     )
 
 
-@pytest.fixture
-def tables():
+@pytest.fixture(scope="session")
+def report_of():
+    """The report of a store, made once for each."""
     made = {"quality": Quality, "speed": Speed, "acceptance": Acceptance, "losslessness": Losslessness}
-    return {name: table(NoOptions()) for name, table in {**made, "cost": Cost, "steps": Steps}.items()}
+    tables = {name: table(NoOptions()) for name, table in {**made, "cost": Cost, "steps": Steps}.items()}
 
-
-@pytest.fixture
-def report_of(tables):
-    def report(store, with_plots=False, **more):
+    def fresh(store, with_plots=False, **more):
         return build(Results.read([store]), {**tables, **more}, with_plots=with_plots)
 
-    return report
+    once = functools.cache(fresh)
+    return lambda store, again=False, **more: (fresh if more.keys() - {"with_plots"} or again else once)(store, **more)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def frames_of(report_of):
-    def frames(store, **more):
-        return {section.name: section.frame for section in report_of(store, **more).sections}
-
-    return frames
+    return lambda store: {section.name: section.frame for section in report_of(store).sections}
