@@ -96,7 +96,7 @@ class Structurer:
         """cattrs drops annotations that it does not know, so fields that choose a component get their hook by name."""
         hints = typing.get_type_hints(cls, include_extras=True)
         chosen = {item.name: _kind_chosen(hints[item.name]) for item in dataclasses.fields(cls)}
-        overrides = {name: override(struct_hook=self._choice_hook(kind)) for name, kind in chosen.items() if kind}
+        overrides: Any = {name: override(struct_hook=self._choice_hook(kind)) for name, kind in chosen.items() if kind}
         return make_dict_structure_fn(cls, self.converter, _cattrs_forbid_extra_keys=True, **overrides)
 
     def _choice_hook(self, kind: str) -> Any:

@@ -8,7 +8,7 @@ key, as reports and comparisons see it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -417,7 +417,7 @@ def _nested(choices: Any) -> list[Choice]:
     """The components chosen inside of components' configs, at any depth."""
     found: list[Choice] = []
     for choice in choices:
-        for name in choice.config.__dataclass_fields__:
+        for name in (item.name for item in fields(choice.config)):
             value = getattr(choice.config, name)
             if isinstance(value, Choice):
                 found += [value, *_nested([value])]

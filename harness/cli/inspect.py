@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import click
 
@@ -61,7 +62,7 @@ def show_environment() -> None:
     echo_columns(("fact", "value"), [(name, str(value)) for name, value in facts.items()])
 
 
-def echo_columns(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def echo_columns(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Prints left-aligned columns; the last one is as long as it is."""
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles) - 1)]
     for row in [titles, *rows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,7 @@ def run_plan(
     _warn_of_broken()
     component = loaded.find("launcher", launcher)
     options: dict[str, Any] = {"use": launcher, "gpus": list(indices), "jobs": jobs, "threads": threads}
-    known = component.config.__dataclass_fields__
+    known = {item.name for item in dataclasses.fields(component.config)}
     choice = Structurer(loaded).choice("launcher", {k: v for k, v in options.items() if k == "use" or k in known})
     at = Store.create(store or _default_store(plan))
     at.write_run(run_record(plan, steps, capture(loaded.environment()), code()))
@@ -131,7 +132,7 @@ def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict
             {"name": name, "use": choice.name, "traits": sorted(loaded.find("suite", choice.name).traits)}
             for name, choice in plan.suites.items()
         ],
-        "cells": [{name: getattr(cell, name) for name in cell.__dataclass_fields__} for cell in steps.cells],
+        "cells": [dataclasses.asdict(cell) for cell in steps.cells],
     }
 
 
@@ -174,7 +175,7 @@ def _warn_of_broken() -> None:
 
 
 def _rows(steps: Steps, at: Store | None) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for cell in steps.cells:
         if cell.why:
             rows.append((_SYMBOLS["skipped"], cell.label, "", f"skipped: {cell.why}"))

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from mambabench.harness import plugins
 from mambabench.harness.keys import Fingerprints
 from mambabench.harness.plan import Plan, read_plan
@@ -63,7 +62,7 @@ timeout = "3 min"
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def registry() -> plugins.Registry:
     return plugins.load([TOY])
 
@@ -88,11 +87,11 @@ class Planner:
         return expand(plan, self.registry, Fingerprints(self.folder / "cache.json"), self.machine)
 
 
-@pytest.fixture()
+@pytest.fixture
 def planner(tmp_path: Path, registry: plugins.Registry) -> Planner:
     return Planner(tmp_path, registry)
 
 
-@pytest.fixture()
+@pytest.fixture
 def plan_text() -> str:
     return PLAN

@@ -1,7 +1,6 @@
 """Plans: what is accepted, and one line for every mistake."""
 
 import pytest
-
 from mambabench import MambabenchError
 
 
@@ -44,20 +43,36 @@ def test_an_override_changes_one_key_and_the_plan_s_hash(planner, plan_text):
         ("lr = 1", 'sizes = [1, "2"]', 'stages.tune.sizes.1: expected a whole number, got "2"'),
         ("lr = 1", "mask = 1", "stages.tune.mask: expected true or false, got 1"),
         ("k = 2", "k = 2.0", "decoders.quick.k: expected a whole number, got 2.0"),
-        ("k = 2", 'draft = "toy-drafd"', "decoders.quick.draft.use: unknown draft 'toy-drafd'; did you mean 'toy-draft'?"),
+        (
+            "k = 2",
+            'draft = "toy-drafd"',
+            "decoders.quick.draft.use: unknown draft 'toy-drafd'; did you mean 'toy-draft'?",
+        ),
         ("k = 2", 'draft = { use = "toy-draft", modl = "half" }', "decoders.quick.draft.modl: unknown key"),
-        ("k = 2", 'draft = { use = "toy-draft", model = "haff" }', "decoders.quick.draft.model: unknown model 'haff'; did"),
+        (
+            "k = 2",
+            'draft = { use = "toy-draft", model = "haff" }',
+            "decoders.quick.draft.model: unknown model 'haff'; did",
+        ),
         ("k = 2", 'draft = { use = "toy-draft", text = "txt" }', "decoders.quick.draft.text: unknown data 'txt'; did"),
         ("keep = 0.5", "keep = true", "models.half.keep: expected a share of attention from 0 to 1, a list of layers"),
         ("keep = 0.5", "keep = 1.5", "models.half.keep: expected a share"),
         ("keep = 0.5", "", "models.half.keep: this key is missing"),
         ("keep = 0.5", 'keep = ["a"]', 'models.half.keep.layers.0: expected a whole number, got "a"'),
         ("keep = 0.5", "kept = 0.5\nkeep = 1", "models.half.kept: unknown key; did you mean 'keep'?"),
-        ('use = "toy-plain"', 'use = "toy-plan"', "decoders.plain.use: unknown decoder 'toy-plan'; did you mean 'toy-plain'?"),
+        (
+            'use = "toy-plain"',
+            'use = "toy-plan"',
+            "decoders.plain.use: unknown decoder 'toy-plan'; did you mean 'toy-plain'?",
+        ),
         ('use = "toy-plain"', "", "decoders.plain: `use` is missing"),
         ('data = "file"', "", "stages.tune.data: this key is missing"),
         ('data = "file"', 'data = "fille"', "stages.tune.data: unknown data 'fille'; did you mean 'file'?"),
-        ('train = ["align"]\n[decoders', 'train = ["aline"]\n[decoders', 'models.next.train: unknown stage "aline"; did'),
+        (
+            'train = ["align"]\n[decoders',
+            'train = ["aline"]\n[decoders',
+            'models.next.train: unknown stage "aline"; did',
+        ),
         ('start = "half"', 'start = "haff"', "models.next.start: unknown model"),
         ('start = "half"', 'start = "next"', "models.next.start: a circle of models: next -> next"),
         ('like = "half"', 'like = "hlaf"', "models.other.like: unknown model"),
@@ -89,7 +104,7 @@ def test_broken_toml_and_an_absent_plan_name_the_file(planner, tmp_path):
     assert "not valid TOML" in error_of(planner, "seeds = [")
     from mambabench.harness.plan import read_plan
 
-    with pytest.raises(MambabenchError, match="none.toml: no such plan"):
+    with pytest.raises(MambabenchError, match=r"none\.toml: no such plan"):
         read_plan(tmp_path / "none.toml", planner.registry)
 
 

@@ -3,7 +3,6 @@
 import textwrap
 
 import pytest
-
 from mambabench import MambabenchError
 from mambabench.harness import plugins
 from mambabench.harness.interfaces import Comparison, Host, Needs, Outcome, StepView
@@ -27,7 +26,7 @@ def part(**changes):
 STEP = StepView(key="k", kind="measure", labels=("a/b/c",), component="suite:x", needs=Needs())
 
 
-@pytest.fixture()
+@pytest.fixture
 def local(tmp_path):
     def write(body, name="mine.py"):
         file = tmp_path / name
@@ -168,6 +167,8 @@ def test_requirements_are_read_from_metadata():
 
 
 def test_a_component_is_made_with_its_default_config(local):
-    file = local(components("part(target='mambabench_local_mine:make')") + "\ndef make(config):\n    return config.size\n")
+    file = local(
+        components("part(target='mambabench_local_mine:make')") + "\ndef make(config):\n    return config.size\n"
+    )
     registry = plugins.load([file])
     assert plugins.make(registry.find("decoder", "mine")) == 1

@@ -61,7 +61,8 @@ def test_a_skipped_cell_keeps_its_reason_and_makes_no_step(planner):
 
 
 def test_an_option_of_a_suite_changes_only_that_suite(planner, plan_text):
-    assert {label.split("/")[2].split("@")[0] for label in changed(planner, plan_text, "suites.score.items=3")} == {"score"}
+    labels = changed(planner, plan_text, "suites.score.items=3")
+    assert {label.split("/")[2].split("@")[0] for label in labels} == {"score"}
 
 
 def test_an_option_set_to_its_default_changes_nothing(planner, plan_text):

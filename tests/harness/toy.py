@@ -1,4 +1,4 @@
-"""A local plug-in file for the core's tests: one component of each kind that a plan needs, none of which imports torch."""
+"""A local plug-in file for the core's tests: components of each kind that a plan needs, none of which imports torch."""
 
 from __future__ import annotations
 
