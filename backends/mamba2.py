@@ -108,10 +108,9 @@ class Mamba2(nn.Module):
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype."""
-        kind = y.dtype
-        gated = y * F.silu(z.to(kind)).view_as(y)
-        normed = F.rms_norm(gated, (self.width,), None, self.eps) * self.norm.weight.to(kind).view(-1, self.width)
-        return self.out_proj(normed.flatten(2).to(z.dtype))
+        gated = y * F.silu(z.to(y.dtype)).view_as(y)
+        normed = F.rms_norm(gated, (self.width,), None, self.eps).flatten(2) * self.norm.weight.to(y.dtype)
+        return self.out_proj(normed.to(z.dtype))
 
     def _conv(self, u: Tensor, window: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return conv(u, self.conv1d.weight.squeeze(1), self.conv_bias, window, lengths)

@@ -31,19 +31,18 @@ class Rope:
         self._factor = 1.0
 
     def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int [...] -> cos, sin [..., head_dim] in fp32 (fp64 if `like` is fp64)."""
+        """positions int [B, L] -> cos, sin [B, L, 1, head_dim], exact, then in `like`'s dtype."""
         if positions.device not in self._cached:
             frequencies, self._factor = inverse_frequencies(self.config)
             self._cached[positions.device] = frequencies.to(positions.device)
         kind = compute_dtype(like)
         angles = positions.to(kind).unsqueeze(-1) * self._cached[positions.device].to(kind)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self._factor, angles.sin() * self._factor
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
+        return (angles.cos() * self._factor).to(like.dtype), (angles.sin() * self._factor).to(like.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [B, L, H, P] by cos, sin [B, L, P] (half-split layout of Llama), in x's dtype."""
+    """Rotates x [B, L, H, P] by cos, sin [B, L, 1, P] (half-split layout of Llama)."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
     return torch.addcmul(x * cos, turned, sin)

@@ -77,8 +77,9 @@ class Advance:
     settle: bool
     live: int
     """No row's positions reach beyond this many cache slots."""
-    mask: Tensor
-    """bool [B, 1, R * T, live]: the cache slots that a query may read, repeated for the R heads of a group."""
+    mask: Tensor | None
+    """bool [B, 1, R * T, live]: the cache slots that a query may read, repeated for the R heads of a group. None where
+    each query reads them all."""
     cos: Tensor
     sin: Tensor
 

@@ -170,29 +170,33 @@ class HybridStepper:
 
     def _advance(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Advance:
         count, device = ids.shape[1], ids.device
-        live, longest = state.capacity, state.steps
+        live, longest, even = state.capacity, state.steps, False
         if self.debug or device.type == "cpu":
-            live, longest = self._check(count, start, state, settle)
+            live, longest, even = self._check(count, start, state, settle)
         positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
         rows = torch.arange(ids.shape[0], device=device).unsqueeze(1)
         before = torch.arange(1 - self.config.d_conv, 0, device=device)
         cos, sin = self.model.model.rope(positions, self.model.lm_head.weight)
-        repeat = self.config.num_attention_heads // self.config.num_key_value_heads
-        mask = torch.arange(live, device=device) <= positions.unsqueeze(-1)
+        mask = None
+        if count > 1 or not even:
+            repeat = self.config.num_attention_heads // self.config.num_key_value_heads
+            mask = torch.arange(live, device=device) <= positions.unsqueeze(-1)
+            mask = mask.repeat(1, repeat, 1).unsqueeze(1)
         return Advance(
             slots=(rows * state.capacity + positions).flatten(),
             window=(rows * state.ring + (positions[:, :1] + before) % state.ring).flatten(),
             ring=indices(state.settled, start, count, state.ring, longest, state.exact),
             settle=settle,
             live=live,
-            mask=mask.repeat(1, repeat, 1).unsqueeze(1),
+            mask=mask,
             cos=cos,
             sin=sin,
         )
 
     @staticmethod
-    def _check(count: int, start: Tensor, state: State, settle: bool) -> tuple[int, int]:
-        """Holds a call against the contract; returns the cache slots in use and the longest replay."""
+    def _check(count: int, start: Tensor, state: State, settle: bool) -> tuple[int, int, bool]:
+        """Holds a call against the contract. Returns the cache slots in use, the longest replay, and whether all rows
+        start at one position."""
         starts, settled, ends = start.tolist(), state.settled.tolist(), state.end.tolist()
         for row, (at, low, high) in enumerate(zip(starts, settled, ends, strict=True)):
             if not low <= at <= high:
@@ -207,4 +211,5 @@ class HybridStepper:
         live = max(starts) + count
         if live > state.capacity:
             raise MambabenchError(f"advance: {live} positions do not fit in the {state.capacity} that open() took")
-        return live, max(at - low for at, low in zip(starts, settled, strict=True))
+        longest = max(at - low for at, low in zip(starts, settled, strict=True))
+        return live, longest, min(starts) == max(starts)

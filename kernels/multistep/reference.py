@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 
+def _cast(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """`tensor.to(kind)` without its overhead where there is nothing to do: at small sizes that is what a step costs."""
+    return tensor if tensor.dtype == kind else tensor.to(kind)
+
+
 class Indices(NamedTuple):
     """Where one call reads and writes its rings: the same for every layer, so made once. Flat, over B x S slots."""
 
@@ -103,9 +108,11 @@ def replay(state: Tensor, ring: tuple[Tensor, Tensor, Tensor], A: Tensor, at: In
     if at.live is None:
         return state
     kind, (batch, heads, width, size), groups = state.dtype, state.shape, ring[0].shape[2]
-    x, dt, b = (t.flatten(0, 1).index_select(0, at.old).to(kind).unflatten(0, (batch, at.longest)) for t in ring)
+    x, dt, b = (
+        _cast(t.view(-1, *t.shape[2:]).index_select(0, at.old), kind).view(batch, -1, *t.shape[2:]) for t in ring
+    )
     dt = (dt * at.live).transpose(1, 2)  # [B, H, R]
-    decays = torch.cumsum(dt * A.to(kind).unsqueeze(-1), dim=-1)
+    decays = torch.cumsum(dt * _cast(A, kind).unsqueeze(-1), dim=-1)
     last = decays[..., -1:]
     weights = (torch.exp(last - decays) * dt).view(batch, groups, -1, 1, at.longest)
     added = (x.permute(0, 2, 3, 1).unsqueeze(2) * weights) @ b.transpose(1, 2).unsqueeze(2)  # [B, G, R, P, N]
@@ -141,14 +148,14 @@ def multistep(
 
     rounded = []
     for store, new in zip(ring, (x, dt, B), strict=True):
-        new = new.to(store.dtype)
+        new = _cast(new, store.dtype)
         store.view(-1, *store.shape[2:]).index_copy_(0, at.new, new.flatten(0, 1))
-        rounded.append(new.to(kind))
+        rounded.append(_cast(new, kind))
     x, dt, B = rounded
 
     dt = dt.transpose(1, 2)  # [B, H, T]
-    decays = torch.cumsum(dt * A.to(kind).unsqueeze(-1), dim=-1)
-    read = C.to(kind).transpose(1, 2)  # [B, H, T, N]
+    decays = torch.cumsum(dt * _cast(A, kind).unsqueeze(-1), dim=-1)
+    read = _cast(C, kind).transpose(1, 2)  # [B, H, T, N]
     carried = torch.exp(decays).unsqueeze(-1) * (read @ now.transpose(-1, -2))
     mixing = (read.reshape(batch, groups, repeat * count, size) @ B.permute(0, 2, 3, 1)).view(batch, heads, count, -1)
     if count > 1:
@@ -156,5 +163,5 @@ def multistep(
         mixing = mixing * between.tril().exp().tril()
     mixing = (mixing * dt.unsqueeze(-2)).view(batch, groups, repeat * count, count)
     y = carried + (mixing @ x.transpose(1, 2)).view(batch, heads, count, width)
-    skip = D.to(kind).view(groups, repeat, 1) * x.unsqueeze(3)
+    skip = _cast(D, kind).view(groups, repeat, 1) * x.unsqueeze(3)
     return y.transpose(1, 2) + skip.view(batch, count, heads, width)
