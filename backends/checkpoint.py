@@ -43,12 +43,9 @@ FOREIGN = ("architectures", "auto_map", "layer_types", "mixers", "model_type", "
 def read_config(folder: Path) -> HybridConfig:
     """The config of a checkpoint of ours, or of a teacher's folder as an all-attention model."""
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MambabenchError(f"{folder}: no config.json; a model is a transformers folder") from None
-    except json.JSONDecodeError as error:
-        raise MambabenchError(f"{path}: not JSON ({error})") from None
+    if not path.is_file():
+        raise MambabenchError(f"{folder}: no config.json; a model is a transformers folder")
+    raw = _read_json(path)
     family = raw.get("model_type")
     if family != MODEL_TYPE:
         if family not in FAMILIES:
@@ -59,13 +56,19 @@ def read_config(folder: Path) -> HybridConfig:
         return HybridConfig(**raw)
     except Unsupported as error:
         raise Unsupported(f"{path}: {error}") from None
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise MambabenchError(f"{path}: describes no model ({type(error).__name__}: {reason})") from None
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Which file holds each tensor, from the headers of `model.safetensors` or of the shards in its index."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise MambabenchError(f"{index}: has no weight_map")
+        names = sorted(set(listed.values()))
     elif single.is_file():
         names = [single.name]
     else:
@@ -172,6 +175,16 @@ def copy_side_files(source: Path, out: Path) -> None:
     for name in SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MambabenchError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise MambabenchError(f"{path}: not a JSON object")
+    return raw
 
 
 def _by_file(files: Mapping[str, Path]) -> dict[Path, list[str]]:

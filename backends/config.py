@@ -64,6 +64,9 @@ class HybridConfig(PreTrainedConfig):
             raise Unsupported(f"rope_parameters: rope_type {rope!r} is not served; known are {', '.join(ROPE_TYPES)}")
         if self.hidden_act != "silu":
             raise Unsupported(f"hidden_act: {self.hidden_act!r} is not served, only 'silu'")
+        for name in ("d_conv", "chunk"):
+            if getattr(self, name) < 1:
+                raise Unsupported(f"{name}: must be at least 1, not {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise Unsupported(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "

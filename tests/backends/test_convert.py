@@ -186,6 +186,26 @@ def test_a_folder_without_a_model_says_so(teacher_backend: TeacherBackend, tmp_p
         teacher_backend.describe(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"config\.json: not JSON"),
+        ("[]", r"config\.json: not a JSON object"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', r"config\.json: describes no model \(TypeError"),
+        ('{"model_type": "llama", "hidden_act": "gelu"}', r"config\.json: hidden_act: 'gelu' is not served"),
+        ('{"model_type": "mambabench_hybrid", "mixers": ["rwkv"]}', r"no mixer is called 'rwkv'; known are attention"),
+        ('{"model_type": "llama", "num_key_value_heads": 3}', r"3 does not divide num_attention_heads = 32"),
+    ],
+)
+def test_a_config_that_is_not_right_is_one_line(
+    text: str, message: str, teacher_backend: TeacherBackend, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(MambabenchError, match=message) as caught:
+        teacher_backend.describe(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_llama_of_transformers_is_saved_as_a_model_of_ours(
     llama: Path, teacher_backend: TeacherBackend, tmp_path: Path
 ) -> None:
