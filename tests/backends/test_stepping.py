@@ -30,6 +30,22 @@ def test_fp32_keeps_it_within_rounding(half: Path) -> None:
     check_backend("mamba2-hybrid", half, rounds=60, dtype="float32", tolerance=1e-4)
 
 
+def test_shapes_need_not_depend_on_data(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host never looks: all cache slots are read and the longest replay is made every time."""
+    monkeypatch.setattr(
+        HybridStepper, "_check", lambda self, count, start, state, settle: (state.capacity, state.steps, False)
+    )
+    check_backend("mamba2-hybrid", half, rounds=100, seed=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.05)])
+def test_a_gpu_keeps_the_stepping_contract(
+    dtype: str, tolerance: float, half: Path, hybrid_backend: Mamba2HybridBackend
+) -> None:
+    check_backend(hybrid_backend, half, rounds=200, device="cuda:0", dtype=dtype, tolerance=tolerance)
+
+
 def mamba_layers(state: State) -> list[MambaState]:
     return [layer for layer in state.layers if isinstance(layer, MambaState)]
 
