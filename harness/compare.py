@@ -393,7 +393,9 @@ def _number(value: float, unit: str) -> str:
 def _size(value: float, relative: bool) -> str:
     if not math.isfinite(value):
         return ""
-    return f"{100 * value:.2g} %" if relative else f"{value:.3g}"
+    if not relative:
+        return f"{value:.3g}"
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
 
 
 def _change(c: Comparison) -> str:

@@ -66,6 +66,7 @@ class Results:
         runs = {name: store.run() for name, store in opened.items()}
         several = len(runs) > 1
         cells = pd.DataFrame(_cells(opened, runs), columns=list(CELLS))
+        cells["seed"] = pd.to_numeric(cells["seed"]).astype("Int64")
         models = pd.DataFrame(
             [
                 {

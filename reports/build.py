@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..harness.interfaces import Table
 from ..harness.results import Results
+from ..harness.store import read_json
 from .cells import CHECK
 from .invariants import problems
 
@@ -132,4 +133,22 @@ def _summary(results: Results) -> tuple[str, ...]:
             f"{store}: plan {str(plan.get('sha256', ''))[:10]}, seeds {', '.join(map(str, seeds))}, "
             f"mambabench {code.get('version', 'of unknown version')}{revision}."
         )
+    older = _other_code(results)
+    if older:
+        sentences.append(f"Made by other code than this run's: {', '.join(older)}.")
     return tuple(sentences)
+
+
+def _other_code(results: Results) -> list[str]:
+    """Measured models whose artifact was made by another revision than that of the run, with that revision."""
+    found = {}
+    finished = results.cells[(results.cells["state"] == "ok") & (results.cells["kind"] == "measure")]
+    for store, model, key in finished[["store", "model", "key"]].itertuples(index=False):
+        subject = results.step(store, key).get("inputs", {}).get("subject")
+        note = results.folder(store) / "steps" / str(subject) / "artifact" / "artifact.json"
+        if subject is None or not note.is_file():
+            continue
+        made = read_json(note).get("code", {}).get("revision")
+        if made != results.plan[store]["code"].get("revision"):
+            found[model] = f"{model} ({str(made)[:10]})"
+    return list(found.values())

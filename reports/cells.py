@@ -75,7 +75,7 @@ def significant(value: float, digits: int = 4) -> str:
 def _in_unit(value: float, unit: str) -> str:
     if unit == "%" and abs(value) >= 0.1:
         return f"{value:.1f}"
-    if unit == "s" and abs(value) >= 0.1:
+    if unit == "s" and abs(value) >= 0.005:
         return f"{value:,.2f}"
     return significant(value, 3 if unit == "MB" else 4)
 

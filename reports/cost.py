@@ -8,34 +8,46 @@ import pandas as pd
 
 from ..harness.results import Results
 from .options import NoOptions
-from .rows import by_plan, drop_empty, table_of
+from .rows import drop_empty, table_of
 
 UNITS = {"byte": ("MB", 1e-6), "bytes": ("MB", 1e-6), "share": ("%", 100.0)}
-FIRST = ("parameters", "weights MB", "trainable share %", "tokens", "train wall s", "peak memory MB")
+FIRST = ("parameters", "weights MB", "trainable share %", "training tokens", "training wall s", "peak memory MB")
 """Facts that come first; those that a distiller adds follow them."""
 
 
 class Cost:
-    """One row per model and stage of its training; a stage that several models share stands in each."""
+    """One row per model and stage of its training; a stage that several models share stands in each.
+
+    A model that was not trained has one row, so that the teacher is never missing.
+    """
 
     title = "Cost"
-    note = "What each stage of training told of itself; numbers are means over seeds. Loss: the last one recorded."
+    note = (
+        "What each stage of training told of itself; numbers are means over seeds. Loss: the last one recorded. "
+        "Weights: as loaded for decoding."
+    )
 
     def __init__(self, config: NoOptions) -> None:
         self.config = config
 
     def frame(self, results: Results) -> pd.DataFrame | None:
         cells = results.cells[results.cells["kind"] == "train"]
-        if cells.empty:
+        known = results.facts
+        facts, measured = known[known["kind"] == "train"], known[known["name"] == "weights"]
+        if cells.empty and measured.empty:
             return None
-        facts = results.facts[results.facts["kind"] == "train"]
         losses = results.losses
         rows, told = [], dict.fromkeys(FIRST)
-        for model, _, group in by_plan(results, cells.assign(decoder="")):
+        weights = measured.groupby("model")["value"].max().astype(float) / 1e6
+        for model in results.models["model"]:
+            group = cells[cells["model"] == model]
+            if group.empty:
+                rows.append({"model": model, "stage": "", "seeds": 0, "weights MB": weights.get(model)})
             for stage, of in group.groupby("stage", sort=False):
                 finished = of[of["state"] == "ok"].drop_duplicates("key")
                 mine = facts[(facts["model"] == model) & (facts["stage"] == stage)]
                 row: dict[str, Any] = {"model": model, "stage": stage, "seeds": len(finished)}
+                row["weights MB"] = weights.get(model)
                 for (name, unit), values in mine.groupby(["name", "unit"], sort=False):
                     heading, value = _fact(name, unit, values["value"])
                     row[heading] = value
@@ -51,19 +63,19 @@ class Cost:
         frame = table_of(rows, ["model", "stage", "state", "seeds", *told, "loss", "step wall s"])
         if frame["seeds"].max() <= 1:
             frame = frame.drop(columns="seeds")
-        return drop_empty(frame, [*told, "state", "loss"])
+        return drop_empty(frame, [*told, "state", "stage", "loss", "step wall s"])
 
 
 def _fact(name: str, unit: str, values: pd.Series[Any]) -> tuple[str, Any]:
     """Heading and value of a fact; numbers in readable units, averaged over seeds; other values as they are."""
+    name = name.replace("_", " ")
     numbers = pd.to_numeric(values, errors="coerce")
     if numbers.isna().any():
         return name, ", ".join(dict.fromkeys(str(value) for value in values))
-    shown, factor = UNITS.get(unit, (unit, 1.0))
+    shown, factor = UNITS.get("share" if name.endswith("share") else unit, (unit, 1.0))
     mean = float(numbers.mean()) * factor
-    named = shown if shown and shown not in ("tokens", "parameters") else ""
     value = int(mean) if mean == int(mean) and factor == 1.0 else mean
-    return f"{name} {named}".strip(), value
+    return name if shown in name.split() else f"{name} {shown}".strip(), value
 
 
 class Steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,12 +11,12 @@ import pandas as pd
 from ..harness import statistics as st
 from ..harness.results import Results
 from .options import NoOptions
+from .recovery import LEVEL, OtherItems, average, estimate, inverse, perplexity_ratio, recovery
 from .rows import by_plan, drop_empty, failures, keep_of, of_suites, suites_with, table_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-LEVEL = 0.95
 AVERAGE, RECOVERY = "average %", "recovery %"
 
 
@@ -42,19 +42,22 @@ class Column:
         return estimate.scaled(1 / math.log(2)) if self.form == "bits" else estimate
 
 
+RATIO = " / teacher's"
+"""What ends the heading of a perplexity as a multiple of the teacher's."""
+
+
 class Quality:
     """One row per model, the teacher first; a decoder that is not lossless has rows of its own.
 
-    Errors are clustered standard errors over items, then those between seeds. Recovery is paired by item with the
-    teacher. A column whose step failed shows the state.
+    A column whose step failed shows the state.
     """
 
     title = "Quality"
     note = (
         "Value ± standard error over items (clustered); a second ± is the error between seeds. "
-        "Perplexity is per token of the teacher's tokenizer. "
-        f"The average is over the first accuracy of each task; recovery is its share of the teacher's, with a "
-        f"{100 * LEVEL:.0f}\u00a0% interval paired by item, that between seeds included."
+        "Perplexity is per token of the teacher's tokenizer. The average is over the first accuracy of each task. "
+        "Recovery is the share of the teacher's average (of the inverse perplexity where there are no accuracies). "
+        f"Intervals are {100 * LEVEL:.0f}\u00a0%, paired by item with the teacher, seeds included."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -67,54 +70,92 @@ class Quality:
         if samples.empty:
             return None
         columns = _columns(samples)
-        averaged = list({column.task: column for column in reversed(columns) if column.form == "share"}.values())[::-1]
         names = _names(columns)
-        rows = []
-        groups = _rows(results, samples, cells)
+        averaged = list({column.task: column for column in reversed(columns) if column.form == "share"}.values())[::-1]
+        groups = {of: _parts(group) for of, group in _rows(results, samples, cells).items()}
         failed = failures(cells, ("model", "decoder", "suite"))
-        teachers = {name: group for (name, decoder), group in groups.items() if not decoder}
-        stores = results.models.set_index("model")["store"].to_dict()
-        keeps = results.models.set_index("model")["keep"].to_dict()
-        teacher_of = {stores[name]: name for name in results.teachers}
-        for (model, decoder), group in groups.items():
-            row: dict[str, Any] = {"model": model, "decoder": decoder, "attention": keep_of(keeps.get(model))}
-            if model in results.teachers:
-                row["attention"] = "teacher"
-            parts = dict(iter(group.groupby(["suite", "task", "metric"], sort=False)))
-            notes = []
-            for column in columns:
-                state = failed.get((model, decoder, column.suite)) or _first_failure(
-                    results, failed, model, column.suite
-                )
-                part = parts.get(column.where)
-                if part is not None:
-                    row[names[column]] = column.shown(_estimate(part))
-                    if state and state not in notes:
-                        notes.append(state)
-                elif state and not decoder:
-                    row[names[column]] = state
-            if averaged and all(column.where in parts for column in averaged):
-                average = _average([parts[column.where] for column in averaged])
-                row[AVERAGE] = average.scaled(100)
-                teacher = teachers.get(teacher_of.get(stores.get(model), ""))
-                if model in results.teachers:
-                    row[RECOVERY] = st.Estimate(value=100.0)
-                elif teacher is not None:
-                    row[RECOVERY], note = _recovery(parts, teacher, averaged, average)
-                    notes += [note] if note else []
-            row["seeds"] = int(group["key"].groupby(group["suite"]).nunique().max()) if len(group) else 0
-            row["check"] = "; ".join(notes)
+        models = results.models.set_index("model")
+        teachers = {models["store"][name]: name for name in results.teachers}
+        first = results.decoders[0] if results.decoders else ""
+        rows = []
+        for (model, decoder), parts in groups.items():
+            is_teacher = model in results.teachers
+            states = {
+                column.suite: failed.get((model, decoder, column.suite)) or failed.get((model, first, column.suite))
+                for column in columns
+            }
+            row = _row(parts, columns, names, {} if decoder else states)
+            notes = [states[suite] for suite in dict.fromkeys(of[0] for of in parts) if states[suite]]
+            taught = groups.get((teachers.get(models["store"][model], ""), ""), {})
+            try:
+                row |= _beside(parts, taught, columns, names, averaged, is_teacher)
+            except OtherItems:
+                notes.append("not the teacher's items")
+            row |= {"model": model, "decoder": decoder, "check": "; ".join(str(note) for note in notes)}
+            row["attention"] = "teacher" if is_teacher else keep_of(models["keep"][model])
+            row["seeds"] = max((part["key"].nunique() for part in parts.values()), default=0)
             rows.append(row)
-        order = ["model", "decoder", "attention", *names.values(), AVERAGE, RECOVERY, "seeds", "check"]
-        frame = table_of(rows, order)
-        if len(averaged) < 2:
-            frame = frame.drop(columns=AVERAGE)
+        figures = [head for column in columns for head in (names[column], names[column] + RATIO)]
+        frame = table_of(rows, ["model", "decoder", "attention", *figures, AVERAGE, RECOVERY, "seeds", "check"])
         if frame["seeds"].max() <= 1:
             frame = frame.drop(columns="seeds")
-        frame = drop_empty(frame, ["decoder", "attention", RECOVERY, "check"])
+        if len(averaged) < 2:
+            frame = frame.drop(columns=AVERAGE)
+        ratios = [head for head in figures if head.endswith(RATIO)]
+        frame = drop_empty(frame, ["decoder", "attention", *ratios, AVERAGE, RECOVERY, "check"])
         if AVERAGE in frame:
             frame.attrs["averages"] = {AVERAGE: [names[column] for column in averaged]}
         return frame
+
+
+Parts = dict[tuple[str, str, str], pd.DataFrame]
+"""Samples of one row by suite, task and metric."""
+
+
+def _parts(group: pd.DataFrame) -> Parts:
+    return dict(iter(group.groupby(["suite", "task", "metric"], sort=False)))
+
+
+def _row(
+    parts: Parts, columns: Sequence[Column], names: Mapping[Column, str], states: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """The figures of a row, or the states of the steps that failed."""
+    row: dict[str, Any] = {}
+    for column in columns:
+        if column.where in parts:
+            row[names[column]] = column.shown(estimate(parts[column.where]))
+        else:
+            row[names[column]] = states.get(column.suite)
+    return row
+
+
+def _beside(
+    parts: Parts,
+    taught: Parts,
+    columns: Sequence[Column],
+    names: Mapping[Column, str],
+    averaged: Sequence[Column],
+    is_teacher: bool,
+) -> dict[str, Any]:
+    """Averages and what sets a model against its teacher. An average that lacks a task is none."""
+    row: dict[str, Any] = {}
+    ratios = []
+    for column in columns:
+        if column.form == "perplexity" and column.where in parts and column.where in taught:
+            own = st.Estimate(value=1.0)
+            ratio = own if is_teacher else perplexity_ratio(parts[column.where], taught[column.where])
+            row[names[column] + RATIO] = ratio
+            ratios.append(ratio)
+    if averaged and all(column.where in parts for column in averaged):
+        mine = [parts[column.where] for column in averaged]
+        row[AVERAGE] = average(mine).scaled(100)
+        if is_teacher:
+            row[RECOVERY] = st.Estimate(value=100.0)
+        elif all(column.where in taught for column in averaged):
+            row[RECOVERY] = recovery(mine, [taught[column.where] for column in averaged]).scaled(100)
+    elif ratios and not averaged:
+        row[RECOVERY] = st.Estimate(value=100.0) if is_teacher else inverse(ratios[0]).scaled(100)
+    return row
 
 
 def _rows(results: Results, samples: pd.DataFrame, cells: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
@@ -128,10 +169,6 @@ def _rows(results: Results, samples: pd.DataFrame, cells: pd.DataFrame) -> dict[
         rows[model, ""] = groups.get((model, ""), samples.iloc[:0])
         rows |= {key: group for key, group in groups.items() if key[0] == model and key[1]}
     return rows
-
-
-def _first_failure(results: Results, failed: Mapping[tuple[Any, ...], str], model: str, suite: str) -> str | None:
-    return failed.get((model, results.decoders[0], suite)) if results.decoders else None
 
 
 def _columns(samples: pd.DataFrame) -> list[Column]:
@@ -163,45 +200,3 @@ def _names(columns: Sequence[Column]) -> dict[Column, str]:
         heads[column] = f"{column.task} {metric}{words[column.form]}"
     alike = list(heads.values())
     return {column: f"{column.suite}: {head}" if alike.count(head) > 1 else head for column, head in heads.items()}
-
-
-def _estimate(part: pd.DataFrame) -> st.Estimate:
-    columns = (part[name].to_numpy() for name in ("value", "weight", "cluster", "key"))
-    return st.over_seeds(*columns)
-
-
-def _by_item(part: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of each item, in the order of items."""
-    keyed = part.assign(again=part.groupby(["key", "item"]).cumcount())
-    means = keyed.groupby(["item", "again"], sort=True)[["value", "weight"]].mean()
-    return means.assign(cluster=keyed.groupby(["item", "again"], sort=True)["cluster"].first())
-
-
-def _average(parts: Sequence[pd.DataFrame]) -> st.Estimate:
-    """The average of tasks; its error between seeds is the spread of the seeds' averages."""
-    of_items = st.average([_estimate(part) for part in parts])
-    sums = [part.groupby("key" if len(parts) == 1 else "seed")[["value", "weight"]].sum() for part in parts]
-    of_seeds = sum((of["value"] / of["weight"]).rename("ratio") for of in sums) / len(parts)
-    return replace(of_items, seed_se=st.mean(of_seeds.dropna()).se)
-
-
-def _recovery(
-    parts: Mapping[Any, pd.DataFrame], teacher: pd.DataFrame, columns: Sequence[Column], average: st.Estimate
-) -> tuple[st.Estimate | None, str]:
-    """A model's share of its teacher's average, and why there is none."""
-    taught = dict(iter(teacher.groupby(["suite", "task", "metric"], sort=False)))
-    tasks = []
-    for column in columns:
-        if column.where not in taught:
-            return None, ""
-        own, reference = _by_item(parts[column.where]), _by_item(taught[column.where])
-        if not own.index.equals(reference.index):
-            return None, f"{column.task}: not the teacher's items"
-        arrays = (side[name].to_numpy() for side in (own, reference) for name in ("value", "weight"))
-        tasks.append(st.PairedTask(*arrays, own["cluster"].to_numpy()))
-    share = st.recovery(tasks)
-    if math.isfinite(average.seed_se):
-        between = average.seed_se * share.value / average.value if average.value else math.nan
-        seeds = float(parts[columns[0].where]["seed"].nunique() - 1)
-        share = st.combine(share.value, [(share.se**2, share.df), (between**2, seeds)], share.n)
-    return share.with_interval(LEVEL).scaled(100), ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Builder:
         device: str = "cpu",
         wall: float = 3.0,
         artifact: str = "",
+        revision: str = "abc",
     ) -> str:
         """Adds a finished or failed step with its records by kind (`sample`, `burst`, `round`, `loss`)."""
         name, _, seed = label.partition("@seed")
@@ -99,6 +101,7 @@ class Builder:
         if artifact:
             (folder / "artifact").mkdir()
             (folder / "artifact" / "weights").write_text(artifact)
+            (folder / "artifact" / "artifact.json").write_text(json.dumps({"code": {"revision": revision}}))
         self.began += 10.0
         outcome = {
             "state": state,

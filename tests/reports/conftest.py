@@ -35,8 +35,8 @@ def make(stores, tmp_path_factory):
 def _model(stores, builder, model, seed, chance, nll, differing, check):
     rng = np.random.default_rng([seed, len(model)])
     facts = [
-        {"name": "tokens", "value": 300_000, "unit": "tokens"},
-        {"name": "trainable share", "value": 0.25, "unit": "share"},
+        {"name": "training_tokens", "value": 300_000, "unit": "tokens"},
+        {"name": "trainable_share", "value": 0.25},
         {"name": "peak memory", "value": 512_000_000, "unit": "byte"},
     ]
     steps = [{"step": step, "tokens": 10 * step, "loss": 4.0 / (step + 1)} for step in range(4)]

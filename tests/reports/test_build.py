@@ -93,3 +93,14 @@ def test_a_row_of_two_checkpoints_is_marked(stores, tmp_path, frames_of):
 def test_sound_results_have_no_check_column(make, frames_of):
     for name, frame in frames_of(make()).items():
         assert "check" not in frame, name
+
+
+def test_models_made_by_other_code_are_named(stores, tmp_path, report_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    for model, revision in (("teacher", "abc"), ("half", "0123456789abcdef")):
+        key = builder.step(f"{model}/align@seed0", "train", artifact="w", revision=revision)
+        rows = stores.samples(np.random.default_rng(0))
+        builder.step(f"{model}/-/tasks@seed0", records={"sample": rows}, subject=key)
+    assert report_of(builder.write()).summary[-1] == "Made by other code than this run's: half (0123456789)."

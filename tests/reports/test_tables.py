@@ -139,11 +139,50 @@ def test_the_accepted_length_is_one_and_the_sum_of_the_positions(make, frames_of
 
 def test_cost_shows_what_the_stages_told(make, frames_of):
     half = row(frames_of(make(seeds=(0, 1)))["cost"], model="half")
-    assert half["tokens"] == 300_000
+    assert half["training tokens"] == 300_000
+    assert half["weights MB"] == 2.0
     assert half["trainable share %"] == 25.0
     assert half["peak memory MB"] == 512.0
     assert half["loss"] == 1.0
     assert half["seeds"] == 2
+
+
+def test_the_teacher_has_a_row_of_cost_even_where_the_plan_does_not_train_it(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    builder.step("half/align@seed0", "train", facts=[{"name": "parameters", "value": 12}])
+    for model in ("teacher", "half"):
+        builder.step(f"{model}/lookup/speed@seed0", facts=[{"name": "weights", "value": 3e6, "unit": "byte"}])
+    cost = frames_of(builder.write())["cost"]
+    assert cost["model"].tolist() == ["teacher", "half"]
+    assert cost["weights MB"].tolist() == [3.0, 3.0]
+    assert [text(cell) for cell in cost["parameters"]] == ["–", "12"]
+
+
+def test_perplexity_is_set_against_the_teacher_s_by_item(make, frames_of):
+    quality = frames_of(make())["quality"]
+    teacher, half = row(quality, model="teacher"), row(quality, model="half")
+    ratio = half["unseen perplexity / teacher's"]
+    assert ratio.value == pytest.approx(half["unseen perplexity"].value / teacher["unseen perplexity"].value)
+    assert ratio.low < ratio.value < ratio.high
+    assert teacher["unseen perplexity / teacher's"].value == 1.0
+    assert text(row(quality, model="pure")["unseen perplexity / teacher's"]) == "–"
+
+
+def test_without_accuracies_recovery_is_that_of_perplexity(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    for seed, (model, nll) in enumerate((("teacher", 1.0), ("half", 1.5))):
+        rows = stores.losses_of_text(np.random.default_rng(seed), nll)
+        rows = [{**row, "weight": 100.0, "value": row["value"] / row["weight"] * 100.0} for row in rows]
+        builder.step(f"{model}/-/perplexity@seed0", records={"sample": rows})
+    quality = frames_of(builder.write())["quality"]
+    recovery, ratio = (row(quality, model="half")[name] for name in ("recovery %", "unseen perplexity / teacher's"))
+    assert recovery.value == pytest.approx(100 / ratio.value)
+    assert recovery.value == pytest.approx(100 * math.exp(-0.5), rel=0.1)
+    assert recovery.low < recovery.value < recovery.high
 
 
 def test_a_store_without_results_has_only_its_steps(stores, tmp_path, report_of):
