@@ -13,8 +13,15 @@ chunk a masked matrix product, between chunks the state; memory is linear in the
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -57,6 +64,19 @@ def scan_loop(
     return torch.stack(outputs, dim=1), state
 
 
+def exact(function: Callable[P, T]) -> Callable[P, T]:
+    """Runs a function of tensors without autocast, which would make its matrix products low precision."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next(t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@exact
 def scan(
     x: Tensor,
     dt: Tensor,

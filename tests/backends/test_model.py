@@ -91,6 +91,16 @@ def test_the_loss_is_the_mean_of_the_next_tokens_or_their_sum_over_a_count(
     torch.testing.assert_close(summed, torch.stack(wanted).sum() / 50)
 
 
+def test_it_trains_under_autocast(half: Path, hybrid_backend: Mamba2HybridBackend) -> None:
+    model, ids = hybrid_backend.module(half).train(), some_ids(2, 20)
+    exact = model(input_ids=ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0.02)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
 def test_gradient_checkpointing_changes_no_gradient(half: Path, hybrid_backend: Mamba2HybridBackend) -> None:
     gradients = []
     for checkpointing in (False, True):

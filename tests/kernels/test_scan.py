@@ -102,6 +102,15 @@ def test_low_precision_inputs_are_computed_in_fp32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(state.double(), want_state, rtol=1e-4, atol=1e-4)
 
 
+def test_autocast_does_not_reach_the_state() -> None:
+    given_inputs = {name: t.float() for name, t in inputs(5, 2, 30, 2, 2, 4, 4).items()}
+    want = scan(**given_inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = scan(**given_inputs)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
 def test_agrees_with_the_reference_of_transformers() -> None:
     from transformers.models.mamba2 import modeling_mamba2
 
