@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ def report(stores: Sequence[Path], to: str, out: Path | None, names: str) -> Non
         click.echo(make(renderers[name]).render(made, folder))
 
 
-def _chosen(text: str, known: Sequence[str] | dict[str, object], option: str, kind: str) -> list[str]:
+def _chosen(text: str, known: Iterable[str], option: str, kind: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:

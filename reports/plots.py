@@ -65,6 +65,8 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
             fmt=mark, color=colour, markersize=7, capsize=2, elinewidth=1,
         )  # fmt: skip
     _label(axes, points, [COLOURS[models.index(point[0]) % len(COLOURS)] for point in points])
+    if measure.endswith("perplexity"):
+        _wide_range(axes, [number(point[3]) for point in points])
     axes.set_xlabel("decoding speed, tokens/s")
     axes.set_ylabel(measure)
     axes.margins(x=0.08, y=0.18)
@@ -95,11 +97,24 @@ def _label(axes: Axes, points: Sequence[tuple[str, str, float, Any]], colours: S
             other for other in range(place) if abs(xs[other] - x) < 0.25 * wide and abs(ys[other] - y) < 0.07 * high
         ]
         below = len(close) % 2 == 1
+        left = below and x < min(xs[other] for other in close)
         axes.annotate(
             f"{points[place][0]}, {points[place][1]}", (x, y), textcoords="offset points",
-            xytext=(7, -3 if below else 3), ha="left", va="top" if below else "bottom",
-            color=colours[place], fontsize=9,
+            xytext=(-7 if left else 7, -3 if below else 3), ha="right" if left else "left",
+            va="top" if below else "bottom", color=colours[place], fontsize=9,
         )  # fmt: skip
+
+
+def _wide_range(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where values differ by more than a factor of five, labelled with plain numbers."""
+    if min(values) <= 0 or max(values) < 5 * min(values):
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _accepted_lengths(results: Results) -> Plot | None:
