@@ -97,7 +97,7 @@ def _label(axes: Axes, points: Sequence[tuple[str, str, float, Any]], colours: S
             other for other in range(place) if abs(xs[other] - x) < 0.25 * wide and abs(ys[other] - y) < 0.07 * high
         ]
         below = len(close) % 2 == 1
-        left = below and x < min(xs[other] for other in close)
+        left = below and min(xs) + 0.2 * wide < x < min(xs[other] for other in close)
         axes.annotate(
             f"{points[place][0]}, {points[place][1]}", (x, y), textcoords="offset points",
             xytext=(-7 if left else 7, -3 if below else 3), ha="right" if left else "left",
