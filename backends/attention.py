@@ -64,7 +64,7 @@ class Attention(nn.Module):
         q = q.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4).reshape(batch, self.groups, -1, self.width)
         k, v = (t[:, : call.live].transpose(1, 2) for t in (cache.keys, cache.values))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
-        y = y.view(batch, self.heads, count, self.width).transpose(1, 2).reshape(batch, count, -1)
+        y = y.reshape(batch, self.heads, count, self.width).transpose(1, 2).reshape(batch, count, -1)
         return self.o_proj(y)
 
 

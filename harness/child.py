@@ -180,6 +180,7 @@ class Work:
             parent = self.store.artifact(self.step["inputs"]["parent"])
             keep = read_json(self.store.artifact(self.step["inputs"]["selection"]) / "layers.json")["keep"]
         backend.convert(parent, keep, self.out, self.seed)
+        self.recorder("fact", name="parameters", value=backend.describe(self.out)["parameters"])
 
     def _job(self) -> Job:
         backend = self.step.get("backend")

@@ -37,16 +37,20 @@ class Cost:
         if cells.empty and measured.empty:
             return None
         losses = results.losses
-        rows, told = [], dict.fromkeys(FIRST)
+        rows: list[dict[str, Any]] = []
+        told = dict.fromkeys(FIRST)
         weights = measured.groupby("model")["value"].max().astype(float) / 1e6
         for model in results.models["model"]:
             group = cells[cells["model"] == model]
             if group.empty:
-                rows.append({"model": model, "stage": "", "seeds": 0, "weights MB": weights.get(model)})
+                made = known[(known["model"] == model) & (known["kind"] == "convert")]
+                row = {"model": model, "stage": "", "seeds": 0, "weights MB": weights.get(model)}
+                row |= dict(_fact(name, "", of["value"]) for name, of in made.groupby("name", sort=False))
+                rows.append(row)
             for stage, of in group.groupby("stage", sort=False):
                 finished = of[of["state"] == "ok"].drop_duplicates("key")
                 mine = facts[(facts["model"] == model) & (facts["stage"] == stage)]
-                row: dict[str, Any] = {"model": model, "stage": stage, "seeds": len(finished)}
+                row = {"model": model, "stage": stage, "seeds": len(finished)}
                 row["weights MB"] = weights.get(model)
                 for (name, unit), values in mine.groupby(["name", "unit"], sort=False):
                     heading, value = _fact(name, unit, values["value"])

@@ -35,6 +35,7 @@ class Perplexity:
         if self.config.limit:
             documents = itertools.islice(documents, self.config.limit)
         done = 0
+        bench.emit("progress", done=0, total=self.config.limit, unit="documents")
         # Batches are made of documents of similar length, within groups that keep records coming.
         while group := list(itertools.islice(documents, 16 * self.config.batch)):
             self._measure(group, model, bench)
