@@ -2,13 +2,17 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,27 @@ def stores() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def mambabench() -> Run:
+    """`mambabench(*arguments, on=(folders,), **environment)` in a child process."""
+
+    def run(*arguments: object, on: Sequence[Path] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+        path = [*map(str, on), *filter(None, [os.environ.get("PYTHONPATH")])]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("MAMBABENCH_")}
+        settings = {
+            "PYTHONPATH": os.pathsep.join(path),
+            "PYTHONSAFEPATH": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "COLUMNS": "300",
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "mambabench", *map(str, arguments)],
+            env={**clean, **settings, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -1,6 +1,5 @@
-"""Installs the packages of examples/ for real, and runs `mambabench` in child processes that see them."""
+"""Installs the packages of examples/ for real, where child processes can see them."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -36,30 +35,6 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all broken packages are installed."""
     packages = sorted(path.parent for path in (EXAMPLES / "broken").glob("*/pyproject.toml"))
     return install(packages, tmp_path_factory.mktemp("broken"))
-
-
-@pytest.fixture(scope="session")
-def mambabench() -> Run:
-    """`mambabench(*arguments, on=(folders,), **environment)` in a child process."""
-
-    def run(*arguments: object, on: Sequence[Path] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-        path = [*map(str, on), *filter(None, [os.environ.get("PYTHONPATH")])]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("MAMBABENCH_")}
-        settings = {
-            "PYTHONPATH": os.pathsep.join(path),
-            "PYTHONSAFEPATH": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "COLUMNS": "300",
-        }
-        return subprocess.run(
-            [sys.executable, "-m", "mambabench", *map(str, arguments)],
-            env={**clean, **settings, **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run
 
 
 @dataclass(frozen=True)
