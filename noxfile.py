@@ -82,8 +82,10 @@ def gpu_tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["env"])
 def bench(session: nox.Session) -> None:
     """Run the default plan and print its report. Arguments after `--` go to `mambabench run`."""
-    run(session, "mambabench", "run", "plans/tiny.toml", "--store", "runs/tiny", *session.posargs)
-    run(session, "mambabench", "report", "runs/tiny")
+    try:
+        run(session, "mambabench", "run", "plans/tiny.toml", "--store", "runs/tiny", *session.posargs)
+    finally:
+        run(session, "mambabench", "report", "runs/tiny")
 
 
 @nox.session(venv_backend="none", requires=["env"])

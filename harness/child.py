@@ -21,12 +21,11 @@ from .config import Structurer, restore
 from .environment import versions
 from .events import Recorder
 from .forkserver import ATTEMPT, LEASED, THREADS, watch
-from .interfaces import Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
+from .interfaces import DTYPES, Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
 from .locks import Lock
 from .plugins import Registry, make, registry
 from .store import Store, read_json, write_json
 
-DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 VERSIONS = ("torch", "triton", "transformers", "numpy", "mamba-ssm", "causal-conv1d")
 ARTIFACT_KINDS = ("data", "select", "convert", "train")

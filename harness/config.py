@@ -7,6 +7,7 @@ known name. A component's options are checked against its own config dataclass i
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -95,13 +96,21 @@ class Structurer:
     def _dataclass_hook(self, cls: type) -> Any:
         """cattrs drops annotations that it does not know, so fields that choose a component get their hook by name."""
         hints = typing.get_type_hints(cls, include_extras=True)
-        chosen = {item.name: _kind_chosen(hints[item.name]) for item in dataclasses.fields(cls)}
-        overrides: Any = {name: override(struct_hook=self._choice_hook(kind)) for name, kind in chosen.items() if kind}
+        chosen = {item.name: (_kind_chosen(hints[item.name]), item.default) for item in dataclasses.fields(cls)}
+        overrides: Any = {
+            name: override(struct_hook=self._choice_hook(kind, default))
+            for name, (kind, default) in chosen.items()
+            if kind
+        }
         return make_dict_structure_fn(cls, self.converter, _cattrs_forbid_extra_keys=True, **overrides)
 
-    def _choice_hook(self, kind: str) -> Any:
+    def _choice_hook(self, kind: str, default: Any) -> Any:
         def hook(value: Any, _: Any) -> Choice:
-            return value if isinstance(value, Choice) else self.choice(kind, value)
+            if isinstance(value, Choice):
+                return value
+            if isinstance(value, Mapping) and isinstance(default, Choice):
+                value = {"use": default.name, **value}
+            return self.choice(kind, value)
 
         return hook
 
@@ -118,6 +127,8 @@ def _strict(wanted: type, accepted: tuple[type, ...], words: str) -> Any:
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
             raise ConfigError("", f"expected {words}, got {show(value)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError("", f"expected a finite number, got {show(value)}")
         return wanted(value)
 
     return hook

@@ -136,6 +136,9 @@ class Refusal:
     reason: str
 
 
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+"""What a model is loaded in on each kind of device, unless a suite asks for another dtype."""
+
 STATES = ("ok", "unsupported", "out-of-memory", "timeout", "crashed", "error", "cancelled", "blocked")
 
 
@@ -389,9 +392,9 @@ class Draft(Protocol):
         """Prepares state for a batch."""
 
     def propose(self, state: Any, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """texts: each row's prompt and emitted tokens. Returns ids int64 [B, K], how many are real int32 [B] (the others
-        may be any token), and the distributions that they were drawn from, with the filters of the limits, [B, K, V]
-        (None: the draft is deterministic, or the temperature is 0)."""
+        """texts: each row's prompt and emitted tokens. Returns ids int64 [B, K], how many are real int32 [B] (the
+        others may be any token), and the distributions that they were drawn from, with the filters of the limits,
+        [B, K, V] (None: the draft is deterministic, or the temperature is 0)."""
 
 
 @dataclass(frozen=True, slots=True)

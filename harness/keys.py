@@ -113,13 +113,15 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _room(module: str) -> Path:
-    """The folder whose code decides what a module does: our room of it, or the whole of another package."""
+    """Whose code decides what a module does: our room (of harness/, the part), or the whole of another package."""
     top = module.partition(".")[0]
     if module.startswith(f"{PACKAGE}."):
         root = Path(__file__).resolve().parent.parent
         room, _, rest = module.removeprefix(f"{PACKAGE}.").partition(".")
-        inner = rest.partition(".")[0]
-        return root / room / inner if room == "harness" and inner == "suites" else root / room
+        if room != "harness":
+            return root / room
+        inner = root / room / rest.partition(".")[0]
+        return inner if inner.is_dir() else inner.with_suffix(".py")
     spec = importlib.util.find_spec(top)
     if spec is None or spec.origin is None:
         raise MambabenchError(f"the code of {module} cannot be found")

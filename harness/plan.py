@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 class Teacher:
     backend: Choice
     path: str | None
-    """A folder (absolute) or a hub name; None for a teacher that the plan trains."""
+    """An absolute folder; None for a teacher that the plan trains."""
     train: tuple[str, ...]
 
 
@@ -187,13 +188,11 @@ class _Reader:
 
     def _folder(self, path: str) -> str:
         folder = (self.file.parent / Path(path).expanduser()).resolve()
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise ConfigError("path", f"{folder} is no transformers folder: it has no config.json")
-            return str(folder)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
-            return path
-        raise ConfigError("path", f"there is no folder {folder}")
+        if not folder.is_dir():
+            raise ConfigError("path", f"there is no folder {folder} (and nothing is fetched from a hub)")
+        if not (folder / "config.json").is_file():
+            raise ConfigError("path", f"{folder} is no transformers folder: it has no config.json")
+        return str(folder)
 
     def _data(self, name: str, value: Any) -> Data:
         if isinstance(value, Mapping):
@@ -229,7 +228,7 @@ class _Reader:
         options = copy.deepcopy(raw[name])
         if "like" in options:
             like = options.pop("like")
-            if like not in raw:
+            if not isinstance(like, str) or like not in raw:
                 raise ConfigError("like", f"unknown model {show(like)}{suggest(str(like), raw)}")
             if "like" in raw[like]:
                 raise ConfigError("like", f"{like!r} is itself like another model; name the original")
@@ -343,7 +342,7 @@ def _limits(value: Any) -> Limits:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return float(value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", value) if isinstance(value, str) else None
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:

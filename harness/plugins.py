@@ -21,6 +21,7 @@ import re
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,9 @@ import pluggy
 
 from .hooks import PROJECT, Hooks
 from .interfaces import API, KINDS, Choice, Comparison, Component, Host, MambabenchError, Outcome, Refusal, StepView
+
+LOCAL = "mambabench_local_"
+"""How the modules of local files begin; inside of one, a target is `f"{__name__}:factory"`."""
 
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -253,7 +257,7 @@ def _normal(name: str) -> str:
 
 
 def _import_file(file: Path) -> Any:
-    name = f"mambabench_local_{file.stem}"
+    name = f"{LOCAL}{re.sub(r'[^A-Za-z0-9_]', '_', file.stem)}_{zlib.crc32(str(file).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is no Python file")

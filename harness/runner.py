@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from .forkserver import ATTEMPT, LEASED
 from .interfaces import STATES, Handle, Host, Launcher, Needs, Outcome, StepView, Unsupported
 from .locks import Lock
-from .plugins import Registry
+from .plugins import LOCAL, Registry
 from .progress import Progress, Tail, progress_for
 from .store import Store, outcome_of
 
@@ -240,7 +240,7 @@ class _Run:
             modules = {plugin.module for plugin in self.plugins.plugins}
             modules |= {module for each in self.waiting.values() if not each.lacking for module in each.modules}
             # Local files are no importable modules; the child loads them itself.
-            modules -= {f"mambabench_local_{file.stem}" for file in self.plugins.files}
+            modules = {module for module in modules if not module.startswith(LOCAL)}
             self.progress.note("importing what the steps share, once")
             self.launcher.prepare([*PRELOADED, *modules])
         if key not in self.written:

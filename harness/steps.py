@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from .config import ConfigError, plain, references
-from .interfaces import Choice, MambabenchError, Needs, StepView
-from .keys import Fingerprints, configured, digest
+from .interfaces import DTYPES, Choice, MambabenchError, Needs, StepView
+from .keys import PACKAGE, Fingerprints, configured, digest
 from .plan import Model, Plan
 from .plugins import Registry, missing, suggest
 
 SCHEMA = 1
 TEACHER = "teacher"
 NO_DECODER = "-"
+MEASURING = tuple(f"{PACKAGE}.{name}" for name in ("kernels", "harness.documents", "harness.metrics"))
+"""Code that every measurement may go through, beside the rooms of its components."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,6 +148,7 @@ class _Expander:
         self.teacher: Made | None = None
         self.chains: dict[tuple[str, int], Made] = {}
         self.open_data: list[str] = []
+        self.skipped: set[int] = set()
 
     def run(self) -> Steps:
         self.teacher = self._teacher()
@@ -156,14 +159,16 @@ class _Expander:
             for seed in seeds:
                 for suite in self.plan.suites:
                     self._measures(name, seed, suite)
+        for index, skip in enumerate(self.plan.skip):
+            if index not in self.skipped:
+                raise ConfigError(f"skip.{index}.steps", f"{skip.steps!r} fits no label of a measuring step")
         return self.out
 
     def _teacher(self) -> Made:
         spec, seed = self.plan.teacher, self.plan.seeds[0]
         made: Made | None = None
         if spec.path is not None:
-            folder = Path(spec.path)
-            mark = self.fingerprints.path(folder) if folder.is_dir() else f"hub:{spec.path}"
+            mark = self.fingerprints.path(Path(spec.path))
             made = Made(
                 self._add(
                     "convert",
@@ -256,12 +261,11 @@ class _Expander:
         self.open_data.pop()
         return {"step": key}
 
-    def _model(self, name: str, where: str, seed: int) -> dict[str, Any]:
+    def _model(self, name: str, where: str, seed: int) -> Made:
         assert self.teacher is not None
         if name != TEACHER and name not in self.plan.models:
             raise ConfigError(where, f"unknown model {name!r}{suggest(name, [TEACHER, *self.plan.models])}")
-        made = self.teacher if name == TEACHER else self._chain(name, seed)
-        return {"step": made.key, "backend": self._record(made.backend)}
+        return self.teacher if name == TEACHER else self._chain(name, seed)
 
     def _measures(self, model: str, seed: int, suite: str) -> None:
         choice = self.plan.suites[suite]
@@ -298,8 +302,9 @@ class _Expander:
             suite=suite,
             seed=seed,
         )
-        for skip in self.plan.skip:
+        for index, skip in enumerate(self.plan.skip):
             if matches(cell.label, skip.steps):
+                self.skipped.add(index)
                 self.out.cells.append(replace(cell, why=skip.why))
                 return
         used: dict[str, tuple[str, Choice]] = {}
@@ -308,8 +313,8 @@ class _Expander:
             if name is not None and name != NO_DECODER:
                 used[role] = (f"decoders.{name}", self.plan.decoders[name])
                 extra[role] = {"plan_name": name, **self._record(self.plan.decoders[name])}
-        modules = [self._module(c) for c in (choice, made.backend, *(c for _, c in used.values()))]
-        salt: dict[str, Any] = {"code": self.fingerprints.code([*modules, f"{__package__.rpartition('.')[0]}.kernels"])}
+        device = "cuda" if self.gpus else "cpu"
+        salt: dict[str, Any] = {"device": device, "dtype": DTYPES[device]}
         if "alone" in traits:
             salt["machine"] = self.machine
         self._add(
@@ -348,17 +353,26 @@ class _Expander:
         roles = {"component": (where, choice), **(used or {})}
         data: dict[str, Any] = {}
         models: dict[str, Any] = {}
+        chosen = [component for _, component in roles.values()]
+        parts = [*chosen, *_nested(chosen), *([backend] if backend else [])]
         decides: dict[str, Any] = {"kind": kind, "seed": seed, "inputs": dict(inputs or {}), **(salt or {})}
         for role, (place, component) in roles.items():
             resolved: dict[str, Any] = {}
             for path, section, name in references(component.config):
                 at = f"{place}.{path}" if place else path
-                found = self._data(name, at) if section == "data" else self._model(name, at, cell.seed or 0)
-                (data if section == "data" else models)[name] = found
+                if section == "data":
+                    found = data[name] = self._data(name, at)
+                else:
+                    made = self._model(name, at, cell.seed or 0)
+                    found = models[name] = {"step": made.key, "backend": self._record(made.backend)}
+                    parts.append(made.backend)
                 resolved[path] = found.get("step") or found["fingerprint"]
             decides[role] = self._decides(component, resolved)
         if backend is not None:
             decides["backend"] = self._decides(backend, {})
+        modules = frozenset(self._module(part) for part in parts)
+        if kind == "measure":
+            decides["code"] = self.fingerprints.code([*modules, *MEASURING])
         key = digest(decides)
         if all(known.label != cell.label for known in self.out.cells):
             self.out.cells.append(replace(cell, key=key))
@@ -366,8 +380,6 @@ class _Expander:
             step = self.out.steps[key]
             step.labels = (*step.labels, cell.label) if cell.label not in step.labels else step.labels
             return key
-        chosen = [component for _, component in roles.values()]
-        parts = [*chosen, *_nested(chosen), *([backend] if backend else [])]
         record = {
             "seed": seed,
             "model": cell.model,
@@ -384,7 +396,7 @@ class _Expander:
             labels=(cell.label,),
             needs=Needs(gpus=0 if kind == "select" else self.gpus, alone=alone, timeout_s=self.plan.limits.timeout),
             record=record,
-            modules=frozenset(self._module(part) for part in parts),
+            modules=modules,
             lacking=tuple(
                 dict.fromkeys(
                     text for part in parts for text in missing(self.registry.find(part.kind, part.name).requires)

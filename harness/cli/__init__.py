@@ -35,11 +35,26 @@ class Verbs(click.Group):
         if name in _VERBS:
             module, _, attribute = _VERBS[name].partition(":")
             return getattr(importlib.import_module(f".{module}", __name__), attribute)
-        component = plugins.registry().components("command").get(name)
+        loaded = plugins.registry()
+        component = loaded.components("command").get(name)
         if component is None:
             return None
         module, _, attribute = component.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            return _broken(
+                name, f"{loaded.owner(component)}: {component.target} fails: {type(error).__name__}: {error}"
+            )
+
+
+def _broken(name: str, why: str) -> click.Command:
+    """Stands for a plug-in's command that cannot be imported, so that the others still work."""
+
+    def fail(**_: Any) -> None:
+        raise MambabenchError(f"the command {name!r} of {why}")
+
+    return click.Command(name, callback=fail, help=f"(broken) {why}", add_help_option=False)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,3 +85,8 @@ def main(arguments: list[str] | None = None) -> Any:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        click.echo(f"mambabench: {error.filename}: {error.strerror}", err=True)
+        sys.exit(1)

@@ -37,6 +37,7 @@ def generate(
     dtype: str,
 ) -> None:
     """Continue a prompt with MODEL: an artifact of a store, or a teacher's folder."""
+    _check_device(device)
     loaded = plugins.registry()
     choice = Structurer(loaded).choice("decoder", {"use": decoder, **_options(options)})
     with tempfile.TemporaryDirectory(prefix="mambabench-") as scratch:
@@ -50,7 +51,7 @@ def generate(
         answers = plugins.build(choice).generate(
             stepper, [Prompt(tuple(ids))], limits, lambda kind, /, **fields: events.append({"kind": kind, **fields})
         )
-    click.echo(prompt + answers[0].text)
+    click.echo(tokenizer.decode([*ids, *answers[0].ids], skip_special_tokens=True))
     click.echo(_timing(events), err=True)
 
 
@@ -67,6 +68,15 @@ def _artifact(model: Path, scratch: Path, loaded: plugins.Registry) -> tuple[Bac
     artifact = scratch / "teacher"
     backend.convert(model, range(layers), artifact, seed=0)
     return backend, artifact
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        raise MambabenchError(f"--device {device}: torch finds no such device here; cpu is always there")
 
 
 def _options(pairs: tuple[str, ...]) -> dict[str, Any]:

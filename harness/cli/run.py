@@ -79,7 +79,7 @@ def run_plan(
     known = {item.name for item in dataclasses.fields(component.config)}
     choice = Structurer(loaded).choice("launcher", {k: v for k, v in options.items() if k == "use" or k in known})
     at = Store.create(store or _default_store(plan))
-    at.write_run(run_record(plan, steps, capture(loaded.environment()), code()))
+    at.write_run(_with_history(run_record(plan, steps, capture(loaded.environment()), code()), steps, at))
     with contextlib.closing(plugins.make(component, choice.config)) as children:
         summary = run(
             list(steps), at, children, loaded, host=host(indices), retry=retry, progress=progress_for(sys.stderr)
@@ -134,6 +134,21 @@ def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict
         ],
         "cells": [dataclasses.asdict(cell) for cell in steps.cells],
     }
+
+
+def _with_history(record: dict[str, Any], steps: Steps, at: Store) -> dict[str, Any]:
+    """A run that has nothing to do leaves the code and the environment of the one that had."""
+    before = at.run()
+    lost = {cell["label"] for cell in before.get("cells", [])} - {cell["label"] for cell in record["cells"]}
+    if lost:
+        click.echo(
+            f"mambabench: {at.path}: the last run had {len(lost)} other labels, such as {min(lost)}; "
+            "their results stay in the store, and reports follow the plan of this run",
+            err=True,
+        )
+    if "code" in before and all(at.state(step.key) == "ok" for step in steps):
+        return {**record, "code": before["code"], "environment": before["environment"]}
+    return record
 
 
 def _expand(file: Path, overrides: tuple[str, ...], only: str | None, gpus: tuple[int, ...]) -> tuple[Plan, Steps]:
@@ -218,5 +233,5 @@ def _echo_step(cell: dict[str, Any], at: Store) -> None:
             arm = f" ({fact['arm']})" if fact.get("arm") else ""
             click.echo(f"  {fact['name']:<22} {fact['value']} {fact.get('unit', '')}{arm}".rstrip())
     log = folder / "log.txt"
-    if log.is_file() and sys.stdout.isatty() and state != "ok":
+    if log.is_file() and state != "ok":
         click.echo("  log     " + "\n          ".join(log.read_text(errors="replace").splitlines()[-20:]))

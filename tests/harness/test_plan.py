@@ -25,6 +25,12 @@ def test_a_plan_becomes_checked_specifications(planner):
     assert plan.decoders["quick"].config.draft.name == "toy-draft"
 
 
+def test_options_of_a_default_component_need_no_use(planner, plan_text):
+    plan = planner.read(plan_text, 'decoders.quick.draft.model="half"')
+    assert plan.decoders["quick"].config.draft.name == "toy-draft"
+    assert plan.decoders["quick"].config.draft.config.model == "half"
+
+
 def test_an_override_changes_one_key_and_the_plan_s_hash(planner, plan_text):
     plain = planner.read()
     changed = planner.read(plan_text, "models.half.keep=0.25", "name=other")
@@ -83,6 +89,11 @@ def test_an_override_changes_one_key_and_the_plan_s_hash(planner, plan_text):
         ('file = "text.txt"', 'file = "hf:org/name"', "data.file: "),
         ('part = "train"', 'part = "trian"', "data.text.part: "),
         ('part = "train"', 'prompts = "text"', "data.text.prompts: a circle of data: text -> text"),
+        ('path = "teacher"', 'path = "org/name"', "(and nothing is fetched from a hub)"),
+        ("lr = 1", "lr = nan", "stages.tune.lr: expected a finite number, got nan"),
+        ('timeout = "3 min"', "timeout = inf", "limits.timeout: expected a time"),
+        ('like = "half"', 'like = ["half"]', "models.other.like: unknown model"),
+        ('steps = "next/quick/*"', 'steps = "nexxt/*"', "skip.0.steps: 'nexxt/*' fits no label"),
         ("seeds = [0, 1]", "seeds = 0", "seeds: expected a list of whole numbers, got 0"),
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds: a seed stands there twice"),
         ("schema = 1", "schema = 2", "schema: this version reads plans of schema 1, got 2"),

@@ -167,8 +167,6 @@ def test_requirements_are_read_from_metadata():
 
 
 def test_a_component_is_made_with_its_default_config(local):
-    file = local(
-        components("part(target='mambabench_local_mine:make')") + "\ndef make(config):\n    return config.size\n"
-    )
+    file = local(components("part(target=__name__ + ':make')") + "\ndef make(config):\n    return config.size\n")
     registry = plugins.load([file])
     assert plugins.make(registry.find("decoder", "mine")) == 1

@@ -1,6 +1,7 @@
 """Steps and keys: what is shared, what changes a key and what does not."""
 
 from mambabench.harness.keys import Fingerprints, digest
+from mambabench.harness.steps import expand
 
 
 def keys_by_label(steps):
@@ -49,7 +50,7 @@ def test_suites_run_once_per_model_per_lossy_decoder_or_per_pair(planner):
 
 def test_a_single_decoder_is_measured_without_a_reference(planner, plan_text):
     text = plan_text.replace('[decoders.quick]\nuse = "toy-lossless"\nk = 2\n[decoders.rough]\nuse = "toy-lossy"\n', "")
-    steps = planner.steps(text)
+    steps = planner.steps(text.replace("next/quick/*", "next/plain/generate"))
     record = steps.steps[keys_by_label(steps)["half/plain/speed@seed0"]].record
     assert record["decoder"]["plan_name"] == "plain"
     assert record["reference"] is None
@@ -98,6 +99,23 @@ def test_the_machine_is_part_of_speed_only(planner):
     planner.machine["gpu"] = "H200"
     after = keys_by_label(planner.steps())
     assert {label.split("/")[2].split("@")[0] for label in before if before[label] != after[label]} == {"speed"}
+
+
+def test_the_kind_of_device_is_part_of_every_measurement_and_of_nothing_else(planner):
+    plan = planner.read()
+    marks = Fingerprints(planner.folder / "cache.json")
+    on_cpu, on_gpu = (keys_by_label(expand(plan, planner.registry, marks, {}, gpus=gpus)) for gpus in (0, 1))
+    changed = {label for label in on_cpu if on_cpu[label] != on_gpu[label]}
+    assert changed == {label for label in on_cpu if label.count("/") == 2 and on_cpu[label]}
+
+
+def test_code_of_every_component_and_of_reading_documents_is_part_of_a_measurement(planner, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Fingerprints, "code", lambda self, modules: asked.append(set(modules)) or "")
+    planner.steps()
+    package = "mambabench"
+    assert all({f"{package}.kernels", f"{package}.harness.documents"} <= modules for modules in asked)
+    assert len(asked) == len([cell for cell in planner.steps().cells if cell.kind == "measure" and cell.key])
 
 
 def test_a_nested_model_becomes_an_input(planner, plan_text):

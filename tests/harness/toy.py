@@ -60,7 +60,7 @@ def make(config: object) -> object:
 
 
 def component(kind: str, name: str, config: type, *traits: str, **more: object) -> Component:
-    target = "mambabench_local_toy:make"
+    target = f"{__name__}:make"
     return Component(kind=kind, name=name, target=target, config=config, traits=frozenset(traits), **more)
 
 
