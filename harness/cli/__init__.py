@@ -58,12 +58,18 @@ def _broken(name: str, why: str) -> click.Command:
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--plugin", "files", multiple=True, type=click.Path(path_type=Path), help="Load a local plug-in file.")
+@click.option(
+    "--plugin",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=lambda _, __, files: plugins.registry(files) if files else None,
+    help="Load a local plug-in file.",
+)
 @click.version_option(package_name="mambabench")
-def cli(files: tuple[Path, ...]) -> None:
+def cli() -> None:
     """Turn Transformers into Mamba hybrids, measure them, and read tables of quality and speed."""
-    if files:
-        plugins.registry(files)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -1,0 +1,69 @@
+"""The command line: quick answers, one line for what went wrong, exit codes."""
+
+import time
+
+import pytest
+
+COMMAND = """
+from dataclasses import dataclass
+from mambabench import Component, hookimpl
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+@hookimpl
+def mambabench_components():
+    return [Component(kind="command", name="gone", target="no_such_package.module:command", config=Config)]
+"""
+
+
+@pytest.fixture
+def local(tmp_path):
+    file = tmp_path / "local.py"
+    file.write_text(COMMAND)
+    return file
+
+
+def test_a_broken_command_of_a_plug_in_leaves_the_others_alone(mambabench, local):
+    listed = mambabench("--plugin", local, "--help")
+    assert listed.returncode == 0
+    assert "(broken) local.py" in listed.stdout
+    assert "compare" in listed.stdout
+    used = mambabench("--plugin", local, "gone")
+    assert used.returncode == 1
+    assert used.stderr.strip().splitlines()[-1].startswith("mambabench: the command 'gone' of local.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (("show", "none"), 1, "mambabench: none: not a store of results (it has no run.json)"),
+        (("plan", "none.toml"), 1, "mambabench: none.toml: no such plan"),
+        (("--plugin", "none.py", "plugins"), 1, "none.py: no such file"),
+        (("generate", "none"), 1, "mambabench: none: neither an artifact of a store nor a transformers folder"),
+        (("list", "decodr"), 2, "'decodr' is not one of"),
+        (("nothing",), 2, "No such command 'nothing'"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_an_exit_code(mambabench, tmp_path, arguments, code, line):
+    done = mambabench(*arguments)
+    assert done.returncode == code
+    assert line in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_list_shows_options_and_what_is_not_installed(mambabench):
+    text = mambabench("list", "suite", "--options").stdout
+    assert "losslessness" in text
+    assert "new_tokens" in text
+
+
+@pytest.mark.parametrize("verb", [("plugins",), ("list",)])
+def test_listing_answers_at_once(mambabench, verb):
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert mambabench(*verb).returncode == 0
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.5
