@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .interfaces import Answer, Decoder, Limits, Prompt, Stepper
+from .interfaces import Answer, Decoder, Limits, Prompt, Stepper, silent
 from .mockmodel import MockStepper
 
 PROMPTS = ("abcabcab", "g", "fedf", "aaaaa")
@@ -44,7 +44,7 @@ def check_decoder(decoder: Decoder, *, lossless: bool = True) -> None:
     prompts = [Prompt((1, 2, 1), row) for row in range(2000)]
     answers, records = answer_with_records(decoder, model, prompts, limits)
     check_records(records, answers)
-    assert answers == decoder.generate(model, prompts, limits, _ignore), "the same request gave another answer"
+    assert answers == decoder.generate(model, prompts, limits, silent), "the same request gave another answer"
     if lossless:
         p = distribution_p(model, prompts[0].ids, limits, [answer.ids for answer in answers])
         assert p > 1e-6, f"sampled text does not have the model's distribution (chi-square: p = {p:.1e})"
@@ -136,7 +136,3 @@ def distribution_p(
         cells.append((rest_expected, rest_seen))
     statistic = sum((seen - expected) ** 2 / expected for expected, seen in cells)
     return float(chi2.sf(statistic, len(cells) - 1))
-
-
-def _ignore(kind: str, /, **fields: Any) -> None:
-    """An `emit` for a call whose records are not looked at."""

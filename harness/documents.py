@@ -55,11 +55,16 @@ def read_documents(path: Path) -> Iterator[Document]:
             raise MambabenchError(f"{file}: unknown kind of data (data is {FORMATS})")
 
 
+def leading_token(tokenizer: Tokenizer) -> int | None:
+    """What stands before the first token of a text: the beginning-of-text, or the end-of-text of a tokenizer that has
+    no beginning."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def encode_document(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
     """Token ids of a document behind one leading token, and how many of them are context only.
 
-    The leading token is the tokenizer's beginning-of-text, or its end-of-text where it has no beginning; without either
-    the first token of the text is context. Ids that begin with the leading token keep it once.
+    Without a leading token the first token of the text is context. Ids that begin with it keep it once.
 
     >>> class Letters:
     ...     bos_token_id, eos_token_id = None, 0
@@ -70,7 +75,7 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> tuple[list[int]
     ([0, 1, 2, 3], 2)
     """
     ids = list(document.ids) if document.ids is not None else tokenizer.encode(document.text, add_special_tokens=False)
-    lead = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    lead = leading_token(tokenizer)
     context = document.prompt
     if lead is not None and ids[:1] != [lead]:
         ids = [lead, *ids]

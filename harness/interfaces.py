@@ -205,6 +205,10 @@ class Emit(Protocol):
     def __call__(self, kind: str, /, **fields: Any) -> None: ...
 
 
+def silent(kind: str, /, **fields: Any) -> None:
+    """An `Emit` for calls whose records nobody asked for."""
+
+
 class Scores(NamedTuple):
     """What the model says of given text; entry t is about token t + 1."""
 

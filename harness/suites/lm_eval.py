@@ -23,7 +23,8 @@ from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ..interfaces import Bench, Choice, Decoder, Emit, Limits, MambabenchError, Prompt, Stepper, Unsupported
+from ..documents import leading_token
+from ..interfaces import Bench, Choice, Decoder, Emit, Limits, MambabenchError, Prompt, Stepper, Unsupported, silent
 from ..plugins import build
 from .configs import LmEvalConfig
 from .texts import pad
@@ -138,8 +139,8 @@ class StepperLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else begin
+        lead = leading_token(self.tokenizer)
+        return self.eot_token_id if lead is None else lead
 
     @property
     def tokenizer_name(self) -> str:
@@ -197,7 +198,7 @@ class StepperLM(TemplateLM):
             contexts = {i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in members}
             for chosen in self._batches(members, lambda i, of=contexts: len(of[i])):
                 prompts = [Prompt(tuple(contexts[i]), i) for i in chosen]
-                answers = decoder.generate(self.model, prompts, limits, _ignore)
+                answers = decoder.generate(self.model, prompts, limits, silent)
                 results.update(zip(chosen, (answer.text for answer in answers), strict=True))
                 self.emit("progress", done=len(results), total=len(requests), unit="requests")
         return [results[i] for i in range(len(requests))]
@@ -223,10 +224,6 @@ def generation_limits(options: Mapping[str, Any], eos: int, seed: int) -> Limits
         top_p=float(options.get("top_p", 1.0)) if sampled else 1.0,
         seed=seed,
     )
-
-
-def _ignore(kind: str, /, **fields: Any) -> None:
-    """An `emit` for generations whose timing nobody asked for."""
 
 
 def _local_configs(name: str, manager: TaskManager, scratch: Path) -> Iterator[dict[str, Any]]:

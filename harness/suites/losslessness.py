@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from .. import metrics
-from ..interfaces import Answer, Bench, Decoder, Limits, MambabenchError, Prompt, Stepper, Subject
+from ..interfaces import Answer, Bench, Decoder, Limits, MambabenchError, Prompt, Stepper, Subject, silent
 from .configs import LosslessnessConfig
 from .texts import check_room, pad, take_prompts
 
@@ -32,7 +32,7 @@ class Losslessness:
         prompts = [Prompt(ids, number) for number, ids in enumerate(texts)]
         end = model.tokenizer.eos_token_id
         limits = Limits(new_tokens=self.config.new_tokens, stop_tokens=() if end is None else (end,), seed=bench.seed)
-        wanted = decoder_of(reference).generate(plain, prompts, limits, _ignore)
+        wanted = decoder_of(reference).generate(plain, prompts, limits, silent)
         rounds: list[dict[str, Any]] = []
         block = 0
         for batch in self.config.batch:
@@ -86,7 +86,3 @@ def decoder_of(subject: Subject) -> Decoder:
 def _emit_sample(bench: Bench, batch: int, prompt: Prompt, metric: str, value: float, weight: float) -> None:
     item = hashlib.sha256(repr((prompt.sequence, prompt.ids)).encode()).hexdigest()[:16]
     bench.emit("sample", task=f"batch {batch}", item=item, metric=metric, value=value, weight=weight, better="higher")
-
-
-def _ignore(kind: str, /, **fields: Any) -> None:
-    """An `emit` for the reference, whose bursts nobody asked for."""

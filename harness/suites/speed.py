@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Subject
+from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Subject, silent
 from .configs import SpeedConfig
 from .losslessness import decoder_of
 from .texts import check_room, take_prompts
@@ -59,7 +59,7 @@ class Speed:
         for arm, (subject, model) in arms.items():
             began = time.perf_counter()
             for requests in blocks[: self.config.warmup]:
-                decoder_of(subject).generate(model, requests, self._limits(bench), _ignore)
+                decoder_of(subject).generate(model, requests, self._limits(bench), silent)
             seconds = time.perf_counter() - began
             bench.emit("fact", name=f"warm-up, batch {batch}", value=seconds, unit="s", arm=arm)
         gc.collect()
@@ -147,7 +147,3 @@ def _quiet(device: str) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         gc.unfreeze()
-
-
-def _ignore(kind: str, /, **fields: Any) -> None:
-    """An `emit` for warm-up runs."""

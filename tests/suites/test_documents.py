@@ -4,8 +4,8 @@ import lzma
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.harness.documents import Document, encode_document, read_documents
-from mambabench.harness.interfaces import MambabenchError
+from mambabench.harness.documents import Document, encode_document, leading_token, read_documents
+from mambabench.harness.interfaces import MambabenchError, silent
 from mambabench.harness.mockmodel import MockTokenizer
 
 
@@ -67,6 +67,18 @@ def test_a_document_is_encoded_behind_one_leading_token(ids, prompt, bos):
     assert context == prompt + 1
     assert encode_document(Document("", tuple(encoded), context), tokenizer) == (encoded, context)
     assert encode_document(Document(tokenizer.decode(ids)), tokenizer) == (encoded, 1)
+
+
+def test_texts_begin_with_the_first_token_that_a_tokenizer_has_for_it():
+    with_bos, without = MockTokenizer("abc", bos=True), MockTokenizer("abc")
+    assert leading_token(with_bos) == with_bos.bos_token_id
+    assert leading_token(without) == without.eos_token_id
+    without.eos_token_id = None
+    assert leading_token(without) is None
+
+
+def test_a_silent_emit_takes_any_record():
+    assert silent("burst", row=1, at_s=0.5, name="free") is None
 
 
 def test_items_are_told_apart_by_content():
