@@ -41,9 +41,9 @@ def adopt(parent: Path, out: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
+    """A hard link to the file itself (hub caches hold relative symbolic links), or a copy where there can be none."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 

@@ -115,6 +115,22 @@ def test_a_teacher_s_weights_are_not_copied(llama: Path, teacher_backend: Teache
         teacher_backend.convert(llama, [0, 2], tmp_path / "wrong", seed=0)
 
 
+def test_a_folder_of_symbolic_links_is_taken_whole(
+    llama: Path, teacher_backend: TeacherBackend, tmp_path: Path
+) -> None:
+    """As a hub cache has them: snapshots of relative links to blobs."""
+    blobs, snapshot, out = tmp_path / "blobs", tmp_path / "snapshots" / "main", tmp_path / "far" / "from" / "there"
+    shutil.copytree(llama, blobs)
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(Path("../..") / "blobs" / blob.name)
+    teacher_backend.convert(snapshot, [], out, seed=0)
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert (out / "model.safetensors").samefile(blobs / "model.safetensors")
+    ids = torch.arange(20).unsqueeze(0)
+    assert torch.equal(teacher_backend.module(out)(ids).logits, teacher_backend.module(llama)(ids).logits)
+
+
 def test_a_sharded_folder_is_read_whole(llama: Path, teacher_backend: TeacherBackend, tmp_path: Path) -> None:
     LlamaForCausalLM.from_pretrained(llama).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
