@@ -118,7 +118,7 @@ class Backend:
         (out / "toy.json").write_text(json.dumps({"parent": parent.name, "keep": list(keep), "seed": seed}))
 
     def describe(self, artifact: Path):
-        return {"layers": 3}
+        return {"layers": 3, "parameters": 7}
 
 
 class Select:
