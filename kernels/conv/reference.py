@@ -3,12 +3,15 @@
     y_t = bias + sum_k weight[:, k] u_{t - W + 1 + k}        W taps
 
 `conv_loop` is the formula, the truth; `conv` does the same as W shifted multiply-adds, without a transposition.
+Sums are in fp32 (fp64 for fp64 inputs) and rounded to the inputs' dtype once.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..scan.reference import compute_dtype
 
 
 def _with_window(u: Tensor, weight: Tensor, window: Tensor | None) -> Tensor:
@@ -28,10 +31,11 @@ def conv_loop(
     u: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None = None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One token at a time. Shapes as in `conv`."""
-    taps = weight.shape[1]
+    taps, kind = weight.shape[1], compute_dtype(u)
     padded = _with_window(u, weight, window)
-    outputs = [(padded[:, t : t + taps] * weight.T).sum(1) + bias for t in range(u.shape[1])]
-    return torch.stack(outputs, dim=1), _window_at(padded, taps, lengths)
+    exact, weight, bias = padded.to(kind), weight.to(kind), bias.to(kind)
+    outputs = [(exact[:, t : t + taps] * weight.T).sum(1) + bias for t in range(u.shape[1])]
+    return torch.stack(outputs, dim=1).to(u.dtype), _window_at(padded, taps, lengths)
 
 
 def conv(
@@ -42,9 +46,10 @@ def conv(
     u [B, L, E], weight [E, W], bias [E], window [B, W - 1, E]: the inputs just before u (zeros if not given), lengths
     int [B]: the window returned ends there instead of at L. Returns y [B, L, E] and the next window [B, W - 1, E].
     """
-    taps, length = weight.shape[1], u.shape[1]
+    taps, length, kind = weight.shape[1], u.shape[1], compute_dtype(u)
     padded = _with_window(u, weight, window)
-    y = torch.addcmul(bias, padded[:, :length], weight[:, 0])
-    for tap in range(1, taps):
-        y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
-    return y, _window_at(padded, taps, lengths)
+    exact, weight = padded.to(kind), weight.to(kind)
+    y = bias.to(kind)
+    for tap in range(taps):
+        y = torch.addcmul(y, exact[:, tap : tap + length], weight[:, tap])
+    return y.to(u.dtype), _window_at(padded, taps, lengths)

@@ -1,5 +1,8 @@
 """The convolution is its formula, and its window carries on where a row ends."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,3 +48,16 @@ def test_agrees_with_torch() -> None:
     u, weight, bias = torch.randn(2, 17, 6), torch.randn(6, 4), torch.randn(6)
     want = torch.nn.functional.conv1d(u.transpose(1, 2), weight.unsqueeze(1), bias, padding=3, groups=6)
     torch.testing.assert_close(conv(u, weight, bias)[0], want[..., :17].transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [conv, conv_loop])
+def test_bf16_sums_are_rounded_once(way: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, weight, bias, window = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((4, 50, 64), (64, 4), (64,), (4, 3, 64))
+    )
+    got, carried = way(u, weight, bias, window)
+    exact, _ = conv_loop(u.double(), weight.double(), bias.double(), window.double())
+    assert got.dtype == carried.dtype == torch.bfloat16
+    assert (got == exact.bfloat16()).float().mean() > 0.999
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-6)
