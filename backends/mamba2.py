@@ -7,6 +7,7 @@ over x | B | C, and the output norm is gated and per head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +42,27 @@ class Mamba2(nn.Module):
         self.channels, self.chunk, self.eps = self.inner + 2 * self.shared, config.chunk, config.mamba_norm_eps
         self.in_proj = nn.Linear(config.hidden_size, self.inner + self.channels + self.heads, bias=False)
         self.conv1d = nn.Conv1d(self.channels, self.channels, config.d_conv, groups=self.channels)
-        self.dt_bias = nn.Parameter(torch.empty(self.heads))
-        self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.D = nn.Parameter(torch.empty(self.heads))
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=exact))
+        self.A_log = nn.Parameter(torch.empty(self.heads, dtype=exact))
+        self.D = nn.Parameter(torch.empty(self.heads, dtype=exact))
         self.norm = HeadNorm(self.inner)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
         self._fixed_decay: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mamba2:
+        """What `.to(…)` and its like do; casts below fp32 leave the parameters in `EXACT` in fp32."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            exact = compute_dtype(new)
+            return new if new.dtype == exact else tensor.to(new.device, exact)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        super()._apply(cast, recurse=False)
+        return self
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

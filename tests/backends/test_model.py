@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mambabench import Unsupported
+from mambabench.backends.checkpoint import load
 from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
 from mambabench.backends.model import HybridForCausalLM
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -128,6 +129,33 @@ def test_a_saved_model_comes_back_bit_for_bit(
         assert torch.equal(again(input_ids=some_ids(2, 9)).logits, model(input_ids=some_ids(2, 9)).logits)
     tokenizer = hybrid_backend.tokenizer(tmp_path / "saved")
     assert tokenizer.decode(tokenizer.encode("w3 w7", add_special_tokens=False)) == "w3 w7"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_decays_and_skips_are_never_below_fp32(
+    dtype: torch.dtype, exact: torch.dtype, half: Path, hybrid_backend: Mamba2HybridBackend
+) -> None:
+    """Whichever way a model comes to a dtype."""
+    config = AutoModelForCausalLM.from_pretrained(half).config
+    original = hybrid_backend.module(half)
+    models = {
+        "loaded by us": load(half, dtype),
+        "loaded by transformers": AutoModelForCausalLM.from_pretrained(half, dtype=dtype),
+        "cast": hybrid_backend.module(half).to(dtype),
+        "cast and moved": hybrid_backend.module(half).to("cpu", dtype),
+        "in a module": torch.nn.ModuleList([hybrid_backend.module(half)]).to(dtype)[0],
+        "made": AutoModelForCausalLM.from_config(config, dtype=dtype),
+    }
+    for way, model in models.items():
+        for name, parameter in model.named_parameters():
+            kept = name.endswith(("A_log", "D", "dt_bias"))
+            assert parameter.dtype == (exact if kept else dtype), f"{way}: {name} is {parameter.dtype}"
+            if kept and way != "made":
+                assert torch.equal(parameter, original.get_parameter(name).to(exact)), f"{way}: {name} was rounded"
+        assert model(input_ids=some_ids(2, 9)).logits.dtype == dtype, way
 
 
 def test_transformers_generates_without_a_cache_and_is_refused_with_one(half: Path) -> None:
