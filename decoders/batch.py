@@ -47,15 +47,27 @@ class Row:
 
     def answer(self) -> Answer:
         new = self.new
-        text = self._tokenizer.decode(new[:-1] if new[-1] in self._limits.stop_tokens else new)
-        cuts = [at for at in map(text.find, self._limits.stop_strings) if at >= 0]
-        return Answer(tuple(new), text[: min(cuts, default=len(text))], self.finish or "length")
+        shown = new[:-1] if new[-1] in self._limits.stop_tokens else new
+        text = self._tokenizer.decode(shown, skip_special_tokens=True)
+        ends = [self._end(shown, text, string) for string in self._limits.stop_strings]
+        return Answer(tuple(new), text[: min(ends, default=len(text))], self.finish or "length")
 
     def _has_stop_string(self) -> bool:
         if not self._limits.stop_strings:
             return False
-        tail = self._tokenizer.decode(self.new[-self._window :])
-        return any(string in tail for string in self._limits.stop_strings)
+        tail = self.ids[max(self.prompt_tokens, len(self.ids) - self._window) :]
+        forms = [self._tokenizer.decode(tail, skip_special_tokens=skip) for skip in (False, True)]
+        return any(string in form for string in self._limits.stop_strings for form in forms)
+
+    def _end(self, shown: list[int], text: str, stop: str) -> int:
+        """Where `text` ends by one stop string. A stop string with special tokens in it is not in the text, which has
+        none; it ended the text, and what else it holds is counted from there."""
+        at = text.find(stop)
+        if at >= 0 or stop not in self._tokenizer.decode(shown):
+            return len(text) if at < 0 else at
+        tails = (shown[first:] for first in range(len(shown) - 1, -1, -1))
+        tail, at = next((tail, at) for tail in tails if (at := self._tokenizer.decode(tail).find(stop)) >= 0)
+        return len(text) - len(self._tokenizer.decode(tail, skip_special_tokens=True)[at:])
 
 
 class Batch:

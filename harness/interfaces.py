@@ -366,6 +366,7 @@ class Limits:
     new_tokens: int
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    """Each ends the text where it appears, in what the tokens decode to with special tokens or without."""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -379,7 +380,7 @@ class Answer:
     ids: tuple[int, ...]
     """New tokens; a stop token that ended the text is the last of them."""
     text: str
-    """Decoded, cut before the first stop string or stop token."""
+    """Decoded without special tokens, cut before the first stop string or stop token."""
     finish: Literal["length", "stop"]
 
 

@@ -20,7 +20,7 @@ _MASK = 2**64 - 1
 
 
 class MockTokenizer:
-    """One token a character. Token 0 is the end of text and decodes to nothing."""
+    """One token a character. Two are special: the end of text, token 0, `$`, and the beginning of text, `^`."""
 
     def __init__(self, letters: str, bos: bool = False) -> None:
         self.letters = letters
@@ -32,7 +32,9 @@ class MockTokenizer:
         return lead + [self.letters.index(letter) + 1 for letter in text]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return "".join(self.letters[i - 1] for i in ids if 0 < i <= len(self.letters))
+        special = {0: "$", len(self.letters) + 1: "^"}
+        shown = [special.get(i) or self.letters[i - 1] for i in ids if not (skip_special_tokens and i in special)]
+        return "".join(shown)
 
 
 class MockState:
