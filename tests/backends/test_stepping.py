@@ -12,6 +12,9 @@ from mambabench.backends.stepper import HybridStepper
 from mambabench.harness.conformance import check_backend
 from transformers import LlamaForCausalLM
 
+BF16 = 0.02
+"""Tolerance in bf16, at which every fault below is still found."""
+
 
 def ints(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
@@ -30,6 +33,10 @@ def test_fp32_keeps_it_within_rounding(half: Path) -> None:
     check_backend("mamba2-hybrid", half, rounds=60, dtype="float32", tolerance=1e-4)
 
 
+def test_bf16_keeps_it_within_the_tolerance_at_which_faults_are_found(half: Path) -> None:
+    check_backend("mamba2-hybrid", half, rounds=100, dtype="bfloat16", tolerance=BF16)
+
+
 def test_shapes_need_not_depend_on_data(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where the host never looks: all cache slots are read and the longest replay is made every time."""
     monkeypatch.setattr(
@@ -39,7 +46,7 @@ def test_shapes_need_not_depend_on_data(half: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", BF16)])
 def test_a_gpu_keeps_the_stepping_contract(
     dtype: str, tolerance: float, half: Path, hybrid_backend: Mamba2HybridBackend
 ) -> None:
@@ -133,8 +140,13 @@ def break_untouched(model: HybridStepper) -> None:
 @pytest.mark.parametrize(
     "fault", [break_checkpoint, break_unsettled, break_window, break_ring, break_rows, break_untouched]
 )
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("bfloat16", BF16)], ids=["float64", "bfloat16"])
 def test_the_check_finds_a_fault(
-    fault: Callable[[HybridStepper], None], half: Path, hybrid_backend: Mamba2HybridBackend
+    dtype: str,
+    tolerance: float,
+    fault: Callable[[HybridStepper], None],
+    half: Path,
+    hybrid_backend: Mamba2HybridBackend,
 ) -> None:
     class Faulty(Mamba2HybridBackend):
         def load(self, artifact: Path, device: str, dtype: str) -> HybridStepper:
@@ -143,7 +155,7 @@ def test_the_check_finds_a_fault(
             return model
 
     with pytest.raises(AssertionError, match=r"round \d+ \(.*\): .*logits are .* apart|^prefill against|^advance of"):
-        check_backend(Faulty(hybrid_backend.options), half, rounds=200)
+        check_backend(Faulty(hybrid_backend.options), half, rounds=200, dtype=dtype, tolerance=tolerance)
 
 
 def test_a_backend_that_cannot_take_back_is_only_driven_forward(
