@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,20 @@ from typing import Any
 import pluggy
 
 from .hooks import PROJECT, Hooks
-from .interfaces import API, KINDS, Choice, Comparison, Component, Host, MambabenchError, Outcome, Refusal, StepView
+from .interfaces import (
+    API,
+    KINDS,
+    VERDICTS,
+    Choice,
+    Comparison,
+    Component,
+    Host,
+    MambabenchError,
+    Outcome,
+    Refusal,
+    StepView,
+    Verdict,
+)
 
 LOCAL = "mambabench_local_"
 """How the modules of local files begin; inside of one, a target is `f"{__name__}:factory"`."""
@@ -137,22 +150,43 @@ class Registry:
             facts.update({str(key): str(value) for key, value in dict(answer or {}).items()})
         return facts
 
-    def verdicts(self, comparison: Comparison) -> list[Any]:
-        return [answer for answer in self._call("mambabench_verdict", comparison=comparison) if answer is not None]
+    def verdicts(self, comparison: Comparison) -> list[Verdict]:
+        """What plug-ins say of a comparison. A hook that fails leaves it undecided: it may have meant to object."""
+        known = len(self.failures)
+        answers = self._call("mambabench_verdict", _check_verdict, comparison=comparison)
+        failed = [
+            Verdict("inconclusive", f"{failure.hook} of plug-in {failure.plugin} failed: {failure.error}")
+            for failure in self.failures[known:]
+        ]
+        return [*answers, *failed]
 
-    def _call(self, hook: str, **arguments: Any) -> list[Any]:
-        """Calls each implementation by itself: an exception in one is recorded and the others still answer."""
+    def _call(self, hook: str, check: Callable[[Any], None] | None = None, **arguments: Any) -> list[Any]:
+        """Calls each implementation by itself: an exception in one is recorded and the others still answer.
+
+        `check` raises for an answer that is none, which counts as an exception of the hook.
+        """
         answers = []
         plugins = self.manager.get_plugins()
         for plugin in plugins:
             caller = self.manager.subset_hook_caller(hook, remove_plugins=plugins - {plugin})
             try:
-                answers += caller(**arguments)
+                given = caller(**arguments)
+                if check is not None:
+                    for answer in given:
+                        check(answer)
+                answers += given
             except Exception as error:
                 self.failures.append(
                     HookFailure(hook, self.manager.get_name(plugin) or "?", f"{type(error).__name__}: {error}")
                 )
         return answers
+
+
+def _check_verdict(answer: Any) -> None:
+    if not isinstance(answer, Verdict):
+        raise TypeError(f"the answer must be a Verdict or None, is {answer!r}")
+    if answer.verdict not in VERDICTS:
+        raise ValueError(f"unknown verdict {answer.verdict!r}{suggest(str(answer.verdict), VERDICTS)}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

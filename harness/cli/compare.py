@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -24,18 +25,30 @@ def compare_stores(base: Path, head: Path, gates: Path | None) -> int:
     from ..gates import Gates, read_gates
     from ..results import Results
 
+    registry = plugins.registry()
     comparisons = compare(
-        Results.read([base]),
-        Results.read([head]),
-        read_gates(gates) if gates else Gates(),
-        plugins.registry().verdicts,
+        Results.read([base]), Results.read([head]), read_gates(gates) if gates else Gates(), registry.verdicts
     )
     console = Console()
     # A log has no width to fit in, and a wrapped table cannot be searched.
     wide = console if console.is_terminal else Console(width=240)
     wide.print(render_comparisons(comparisons))
-    counts = {
-        verdict: sum(c.verdict == verdict for c in comparisons) for verdict in {c.verdict: 0 for c in comparisons}
-    }
+    counts = Counter(comparison.verdict for comparison in comparisons)
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
+    _tell_of_plugins(registry)
     return exit_code(comparisons)
+
+
+def _tell_of_plugins(registry: plugins.Registry) -> None:
+    """Names the plug-ins that could not have their say: a gate that is silently absent is none."""
+    for broken in registry.broken:
+        click.echo(
+            f"mambabench: warning: plug-in {broken.distribution} {broken.version} is broken ({broken.phase}) "
+            f"and gave no verdict: {broken.error}",
+            err=True,
+        )
+    for failure, times in Counter(registry.failures).items():
+        often = f" {times} times" if times > 1 else ""
+        click.echo(
+            f"mambabench: warning: plug-in {failure.plugin}: {failure.hook} failed{often}: {failure.error}", err=True
+        )
