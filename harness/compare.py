@@ -1,9 +1,10 @@
 """Compares two runs by one rule: a failure needs both certainty and size.
 
 The difference (head - base) of a metric has an interval (99 % by default). **Fail** if it excludes 0 and the estimate
-is worse than the margin; **pass** if its worst end is within the margin; else **inconclusive**. Labels whose suites,
-data or devices differ, that are missing, or that failed on one side are **not comparable**: nothing is dropped in
-silence.
+is worse than the margin; **pass** if the interval's end on the side for the worse is no worse than the margin, however
+far the other end reaches (a test of non-inferiority: an improvement of any size passes); else **inconclusive**. Labels
+whose suites, data or devices differ, that are missing, or that failed on one side are **not comparable**: nothing is
+dropped in silence.
 
 * Quality is paired by item with clustered errors where both sides measured one artifact. Where training was rerun the
   items no longer carry the error (item-paired tests then raise false alarms in 13-25 % of comparisons): the seed is the
@@ -201,7 +202,8 @@ class _Run:
 
     def _process_noise(self, figure: str) -> tuple[float, float]:
         """Spread of log latency between processes that did the same with the reference decoder, and its freedom."""
-        groups = [group for results in (self.base, self.head) for group in _replicates(results, figure)]
+        counted: set[str] = set()
+        groups = [group for results in (self.base, self.head) for group in _replicates(results, figure, counted)]
         sd, df = st.pooled_sd(groups)
         return (sd, float(df)) if df >= MIN_PROCESS_DF else (PROCESS_SD, math.inf)
 
@@ -243,8 +245,9 @@ def _join_items(base: pd.DataFrame, head: pd.DataFrame) -> tuple[pd.DataFrame, p
     return sides[0], sides[1]
 
 
-def _replicates(results: Results, figure: str) -> Iterator[list[float]]:
-    """Mean log latencies of the same work in different processes."""
+def _replicates(results: Results, figure: str, counted: set[str]) -> Iterator[list[float]]:
+    """Mean log latencies of the same work in different processes. A process counts once, wherever its step was copied
+    to and however many models share it: what is in `counted` is left out, and what is given is added."""
     timings = results.timings
     if timings.empty or not results.decoders:
         return
@@ -255,9 +258,15 @@ def _replicates(results: Results, figure: str) -> Iterator[list[float]]:
     blocks = block_frame(timings[reference], by=by)
     blocks["log"] = np.log(blocks[figure])
     keys = [column for column in REQUEST if column in blocks]
-    means = blocks.groupby([*by, *keys], dropna=False)["log"].mean()
-    for _, group in means.groupby(level=["store", "model", "suite", *keys], dropna=False):
-        yield group.dropna().tolist()
+    means = blocks.groupby([*by, *keys], dropna=False)["log"].mean().dropna().reset_index()
+    steps = results.cells.drop_duplicates(["store", "key"])[["store", "key", "started"]]
+    means = means.merge(steps, on=["store", "key"], how="left")
+    for _, group in means.groupby(["store", "model", "suite", *keys], dropna=False):
+        processes = {
+            repr(process): log for log, *process in group[["log", "key", "started", *keys]].to_numpy().tolist()
+        }
+        yield [log for process, log in processes.items() if process not in counted]
+        counted |= set(processes)
 
 
 def latency(
@@ -352,7 +361,7 @@ def _state(cell: Any) -> str:
 
 def _stricter(comparison: Comparison, verdicts: Callable[[Comparison], Iterable[Verdict]] | None) -> Comparison:
     for other in verdicts(comparison) if verdicts else ():
-        if other.verdict in STRICTNESS and STRICTNESS.index(other.verdict) > STRICTNESS.index(comparison.verdict):
+        if STRICTNESS.index(other.verdict) > STRICTNESS.index(comparison.verdict):
             comparison = replace(comparison, verdict=other.verdict, reason=other.reason)
     return comparison
 
@@ -362,26 +371,27 @@ _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "not c
 
 def render_comparisons(comparisons: Sequence[Comparison]) -> Table:
     """A table for the terminal: the difference with its interval, and the smallest change that would have been seen."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="head against base", title_justify="left")
+    table = Table(title="head against base", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading, justify in (
-        *(("label", "left"), ("metric", "left"), ("base", "right"), ("head", "right")),
-        *(("difference", "right"), ("margin", "right"), ("sees", "right"), ("verdict", "left"), ("why", "left")),
+        *(("label", "left"), ("metric", "left"), ("verdict", "left"), ("difference", "right"), ("margin", "right")),
+        *(("base", "right"), ("head", "right"), ("sees", "right"), ("why", "left")),
     ):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for c in comparisons:
         table.add_row(
-            c.label,
-            c.metric,
-            _number(c.base, c.unit),
-            _number(c.head, c.unit),
+            Text(c.label),
+            Text(c.metric),
+            Text(c.verdict, style=_STYLES[c.verdict]),
             _change(c),
             _size(c.margin, c.relative),
+            _number(c.base, c.unit),
+            _number(c.head, c.unit),
             _size(c.detectable, c.relative),
-            Text(c.verdict, style=_STYLES[c.verdict]),
-            c.reason,
+            Text(c.reason),
         )
     return table
 

@@ -54,10 +54,13 @@ class Side:
         of = suites[(suites["store"] == self.cell["store"]) & (suites["suite"] == self.cell["suite"])]
         return any("pair" in traits for traits in of["traits"])
 
-    def decoding(self) -> tuple[Any, Any]:
-        """The decoder and the reference, as configured."""
+    def decoding(self) -> list[dict[str, Any]]:
+        """The decoder and the reference as configured, whatever the plan calls them."""
         step = self.step
-        return step.get("decoder"), step.get("reference")
+        return [
+            {name: value for name, value in (step.get(role) or {}).items() if name != "plan_name"}
+            for role in ("decoder", "reference")
+        ]
 
     def machine(self) -> dict[str, Any]:
         """What ran the step: the kind of device and its name (`cpu`, or `gpu0`, … of an environment)."""

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mambabench import MambabenchError, Verdict, hookimpl
 from mambabench.harness import plugins
 from mambabench.harness import statistics as st
-from mambabench.harness.compare import compare, decide, exit_code, latency, render_comparisons
+from mambabench.harness.cli.compare import compare_stores
+from mambabench.harness.compare import PROCESS_SD, _Run, compare, decide, exit_code, latency, render_comparisons
 from mambabench.harness.gates import Gate, Gates, Rule, read_gates
 from mambabench.harness.results import Results
 from rich.console import Console
@@ -90,11 +92,12 @@ def test_lost_answers_of_one_artifact_fail(make):
     assert exit_code(comparisons) == 10
 
 
-def test_a_better_head_passes(make):
+def test_a_better_head_passes_however_much_better_it_is(make):
     comparisons = run(make("base", drop=0.15), make("head"))
     (acc,) = of(comparisons, "lookup/acc")
     assert acc.verdict == "pass"
     assert acc.difference > 0
+    assert acc.high > acc.margin
 
 
 def test_quality_whose_interval_reaches_beyond_the_margin_is_inconclusive(make):
@@ -205,6 +208,48 @@ def test_other_options_of_the_decoder_leave_counts_incomparable(make):
     assert of(comparisons, "tpot")[0].verdict != "not comparable"
 
 
+def test_a_renamed_decoder_is_the_same_decoder(make):
+    """The plan's names are no part of a key, so a renamed reference leaves label and step as they were."""
+    base, head = make("base"), make("head")
+    for file in head.glob("steps/*/step.json"):
+        file.write_text(file.read_text().replace('"plan_name": "plain"', '"plan_name": "greedy"'))
+    assert {c.verdict for c in of(run(base, head), "rounds")} <= {"pass", "fail"}
+
+
+def test_a_process_counts_once_in_the_noise_between_processes(make, tmp_path):
+    """Three seeds are three processes: two degrees of freedom, too few to be believed, however often they are read."""
+    store = make("base", seeds=(0, 1, 2))
+    copy = shutil.copytree(store, tmp_path / "copy")
+    fresh = make("head", seeds=(0, 1, 2))
+    assert noise(store, store) == noise(store, copy) == (PROCESS_SD, math.inf)
+    assert noise(store, fresh)[1] == 4
+    copy_speed(store, fresh, seed=0)
+    assert noise(store, fresh) == (PROCESS_SD, math.inf), "2 of base, 1 of the two that head measured itself"
+
+
+def test_models_that_share_a_process_count_it_once(stores, tmp_path):
+    builder = stores.Builder(tmp_path / "store", seeds=range(5))
+    builder.model("teacher", teacher=True)
+    builder.model("copy", keep=1.0)
+    for seed in range(5):
+        timed, _ = stores.bursts(np.random.default_rng(seed), {"subject": 0.002, "reference": 0.002})
+        for model in ("teacher", "copy"):
+            builder.step(f"{model}/lookup/speed@seed{seed}", records={"burst": timed}, key=f"shared{seed}")
+    assert noise(builder.write(), builder.path)[1] == 4
+
+
+def noise(base, head):
+    return _Run(Results.read([base]), Results.read([head]), Gates())._process_noise("tpot_s")
+
+
+def copy_speed(source, target, seed):
+    """Replaces a step of the target by that of the source."""
+    cells = Results.read([source]).cells
+    (key,) = cells.loc[cells["label"] == f"half/lookup/speed@seed{seed}", "key"]
+    shutil.rmtree(target / "steps" / key)
+    shutil.copytree(source / "steps" / key, target / "steps" / key)
+
+
 def test_exit_codes_are_those_of_the_strictest_verdict(make):
     store = make("base")
     first = run(store, store)[0]
@@ -230,6 +275,64 @@ def test_mambabench_verdict_is_only_ever_stricter(make):
     assert (acc.verdict, acc.reason) == ("fail", "house rule")
     assert of(comparisons, "tpot")[0].verdict == "fail"
     assert of(comparisons, "tpot")[0].reason != "house rule"
+
+
+class Raising:
+    @hookimpl
+    def mambabench_verdict(self, comparison):
+        raise ValueError("no [such] rule")
+
+
+class Chatty:
+    @hookimpl
+    def mambabench_verdict(self, comparison):
+        return "fail"
+
+
+class Misspelt:
+    @hookimpl
+    def mambabench_verdict(self, comparison):
+        return Verdict("failed", "house rule")
+
+
+@pytest.mark.parametrize(
+    ("house", "error"),
+    [
+        (Raising, "ValueError: no [such] rule"),
+        (Chatty, "TypeError: the answer must be a Verdict or None, is 'fail'"),
+        (Misspelt, "ValueError: unknown verdict 'failed'; did you mean 'fail'?"),
+    ],
+)
+def test_a_verdict_hook_that_fails_never_passes_in_silence(make, monkeypatch, house, error):
+    registry = plugins.load()
+    registry.manager.register(house(), name="house")
+    monkeypatch.setattr(plugins, "registry", lambda: registry)
+    store = make("base")
+    comparisons = run(store, store, verdicts=registry.verdicts)
+    assert {c.verdict for c in comparisons} == {"inconclusive"}
+    assert {c.reason for c in comparisons} == {f"mambabench_verdict of plug-in house failed: {error}"}
+    registry.failures.clear()
+    done = CliRunner().invoke(compare_stores, [str(store), str(store)], standalone_mode=False)
+    assert done.return_value == 11
+    assert f"plug-in house: mambabench_verdict failed {len(comparisons)} times: {error}" in done.stderr
+
+
+def test_a_failed_verdict_hook_does_not_soften_a_failure(make):
+    registry = plugins.load()
+    registry.manager.register(Raising(), name="house")
+    comparisons = run(make("base"), make("head", slower=1.25), verdicts=registry.verdicts)
+    assert of(comparisons, "tpot")[0].verdict == "fail"
+    assert exit_code(comparisons) == 10
+
+
+def test_a_broken_plug_in_is_named_beside_a_comparison(make, monkeypatch, tmp_path):
+    file = tmp_path / "gatekeeper.py"
+    file.write_text("import nothing_of_this_name\n")
+    registry = plugins.load([file])
+    monkeypatch.setattr(plugins, "registry", lambda: registry)
+    store = make("base")
+    done = CliRunner().invoke(compare_stores, [str(store), str(store)], standalone_mode=False)
+    assert "plug-in gatekeeper.py local file is broken (import) and gave no verdict" in done.stderr
 
 
 def test_the_table_names_every_label_and_the_smallest_visible_change(make):
