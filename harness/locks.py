@@ -25,8 +25,11 @@ class Lock:
     @classmethod
     def take(cls, path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None:
         """Takes the lock on `path`, or returns None if it is taken and `wait` is off."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise MambabenchError(f"{path}: cannot be locked ({error.strerror})") from error
         how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
             fcntl.flock(descriptor, how if wait else how | fcntl.LOCK_NB)
@@ -39,6 +42,21 @@ class Lock:
             os.close(descriptor)
             raise
         return cls(descriptor)
+
+    @staticmethod
+    def is_held(path: Path) -> bool:
+        """Whether somebody holds the lock on `path` exclusively; leaves nothing behind."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in TAKEN
+        finally:
+            os.close(descriptor)
+        return False
 
     def release(self) -> None:
         if self._descriptor >= 0:

@@ -32,7 +32,7 @@ PRELOADED = (CHILD, "numpy", "pyarrow.parquet", "torch")
 
 AGAIN = ("crashed", "timeout")
 ATTEMPTS = 2
-ANEW = ("absent", "interrupted", "cancelled", "blocked", "unsupported")
+ANEW = ("absent", "running", "interrupted", "cancelled", "blocked", "unsupported")
 """States in which a step runs without being asked for again."""
 
 POLL_S, POLL_ALONE_S = 0.03, 0.1
@@ -198,6 +198,7 @@ class _Run:
     def _decided(self, step: PlannedStep, failed_inputs: Sequence[str]) -> bool:
         """Settles a claimed step that need not or cannot run."""
         key = step.key
+        self.store.complete(key)
         status = self.store.status(key)
         if status.state == "ok":
             assert status.record is not None
@@ -285,6 +286,7 @@ class _Run:
     def _outcome(self, running: Running, state: str, reason: str) -> Outcome:
         """What the child wrote at the end of this attempt, else the state that its end means; on disk either way."""
         key = running.step.key
+        self.store.complete(key)
         status = self.store.status(key)
         if status.record is not None and (status.state == "ok" or status.record.get("started") == running.leased):
             return outcome_of(status.record, self.store.folder(key))

@@ -2,7 +2,8 @@
 
 A finished step is a folder in `steps/`, put there by one rename after everything in it is on disk. It counts only while
 its `outcome.json` parses, says `ok`, and every file that it lists still has the size it had. Everything else lives in
-`partial/`. docs/records.md describes the files. Nothing here imports pandas or torch.
+`partial/`. A kill between the outcome and the rename loses nothing: the next run completes the step. docs/records.md
+describes the files. Nothing here imports pandas or torch.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ SCHEMA = 1
 UNLISTED = frozenset({"outcome.json", "log.txt"})
 """Files that the outcome of a finished step does not vouch for: itself, and the log that may still grow."""
 
+LOCKS = "locks"
+TEMPORARY = ".tmp"
+"""How files end that a killed write may have left."""
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where a step stands: `ok`, `absent`, `interrupted`, or the state of its last failed attempt."""
+    """Where a step stands: `ok`, `absent`, `running`, `interrupted`, or the state of its last failed attempt."""
 
     state: str
     reason: str = ""
@@ -44,23 +49,34 @@ class Store:
     def open(cls, path: Path | str) -> Store:
         """Opens an existing store; refuses one written by a newer mambabench."""
         store = cls(Path(path))
-        if not store.run_file.is_file():
-            raise MambabenchError(f"{store.path}: not a store of results (it has no run.json)")
+        with disk_errors(store.path, "read"):
+            if not store.run_file.is_file():
+                raise MambabenchError(f"{store.path}: not a store of results (it has no run.json)")
         store.run()
         return store
 
     @classmethod
     def create(cls, path: Path | str) -> Store:
-        """Opens the store at `path`, making it if there is none."""
+        """Opens the store at `path`, making it if there is none. Several processes may do so at once."""
         store = cls(Path(path))
-        if store.run_file.exists():
-            return cls.open(path)
-        if store.path.is_dir() and any(store.path.iterdir()):
-            raise MambabenchError(f"{store.path}: neither empty nor a store of results (it has no run.json)")
         with disk_errors(store.path):
+            if store.path.exists() and not store.path.is_dir():
+                raise MambabenchError(f"{store.path}: a file, where the folder of a store would be right")
             store.path.mkdir(parents=True, exist_ok=True)
-        store.write_run({})
-        return store
+            # Listed before run.json is looked for: what another process makes meanwhile comes with a run.json.
+            others = [entry.name for entry in store.path.iterdir() if not _left_by_creation(entry.name)]
+            if others and not store.run_file.exists():
+                raise MambabenchError(f"{store.path}: neither empty nor a store of results (it has no run.json)")
+            if store.run_file.exists():
+                return cls.open(path)
+        making = Lock.take(store.path / LOCKS / "run", wait=True)
+        assert making is not None
+        try:
+            if not store.run_file.exists():
+                store.write_run({})
+        finally:
+            making.release()
+        return cls.open(path)
 
     @property
     def run_file(self) -> Path:
@@ -120,6 +136,8 @@ class Store:
         folder = self.folder(key)
         whole = folder == self.finished(key)
         if not whole and not (folder / "outcome.json").exists():
+            if folder.is_dir() and Lock.is_held(self.child_lock(key)):
+                return Status("running")
             if (folder / "events.jsonl").exists():
                 return Status("interrupted", "the run was stopped in the middle of this step")
             return Status("absent")
@@ -137,19 +155,17 @@ class Store:
 
     def claim(self, key: str) -> Lock | None:
         """Takes the right to run a step, or returns None while another run of this store has it or its child lives."""
-        claim = Lock.take(self.path / "locks" / key)
+        claim = Lock.take(self.path / LOCKS / key)
         if claim is None:
             return None
-        alive = Lock.take(self.child_lock(key))
-        if alive is None:
+        if Lock.is_held(self.child_lock(key)):
             claim.release()
             return None
-        alive.release()
         return claim
 
     def child_lock(self, key: str) -> Path:
         """What a step's child holds as long as it lives, so that no second child works in the same folder."""
-        return self.path / "locks" / f"{key}.child"
+        return self.path / LOCKS / f"{key}.child"
 
     def prepare(self, key: str, step: Mapping[str, Any]) -> Path:
         """Makes the folder in which a step runs and writes step.json; scratch/ of an earlier attempt stays."""
@@ -162,14 +178,14 @@ class Store:
     def begin(self, key: str) -> None:
         """Clears what earlier attempts left, except scratch/, the events and the log. Called by the child."""
         partial = self.partial(key)
-        (partial / "outcome.json").unlink(missing_ok=True)
-        if self.finished(key).is_dir():
-            shutil.rmtree(self.finished(key))
-        for name in ("samples", "timings", "rounds", "losses"):
-            (partial / f"{name}.parquet").unlink(missing_ok=True)
-        if (partial / "artifact").exists():
-            shutil.rmtree(partial / "artifact")
         with disk_errors(partial):
+            (partial / "outcome.json").unlink(missing_ok=True)
+            if self.finished(key).is_dir():
+                shutil.rmtree(self.finished(key))
+            for name in ("samples", "timings", "rounds", "losses"):
+                (partial / f"{name}.parquet").unlink(missing_ok=True)
+            if (partial / "artifact").exists():
+                shutil.rmtree(partial / "artifact")
             (partial / "artifact").mkdir()
             (partial / "scratch").mkdir(exist_ok=True)
 
@@ -180,15 +196,32 @@ class Store:
     def finish(self, key: str, record: Mapping[str, Any]) -> None:
         """Makes a step whole: everything on disk, the outcome with its list of files, then one rename."""
         partial, finished = self.partial(key), self.finished(key)
-        shutil.rmtree(partial / "scratch", ignore_errors=True)
         artifact = partial / "artifact"
-        if artifact.is_dir() and not any(artifact.iterdir()):
-            artifact.rmdir()
         with disk_errors(partial):
-            files = sync_tree(partial)
-        write_json(partial / "outcome.json", {**record, "files": files})
-        with disk_errors(finished):
+            if artifact.is_dir() and not any(artifact.iterdir()):
+                artifact.rmdir()
+            files = sync_tree(partial, leave_out="scratch")
             finished.parent.mkdir(parents=True, exist_ok=True)
+        write_json(partial / "outcome.json", {**record, "files": files})
+        self._move(key)
+
+    def complete(self, key: str) -> None:
+        """Moves a step into place that ended well and was stopped before the rename. For who holds its claim."""
+        partial = self.partial(key)
+        if not (partial / "outcome.json").is_file():
+            return
+        try:
+            record = read_json(partial / "outcome.json")
+        except MambabenchError:
+            return
+        if record.get("state") == "ok" and not damaged(partial, record):
+            self._move(key)
+
+    def _move(self, key: str) -> None:
+        partial, finished = self.partial(key), self.finished(key)
+        # Not before the outcome is on disk: until then it is what a killed step goes on from.
+        shutil.rmtree(partial / "scratch", ignore_errors=True)
+        with disk_errors(finished):
             os.rename(partial, finished)
             sync_folder(finished.parent)
             sync_folder(partial.parent)
@@ -242,7 +275,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}{TEMPORARY}")
     with disk_errors(path):
         try:
             with open(temporary, "wb") as file:
@@ -265,10 +298,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> dict[str, int]:
-    """Writes every file below `folder` out to disk; returns the sizes of those that an outcome vouches for."""
+def _left_by_creation(name: str) -> bool:
+    """Whether a file may stand in a folder that is to become a store: what `Store.create` leaves if it is killed."""
+    return name == LOCKS or (name.startswith(".run.json.") and name.endswith(TEMPORARY))
+
+
+def sync_tree(folder: Path, leave_out: str) -> dict[str, int]:
+    """Writes all below `folder` but `leave_out` out to disk; returns the sizes of those that an outcome vouches for."""
     files: dict[str, int] = {}
-    for root, _, names in os.walk(folder):
+    for root, folders, names in os.walk(folder):
+        if Path(root) == folder and leave_out in folders:
+            folders.remove(leave_out)
         for name in sorted(names):
             path = Path(root, name)
             if path.is_symlink():
@@ -283,18 +323,18 @@ def sync_tree(folder: Path) -> dict[str, int]:
 
 
 class disk_errors:  # noqa: N801  (used like a function)
-    """Turns what the user can mend about a disk into one line; other errors pass."""
+    """Turns errors of files and disks into one line."""
 
-    MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    FULL = (errno.ENOSPC, errno.EDQUOT)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, what: str = "written") -> None:
+        self.path, self.what = path, what
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in self.MENDABLE:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            advice = "the disk is full; free some space and run again" if full else error.strerror
-            raise MambabenchError(f"{self.path}: cannot be written, {advice}") from error
+        if isinstance(error, OSError):
+            full = error.errno in self.FULL
+            advice = "the disk is full; free some space and run again" if full else error.strerror or error
+            raise MambabenchError(f"{self.path}: cannot be {self.what}, {advice}") from error

@@ -80,6 +80,10 @@ class Act:
         print("last words", flush=True)
         os._exit(7)
 
+    def kill_at_rename(self, job) -> None:
+        """Dies when the step is whole and its folder is to be moved into place."""
+        os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
     def hang(self, job) -> None:
         time.sleep(60)
 

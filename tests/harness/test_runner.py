@@ -210,6 +210,24 @@ def test_a_damaged_step_is_done_anew(go: Go, store: Store, tmp_path: Path, damag
     assert len(traced(tmp_path / "trace")) == 2
 
 
+def test_a_child_that_died_between_its_outcome_and_the_rename_did_its_step(go: Go, store: Store) -> None:
+    summary = go(act("a", "kill_at_rename"))
+    assert (summary.counts, summary.ran) == ({"ok": 1}, ["a"])
+    assert (store.artifact("a") / "data.jsonl").is_file()
+
+
+def test_a_run_completes_a_step_that_an_earlier_one_left_before_the_rename(
+    go: Go, store: Store, tmp_path: Path
+) -> None:
+    step = act("a", trace=str(tmp_path / "trace"))
+    go(step)
+    store.finished("a").rename(store.partial("a"))
+    assert store.state("a") == "interrupted"
+    summary = go(step)
+    assert (summary.counts, summary.ran) == ({"ok": 1}, [])
+    assert len(traced(tmp_path / "trace")) == 1
+
+
 def test_an_outcome_tells_device_times_memory_and_versions(go: Go, store: Store) -> None:
     go(act("a", seconds=0.2))
     outcome = store.outcome("a")
@@ -298,18 +316,19 @@ def test_two_runs_on_one_store_do_every_step_once(go: Go, store: Store, tmp_path
     assert 0 < len(summary.ran) < 6
 
 
-def test_a_killed_run_leaves_no_process_and_the_next_finishes(go: Go, store: Store, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_process_and_its_running_step_to_the_next(go: Go, store: Store, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     go(act("k0", trace=str(trace)))
     other = start_run(store, trace, do="family", seconds=0.0, count=2, runtime=tmp_path)
     until(lambda: len(traced(trace)) == 3)
     tree = [process.pid for process in psutil.Process(other.pid).children(recursive=True)]
     tree += [int(word) for line in trace.read_text().splitlines()[1:] for word in line.split()[1:]]
-    assert store.state("k1") == "interrupted"
+    assert store.state("k1") == "running"
     other.kill()
     killed = time.monotonic()
     other.wait()
     gone_soon(tree, 2.0 - (time.monotonic() - killed))
+    assert store.state("k1") == "interrupted"
     summary = go(*(act(f"k{index}", trace=str(trace)) for index in range(2)))
     assert (summary.counts, summary.ran) == ({"ok": 2}, ["k1"])
 

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from mambabench import MambabenchError
@@ -90,6 +92,61 @@ def test_a_new_attempt_keeps_scratch_and_begins_the_artifact_anew(store: Store) 
     assert list((store.partial("k") / "artifact").iterdir()) == []
 
 
+def stopped(store: Store, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A step that was killed at its end: as one of the functions that put it on disk was called."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    store.prepare("k", {})
+    store.begin("k")
+    (store.partial("k") / "scratch" / "checkpoint").write_text("whole")
+    (store.partial("k") / "artifact" / "model.bin").write_bytes(b"12345")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, where, stop) if hasattr(module, where) else patch.setattr(module.os, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            store.finish("k", OK)
+
+
+def test_a_step_that_was_stopped_before_its_rename_is_completed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(store, monkeypatch, "rename")
+    assert store.state("k") == "interrupted"
+    store.complete("k")
+    assert store.state("k") == "ok"
+    assert (store.artifact("k") / "model.bin").read_bytes() == b"12345"
+    assert not (store.finished("k") / "scratch").exists()
+    assert not store.partial("k").exists()
+
+
+@pytest.mark.parametrize("where", ["sync_tree", "write_json"])
+def test_a_step_keeps_its_scratch_until_its_outcome_is_on_disk(
+    store: Store, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    stopped(store, monkeypatch, where)
+    store.complete("k")
+    assert store.state("k") == "absent"
+    store.begin("k")
+    assert (store.partial("k") / "scratch" / "checkpoint").read_text() == "whole"
+
+
+@pytest.mark.parametrize("file", ["outcome.json", "artifact/model.bin"])
+def test_a_step_that_is_damaged_is_not_completed(store: Store, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    stopped(store, monkeypatch, "rename")
+    os.truncate(store.partial("k") / file, 3)
+    store.complete("k")
+    assert store.state("k") == "interrupted"
+    assert not store.finished("k").exists()
+
+
+def test_a_step_that_failed_is_not_completed(store: Store) -> None:
+    store.complete("k")
+    store.prepare("k", {})
+    store.complete("k")
+    store.fail("k", {**OK, "state": "error"})
+    store.complete("k")
+    assert store.state("k") == "error"
+
+
 def test_a_newer_schema_is_refused_in_one_line(store: Store) -> None:
     store.write_run({"schema": SCHEMA + 1})
     with pytest.raises(
@@ -112,6 +169,50 @@ def test_a_folder_of_other_things_is_no_store(tmp_path: Path) -> None:
         with pytest.raises(MambabenchError, match=r"no run\.json"):
             open_or_create(tmp_path)
     assert Store.create(tmp_path / "new").run() == {"schema": SCHEMA}
+
+
+def test_stores_that_are_created_at_the_same_moment_are_one(tmp_path: Path) -> None:
+    together = Barrier(8)
+
+    def create(path: Path) -> Store:
+        together.wait()
+        return Store.create(path)
+
+    with ThreadPoolExecutor(8) as pool:
+        for attempt in range(10):
+            stores = list(pool.map(create, [tmp_path / str(attempt)] * 8))
+            assert [store.run() for store in stores] == [{"schema": SCHEMA}] * 8
+
+
+def test_creating_a_store_beside_another_run_keeps_what_that_run_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = module.Lock.take
+
+    def meanwhile(path: Path, **how: bool) -> module.Lock | None:
+        Store(tmp_path).write_run({"plan": {"name": "first"}})
+        return take(path, **how)
+
+    monkeypatch.setattr(module.Lock, "take", meanwhile)
+    assert Store.create(tmp_path).run()["plan"] == {"name": "first"}
+
+
+def test_a_creation_that_was_killed_can_be_done_anew(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.123-0a1b2c3d.tmp").write_text('{"sch')
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "run").touch()
+    assert Store.create(tmp_path).run() == {"schema": SCHEMA}
+
+
+@pytest.mark.parametrize("path", ["/dev/null/x", "/proc/nope", "file", "x" * 300])
+def test_a_path_where_no_store_can_be_is_one_line(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for open_or_create in (Store.open, Store.create):
+        with pytest.raises(MambabenchError) as e:
+            open_or_create(path)
+        assert str(e.value).startswith(f"{path}: ")
+        assert "\n" not in str(e.value)
 
 
 def test_run_json_is_read_back_as_written(store: Store) -> None:
@@ -139,7 +240,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(store: Store, monkeypatch: 
     with pytest.raises(MambabenchError, match=r"run\.json: cannot be written, the disk is full; free some space") as e:
         store.write_run({})
     assert "\n" not in str(e.value)
-    assert [file.name for file in store.path.iterdir()] == ["run.json"]
+    assert sorted(file.name for file in store.path.iterdir()) == ["locks", "run.json"]
 
 
 def test_a_step_is_claimed_once_and_not_while_its_child_lives(store: Store) -> None:
@@ -153,6 +254,18 @@ def test_a_step_is_claimed_once_and_not_while_its_child_lives(store: Store) -> N
     assert store.claim("k") is None
     child.release()
     assert store.claim("k") is not None
+
+
+def test_a_step_whose_child_lives_is_running(store: Store) -> None:
+    store.prepare("k", {})
+    child = module.Lock.take(store.child_lock("k"))
+    assert child is not None
+    assert store.state("k") == "running"
+    store.begin("k")
+    (store.partial("k") / "events.jsonl").write_text("")
+    assert store.state("k") == "running"
+    child.release()
+    assert store.state("k") == "interrupted"
 
 
 def test_outcomes_are_plain_json(store: Store) -> None:
