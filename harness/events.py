@@ -1,7 +1,8 @@
 """The recorder: every record of a step is one line of events.jsonl, written before `emit` returns.
 
 When the step has ended well its records become parquet files, one per kind. An interrupted step keeps its lines; a new
-attempt starts with a line of its own, and only losses of earlier attempts count (a resumed training repeats none).
+attempt starts with a line of its own, and only losses of earlier attempts count (a resumed training repeats none, and
+has none of its own where nothing was left to train).
 """
 
 from __future__ import annotations
@@ -153,10 +154,8 @@ def counted(path: Path) -> list[dict[str, Any]]:
             attempts[-1].append(event)
     last = attempts.pop()
     for earlier in reversed(attempts):
-        losses = [event["step"] for event in last if event["kind"] == "loss"]
-        if not losses:
-            break
-        last = [e for e in earlier if e["kind"] == "loss" and e["step"] < min(losses)] + last
+        begin = min((event["step"] for event in last if event["kind"] == "loss"), default=math.inf)
+        last = [event for event in earlier if event["kind"] == "loss" and event["step"] < begin] + last
     return last
 
 

@@ -117,6 +117,16 @@ def test_an_interrupted_attempt_gives_only_the_losses_before_the_next_took_over(
     assert not (tmp_path / "samples.parquet").exists()
 
 
+def test_an_attempt_with_nothing_left_to_train_keeps_the_losses_of_the_earlier_ones(tmp_path: Path) -> None:
+    for attempt, steps in enumerate([(1, 2, 3), (3, 4), (), ()], 1):
+        recorder = Recorder(tmp_path, "key", attempt=attempt)
+        for step in steps:
+            recorder("loss", step=step, tokens=step, loss=float(attempt))
+        recorder.close()
+    Recorder(tmp_path, "key", attempt=5).finish()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path, "losses")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
 def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(recorder: Recorder, tmp_path: Path) -> None:
     with open(tmp_path / "events.jsonl", "a") as file:
         file.write('{"kind":"los\n')
