@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..harness.answers import ends, make_answer
 from ..harness.interfaces import Answer, Emit, Limits, MambabenchError, Prompt, Stepper, Tokenizer
 from .sampling import pick
 
@@ -20,54 +21,27 @@ class Row:
         if not prompt.ids:
             raise MambabenchError("a prompt must have at least one token")
         self.ids = list(prompt.ids)
+        self.new: list[int] = []
         self.prompt_tokens = len(prompt.ids)
-        self.finish: Literal["length", "stop", ""] = ""
+        self.finished = False
         self._limits = limits
         self._tokenizer = tokenizer
-        # A character is at most four byte tokens, so this many tokens hold the longest stop string and more.
-        self._window = 16 + 4 * max(map(len, limits.stop_strings), default=0)
-
-    @property
-    def new(self) -> list[int]:
-        return self.ids[self.prompt_tokens :]
 
     def extend(self, tokens: Sequence[int]) -> int:
         """Appends tokens up to the end of the text; returns how many were taken."""
         taken = 0
         for token in tokens:
-            if self.finish:
+            if self.finished:
                 break
             self.ids.append(token)
+            self.new.append(token)
             taken += 1
-            if token in self._limits.stop_tokens or self._has_stop_string():
-                self.finish = "stop"
-            elif len(self.ids) - self.prompt_tokens == self._limits.new_tokens:
-                self.finish = "length"
+            whole = len(self.new) == self._limits.new_tokens
+            self.finished = whole or ends(self.new, self._limits, self._tokenizer)
         return taken
 
     def answer(self) -> Answer:
-        new = self.new
-        shown = new[:-1] if new[-1] in self._limits.stop_tokens else new
-        text = self._tokenizer.decode(shown, skip_special_tokens=True)
-        ends = [self._end(shown, text, string) for string in self._limits.stop_strings]
-        return Answer(tuple(new), text[: min(ends, default=len(text))], self.finish or "length")
-
-    def _has_stop_string(self) -> bool:
-        if not self._limits.stop_strings:
-            return False
-        tail = self.ids[max(self.prompt_tokens, len(self.ids) - self._window) :]
-        forms = [self._tokenizer.decode(tail, skip_special_tokens=skip) for skip in (False, True)]
-        return any(string in form for string in self._limits.stop_strings for form in forms)
-
-    def _end(self, shown: list[int], text: str, stop: str) -> int:
-        """Where `text` ends by one stop string. A stop string with special tokens in it is not in the text, which has
-        none; it ended the text, and what else it holds is counted from there."""
-        at = text.find(stop)
-        if at >= 0 or stop not in self._tokenizer.decode(shown):
-            return len(text) if at < 0 else at
-        tails = (shown[first:] for first in range(len(shown) - 1, -1, -1))
-        tail, at = next((tail, at) for tail in tails if (at := self._tokenizer.decode(tail).find(stop)) >= 0)
-        return len(text) - len(self._tokenizer.decode(tail, skip_special_tokens=True)[at:])
+        return make_answer(self.new, self._limits, self._tokenizer)
 
 
 class Batch:
@@ -99,7 +73,7 @@ class Batch:
 
     @property
     def running(self) -> list[int]:
-        return [number for number, row in enumerate(self.rows) if not row.finish]
+        return [number for number, row in enumerate(self.rows) if not row.finished]
 
     def last(self) -> tuple[Tensor, Tensor]:
         """The last token of each row, int64 [B, 1], which no model has run yet, and its position, int32 [B]."""

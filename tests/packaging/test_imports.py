@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOMS = ("backends", "decoders", "distillers", "harness", "kernels", "reports")
-CONTRACT = ("harness.hooks", "harness.interfaces", "harness.documents", "harness.plugins")
+CONTRACT = ("harness.answers", "harness.documents", "harness.hooks", "harness.interfaces", "harness.plugins")
 ALLOWED = {
     "harness": (),
     "backends": (*CONTRACT, "kernels"),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from mambabench import Answer, Limits, Prompt, Unsupported
+from mambabench.harness.answers import ends, make_answer
 from mambabench.harness.interfaces import Emit, Stepper
 from torch import Tensor
 
@@ -38,7 +39,8 @@ class NoRepeat:
                 if finished[row]:
                     continue
                 text.append(self._next(logits[row], text, prompts[row].sequence, limits))
-                finished[row] = self._stops(model, text[lengths[row] :], limits)
+                new = text[lengths[row] :]
+                finished[row] = len(new) == limits.new_tokens or ends(new, limits, model.tokenizer)
                 emit("burst", row=row, burst=burst, at_s=time.perf_counter() - began, tokens=1)
             if all(finished):
                 break
@@ -46,7 +48,9 @@ class NoRepeat:
             last = torch.tensor([[text[-1]] for text in texts], device=model.device)
             start = torch.tensor([len(text) - 1 for text in texts], dtype=torch.int32, device=model.device)
             logits = model.advance(last, start, state)[:, 0]
-        return [self._answer(model, text[length:], limits) for text, length in zip(texts, lengths, strict=True)]
+        return [
+            make_answer(text[length:], limits, model.tokenizer) for text, length in zip(texts, lengths, strict=True)
+        ]
 
     def _next(self, logits: Tensor, text: list[int], sequence: int, limits: Limits) -> int:
         """Chooses from logits [V] of the model, which are only kept as they are where every token would repeat."""
@@ -66,14 +70,3 @@ class NoRepeat:
         head = self.n - 1
         tail = text[len(text) - head :]
         return [text[i + head] for i in range(len(text) - head) if text[i : i + head] == tail]
-
-    def _stops(self, model: Stepper, new: list[int], limits: Limits) -> bool:
-        if new[-1] in limits.stop_tokens or len(new) >= limits.new_tokens:
-            return True
-        return bool(limits.stop_strings) and any(stop in model.tokenizer.decode(new) for stop in limits.stop_strings)
-
-    def _answer(self, model: Stepper, new: list[int], limits: Limits) -> Answer:
-        stopped = new[-1] in limits.stop_tokens
-        text = model.tokenizer.decode(new[:-1] if stopped else new)
-        cuts = [at for stop in limits.stop_strings if (at := text.find(stop)) >= 0]
-        return Answer(tuple(new), text[: min(cuts)] if cuts else text, "stop" if stopped or cuts else "length")
