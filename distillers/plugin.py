@@ -1,0 +1,188 @@
+"""Names the distillers, layer selectors and data sources that come with mambabench; imports nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..harness.hooks import hookimpl
+from ..harness.interfaces import Component, DataRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniformConfig:
+    share: float
+    """Share of the layers that keep attention, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must be between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListConfig:
+    layers: tuple[int, ...]
+    """Indices of the layers that keep attention, counted from 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandinConfig:
+    part: Literal["train", "unseen", "prompts", "tasks"] = "train"
+    """`train`; `unseen` and `prompts`: held-out documents, to be scored and to be continued; `tasks`: lm-eval tasks
+    over held-out items."""
+    documents: int = 8000
+    """Documents written (not for `tasks`), of 32 to 60 tokens each."""
+    items: int = 200
+    """Items of each task (only for `tasks`)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "documents", "items")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PseudoLabelsConfig:
+    documents: int
+    """How many documents the teacher writes."""
+    first: int = 0
+    """Number of the first one: another range of the same seed is a held-out part."""
+    new_tokens: int = 256
+    """Longest document, in new tokens."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    """1: off."""
+    batch: int = 32
+    """Documents written side by side; changes the speed and nothing else."""
+    prompts: DataRef = ""
+    """Data whose documents are continued, one after the other; empty: every document begins with the begin token."""
+    prompt_tokens: int = 32
+    """Longest prompt taken from a document of `prompts`, in tokens."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "documents", "new_tokens", "batch", "prompt_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainTeacherConfig:
+    data: DataRef
+    """Text that brings a tokenizer of its own (`tokenizer/` beside `data.jsonl`)."""
+    tokens: int
+    """Training tokens, counted with every repetition."""
+    layers: int = 4
+    hidden: int = 64
+    """Width of the residual stream."""
+    heads: int = 2
+    kv_heads: int = 2
+    intermediate: int = 128
+    """Width of the MLP."""
+    context: int = 128
+    """Longest window and longest text of the model, in tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    init: float = 0.1
+    """Standard deviation of the weights to begin with; a narrow model learns sooner from larger ones than the 0.02
+    that is usual for wide ones."""
+    batch: int = 16
+    """Windows per optimiser step."""
+    lr: float = 2e-3
+    """Peak of the learning rate."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; it falls by a cosine to 0 afterwards."""
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "tokens", "layers", "hidden", "heads", "kv_heads", "intermediate", "context", "batch", "lr", "clip"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressiveConfig:
+    data: DataRef
+    """Text to learn from; the paper uses text that the teacher wrote (`pseudo-labels`)."""
+    tokens: int
+    """Training tokens, counted with every repetition."""
+    context: int = 128
+    """Longest window, in tokens."""
+    batch: int = 16
+    """Windows per optimiser step."""
+    accumulation: int = 1
+    """Parts in which a batch is computed, to save memory; the result is the same."""
+    lr: float = 3e-3
+    """Peak of the learning rate."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; it falls by a cosine to 0 afterwards."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ce: float = 1.0
+    """Weight of the cross entropy, per token."""
+    kl: float = 0.1
+    """Weight of KL(teacher || student), per token. (The paper's 0.1 is per sequence: some 200 per token.)"""
+    temperature: float = 1.0
+    """Softens both distributions of the KL, whose gradient is scaled back by its square."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "tokens", "context", "batch", "accumulation", "lr", "clip", "temperature")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
+
+
+@hookimpl
+def mambabench_components() -> Iterable[Component]:
+    room = "mambabench.distillers"
+    yield Component(
+        kind="distiller",
+        name="train-teacher",
+        target=f"{room}.train_teacher:TrainTeacher",
+        config=TrainTeacherConfig,
+        requires=("accelerate>=1.1",),
+        traits=frozenset({"from-scratch"}),
+        summary="trains a small Llama from scratch, to be the teacher",
+    )
+    yield Component(
+        kind="distiller",
+        name="progressive",
+        target=f"{room}.progressive:Progressive",
+        config=ProgressiveConfig,
+        requires=("accelerate>=1.1",),
+        summary="trains the new Mamba mixers on cross entropy and KL to the teacher, all else frozen",
+    )
+    yield Component(
+        kind="selector",
+        name="uniform",
+        target=f"{room}.selectors:Uniform",
+        config=UniformConfig,
+        summary="keeps attention in evenly spread layers, the last one first",
+    )
+    yield Component(
+        kind="selector",
+        name="list",
+        target=f"{room}.selectors:Listed",
+        config=ListConfig,
+        summary="keeps attention in the layers given",
+    )
+    yield Component(
+        kind="source",
+        name="standin",
+        target=f"{room}.standin:Standin",
+        config=StandinConfig,
+        summary="a seeded look-up and copying language, with lm-eval tasks",
+    )
+    yield Component(
+        kind="source",
+        name="pseudo-labels",
+        target=f"{room}.pseudo_labels:PseudoLabels",
+        config=PseudoLabelsConfig,
+        traits=frozenset({"teacher"}),
+        summary="text that the teacher writes itself",
+    )

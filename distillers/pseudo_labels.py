@@ -1,0 +1,101 @@
+"""Text that the teacher writes itself, which is what the paper's students learn from.
+
+Document i is sampled with random numbers of sequence i, so that it depends neither on the batch nor on where a run
+begins: another range of the same seed is a held-out part, and a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..harness.documents import encode_document, read_documents
+from ..harness.interfaces import Decoder, Job, Limits, MambabenchError, Prompt, Stepper
+from ..harness.plugins import make, registry
+from .plugin import PseudoLabelsConfig
+
+WRITTEN = "documents.jsonl"
+"""Documents so far, in the scratch folder; a last line without its end was cut by a kill."""
+
+
+class PseudoLabels:
+    """The source `pseudo-labels`."""
+
+    def __init__(self, config: PseudoLabelsConfig) -> None:
+        self.config = config
+
+    def write(self, job: Job) -> None:
+        """Writes `data.jsonl` with each document's text, ids (prompt and end token included) and prompt length."""
+        if job.teacher is None:
+            raise MambabenchError("pseudo-labels: needs a teacher")
+        written = job.scratch / WRITTEN
+        done = keep_whole_lines(written)
+        if done < self.config.documents:
+            model = job.teacher.backend.load(
+                job.teacher.path, job.device, "float32" if job.device == "cpu" else "bfloat16"
+            )
+            prompts = self._prompts(job, model)
+            with written.open("a", encoding="utf-8") as file:
+                for first in range(done, self.config.documents, self.config.batch):
+                    part = prompts[first : first + self.config.batch]
+                    file.writelines(json.dumps(document) + "\n" for document in self._continue(model, part))
+                    file.flush()
+                    job.emit("progress", done=first + len(part), total=self.config.documents, unit="documents")
+        shutil.copyfile(written, job.out / "data.jsonl")
+
+    def _prompts(self, job: Job, model: Stepper) -> list[Prompt]:
+        """Where each document begins: the documents of `prompts` in turn, or the begin token alone."""
+        tokenizer, config = model.tokenizer, self.config
+        if config.prompts:
+            path = job.data[config.prompts]
+            beginnings = [encode_document(d, tokenizer)[0][: config.prompt_tokens] for d in read_documents(path)]
+            if not beginnings:
+                raise MambabenchError(f"{path}: no documents to continue")
+        else:
+            begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            if begin is None:
+                raise MambabenchError(
+                    f"{job.teacher.path if job.teacher else ''}: the tokenizer has no token to begin a text with; "
+                    "name documents to continue as `prompts`"
+                )
+            beginnings = [[begin]]
+        numbers = range(config.first, config.first + config.documents)
+        return [Prompt(tuple(beginnings[i % len(beginnings)]), sequence=i) for i in numbers]
+
+    def _continue(self, model: Stepper, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        config, end = self.config, model.tokenizer.eos_token_id
+        limits = Limits(
+            new_tokens=min(config.new_tokens, model.max_context - max(len(prompt.ids) for prompt in prompts)),
+            stop_tokens=() if end is None else (end,),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+        )
+        decoder: Decoder = make(registry().find("decoder", "standard"))
+        answers = decoder.generate(model, prompts, limits, _ignore)
+        documents = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = [*prompt.ids, *answer.ids]
+            text = model.tokenizer.decode(ids, skip_special_tokens=True)
+            documents.append({"text": text, "ids": ids, "prompt": len(prompt.ids)})
+        return documents
+
+
+def keep_whole_lines(path: Path) -> int:
+    """Cuts a last line that a kill left unfinished; returns how many lines there are."""
+    if not path.exists():
+        return 0
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return data.count(b"\n")
+
+
+def _ignore(kind: str, /, **fields: Any) -> None:
+    """Bursts of tokens are records of a measurement, and this is none."""

@@ -1,0 +1,59 @@
+"""Chooses which layers keep attention."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from ..harness.interfaces import Job, MambabenchError
+from .plugin import ListConfig, UniformConfig
+
+
+def spread(layers: int, share: float) -> list[int]:
+    """Indices of evenly spread layers, a share of them.
+
+    For share 1/n those where (i + 1) % n == 0, the rule of "The Mamba in the Llama": nested, and with the last layer
+    wherever n divides the depth. For any other share round(share · layers) layers, always with the last one.
+
+    >>> spread(8, 0.25), spread(5, 0.4), spread(6, 0.75)
+    ([3, 7], [2, 4], [1, 2, 4, 5])
+    """
+    if share == 0:
+        return []
+    exact = Fraction(str(share))
+    if exact.numerator == 1:
+        return [layer for layer in range(layers) if (layer + 1) % exact.denominator == 0]
+    count = round(exact * layers)
+    return [-(-layers * (place + 1) // count) - 1 for place in range(count)]
+
+
+class Uniform:
+    """The selector `uniform`."""
+
+    def __init__(self, config: UniformConfig) -> None:
+        self.config = config
+
+    def select(self, job: Job) -> list[int]:
+        return spread(_depth(job), self.config.share)
+
+
+class Listed:
+    """The selector `list`."""
+
+    def __init__(self, config: ListConfig) -> None:
+        self.config = config
+
+    def select(self, job: Job) -> list[int]:
+        """Raises MambabenchError for a layer that the parent does not have, or that is listed twice."""
+        depth = _depth(job)
+        keep = sorted(self.config.layers)
+        if wrong := [layer for layer in keep if not 0 <= layer < depth]:
+            raise MambabenchError(f"selector list: there is no layer {wrong[0]}; layers are 0 to {depth - 1}")
+        if len(set(keep)) < len(keep):
+            raise MambabenchError(f"selector list: a layer is listed twice in {list(self.config.layers)}")
+        return keep
+
+
+def _depth(job: Job) -> int:
+    if job.parent is None or job.backend is None:
+        raise MambabenchError("a selector needs a parent model")
+    return int(job.backend.describe(job.parent.path)["layers"])

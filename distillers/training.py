@@ -1,0 +1,299 @@
+"""What all trainers share: windows of tokens, transformers' Trainer with summed losses, records, resuming, facts."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import resource
+import time
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..harness.documents import encode_document, read_documents
+from ..harness.interfaces import Emit, Job, MambabenchError, Tokenizer
+from .losses import IGNORED
+
+CHECKPOINT_EVERY = 30.0
+"""Seconds between checkpoints, about: what a killed run loses at most."""
+BETA2 = 0.98
+"""Adam's memory of squared gradients: the paper's, and the right one for hundreds of steps rather than millions."""
+SECONDS = "seconds.json"
+"""Written last into a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows(Dataset[dict[str, Tensor]]):
+    """Packed documents, padded at the right."""
+
+    ids: Tensor
+    """int64 [N, context]"""
+    labels: Tensor
+    """int64 [N, context], `IGNORED` for prompts, padding and first tokens, which nothing predicts"""
+    lengths: Tensor
+    """int64 [N]"""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index], "length": self.lengths[index]}
+
+
+def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stacks windows, cut after the longest. The mask is for counting: causal models need none with padding at the
+    right."""
+    batch = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels", "length")}
+    longest = int(batch["length"].max())
+    return {
+        "input_ids": batch["input_ids"][:, :longest],
+        "labels": batch["labels"][:, :longest],
+        "attention_mask": (torch.arange(longest) < batch["length"][:, None]).long(),
+    }
+
+
+def read_windows(path: Path, tokenizer: Tokenizer, context: int) -> Windows:
+    """Reads documents into windows; each begins with the leading token and ends with the end token, if there is one.
+
+    Raises MambabenchError where nothing is left to learn.
+    """
+    end = tokenizer.eos_token_id
+    rows = []
+    for document in read_documents(path):
+        ids, prompt = encode_document(document, tokenizer)
+        if end is not None and ids[-1] != end:
+            ids.append(end)
+        rows.append((ids, [IGNORED] * prompt + ids[prompt:]))
+    return pack(rows, context, str(path))
+
+
+def pack(documents: Iterable[tuple[list[int], list[int]]], context: int, name: str = "data") -> Windows:
+    """Packs documents (ids and labels) into windows of `context` tokens.
+
+    Longer documents are cut; what fits into a window stays whole, and the fullest window that has room takes the
+    longest piece first (best fit decreasing), so that little is padding.
+    """
+    pieces = []
+    for ids, labels in documents:
+        for first in range(0, len(ids), context):
+            piece = [IGNORED, *labels[first + 1 : first + context]]
+            if any(label != IGNORED for label in piece):
+                pieces.append((ids[first : first + context], piece))
+    if not pieces:
+        raise MambabenchError(f"{name}: no text to learn from")
+    pieces.sort(key=lambda piece: -len(piece[0]))
+    rows: list[tuple[list[int], list[int]]] = []
+    room: list[tuple[int, int]] = []
+    for ids, labels in pieces:
+        place = bisect.bisect_left(room, (len(ids), 0))
+        if place < len(room):
+            left, row = room.pop(place)
+            rows[row][0].extend(ids)
+            rows[row][1].extend(labels)
+        else:
+            left, row = context, len(rows)
+            rows.append((list(ids), list(labels)))
+        if left > len(ids):
+            bisect.insort(room, (left - len(ids), row))
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    padded = [(ids + [0] * (context - len(ids)), labels + [IGNORED] * (context - len(ids))) for ids, labels in rows]
+    return Windows(torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded]), lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How long and how fast to train; the options of the same names in the plan."""
+
+    tokens: int
+    batch: int
+    lr: float
+    warmup: float
+    clip: float
+    accumulation: int = 1
+    weight_decay: float = 0.0
+
+    def steps(self, windows: Windows) -> int:
+        """Optimiser steps for the tokens wanted, rounded up."""
+        return math.ceil(self.tokens / (self.batch * windows.lengths.double().mean().item()))
+
+
+class SummedLossTrainer(Trainer):
+    """transformers' Trainer with losses that are sums over tokens.
+
+    The sums are divided by the tokens of the whole optimiser step, so that accumulated parts and ranks add up to the
+    gradient of one large batch. (A mean of each part would weigh its tokens by the part's size, and Trainer, which
+    divides only the losses of models that take no `num_items_in_batch`, would not divide by the parts at all.)
+    """
+
+    def __init__(
+        self, job: Job, model: nn.Module, windows: Windows, recipe: Recipe, weights: Mapping[str, float]
+    ) -> None:
+        """`weights` are those of the loss's parts, per token."""
+        if recipe.batch % recipe.accumulation:
+            raise MambabenchError(f"batch = {recipe.batch} cannot be split into accumulation = {recipe.accumulation}")
+        steps = recipe.steps(windows)
+        self.weights = weights
+        self.parts: dict[str, float] = dict.fromkeys(self.weights, 0.0)
+        super().__init__(
+            model=model,
+            args=_arguments(job, recipe, steps),
+            train_dataset=windows,
+            data_collator=collate,
+            callbacks=[_Records(job.emit, self.parts)],
+        )
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+
+    @abstractmethod
+    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The parts of the loss, each a sum over the tokens of `inputs`."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if return_outputs or num_items_in_batch is None:
+            raise ValueError("this trainer trains only; losses are summed over labels")
+        # Ranks average their gradients, so each must bring its share of the sum times their number.
+        scale = self.accelerator.num_processes / num_items_in_batch
+        parts = {name: value * scale for name, value in self.losses(model, inputs).items()}
+        for name, value in parts.items():
+            self.parts[name] += float(value.detach())
+        return sum(self.weights[name] * value for name, value in parts.items())
+
+
+class _Records(TrainerCallback):
+    """Turns the Trainer's logs into records. Parts are summed over the steps since the last log."""
+
+    def __init__(self, emit: Emit, parts: dict[str, float]) -> None:
+        self.emit, self.parts, self.since = emit, parts, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.since = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        logs: Mapping[str, float] = kwargs["logs"]
+        if "loss" not in logs or state.global_step == self.since:
+            return
+        steps, self.since = state.global_step - self.since, state.global_step
+        self.emit(
+            "loss",
+            step=state.global_step,
+            tokens=state.num_input_tokens_seen,
+            loss=logs["loss"],
+            lr=logs["learning_rate"],
+            gradient_norm=logs["grad_norm"],
+            **{name: value / steps for name, value in self.parts.items()},
+        )
+        self.emit("progress", done=state.global_step, total=state.max_steps, unit="steps")
+        self.parts.update(dict.fromkeys(self.parts, 0.0))
+
+
+class _Checkpoints(TrainerCallback):
+    """Asks for a checkpoint by the clock, since steps take milliseconds in one plan and minutes in another, and marks
+    each that is whole with the seconds of training that went into it."""
+
+    def __init__(self, spent: float) -> None:
+        self.begun = time.perf_counter() - spent
+        self.last = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.perf_counter() - self.last >= CHECKPOINT_EVERY and state.global_step < state.max_steps:
+            control.should_save = True
+            self.last = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        unfinished = folder / f"{SECONDS}.partial"
+        unfinished.write_text(json.dumps(self.seconds()))
+        unfinished.replace(folder / SECONDS)
+
+
+def whole_checkpoint(folder: Path) -> tuple[Path | None, float]:
+    """The newest checkpoint that was written to its end, with its seconds of training; a kill may leave a torso."""
+    marks = list(folder.glob(f"checkpoint-*/{SECONDS}"))
+    if not marks:
+        return None, 0.0
+    newest = max(marks, key=lambda mark: int(mark.parent.name.rpartition("-")[2]))
+    return newest.parent, float(json.loads(newest.read_text()))
+
+
+def _arguments(job: Job, recipe: Recipe, steps: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(job.scratch / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch // recipe.accumulation,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.lr,
+        warmup_steps=round(recipe.warmup * steps),
+        lr_scheduler_type="cosine",
+        weight_decay=recipe.weight_decay,
+        adam_beta2=BETA2,
+        max_grad_norm=recipe.clip,
+        seed=job.seed,
+        use_cpu=job.device == "cpu",
+        bf16=job.device != "cpu",
+        logging_steps=max(1, steps // 50),
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="no",
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_pin_memory=job.device != "cpu",
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def run(trainer: SummedLossTrainer, job: Job) -> None:
+    """Trains, from the newest whole checkpoint in `job.scratch` if there is one, and emits what the training took."""
+    if job.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    checkpoint, spent = whole_checkpoint(job.scratch / "trainer")
+    checkpoints = _Checkpoints(spent)
+    trainer.add_callback(checkpoints)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    assert trainer.model is not None
+    parameters = list(trainer.model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    gpus = 0 if job.device == "cpu" else trainer.accelerator.num_processes
+    facts = [
+        ("training_tokens", trainer.state.num_input_tokens_seen, "tokens"),
+        ("training_steps", trainer.state.global_step, "steps"),
+        ("training_wall", checkpoints.seconds(), "s"),
+        ("training_gpu", checkpoints.seconds() * gpus, "s"),
+        ("parameters", total, ""),
+        ("trainable_share", trained / total, ""),
+        ("peak_memory", _peak_bytes(job.device), "bytes"),
+    ]
+    facts += [(f"weight_per_token_{name}", weight, "") for name, weight in trainer.weights.items()]
+    for name, value, unit in facts:
+        job.emit("fact", name=name, value=value, unit=unit)
+
+
+def _peak_bytes(device: str) -> int:
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated()

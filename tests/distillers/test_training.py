@@ -1,0 +1,177 @@
+"""Packing, accumulation, resuming: what all trainers share."""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mambabench.distillers import training
+from mambabench.distillers.losses import IGNORED
+from mambabench.distillers.plugin import ProgressiveConfig
+from mambabench.distillers.progressive import DistillationTrainer, freeze_all_but_mixers
+from mambabench.distillers.training import Recipe, collate, pack, read_windows, whole_checkpoint
+from mambabench.harness.interfaces import MambabenchError
+from transformers import TrainerCallback
+
+END = 99
+documents = st.lists(
+    st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))), min_size=1, max_size=30
+)
+
+
+def row(number: int, length: int, prompt: int) -> tuple[list[int], list[int]]:
+    ids = [100 * number + place for place in range(length)]
+    return ids, [IGNORED] * prompt + ids[prompt:]
+
+
+@given(documents, st.integers(2, 40))
+def test_packing_loses_no_label_and_cuts_only_what_is_too_long(sizes, context):
+    rows = [row(number, length, prompt) for number, (length, prompt) in enumerate(sizes, 1)]
+    learnt = sum(label != IGNORED for _, labels in rows for place, label in enumerate(labels) if place % context)
+    if not learnt:
+        return
+    windows = pack(rows, context)
+    assert windows.ids.shape == windows.labels.shape == (len(windows), context)
+    assert int((windows.labels != IGNORED).sum()) == learnt
+    packed = [ids[:length] for ids, length in zip(windows.ids.tolist(), windows.lengths.tolist(), strict=True)]
+    assert all(windows.labels[:, 0] == IGNORED)
+    for number, (length, prompt) in enumerate(sizes, 1):
+        if length <= context and prompt < length:
+            ids = rows[number - 1][0]
+            assert any(ids == window[at : at + length] for window in packed for at in range(len(window)))
+    labelled = windows.labels != IGNORED
+    assert torch.equal(windows.labels[labelled], windows.ids[labelled])
+
+
+@given(st.lists(st.integers(2, 16), min_size=50, max_size=200))
+def test_packing_wastes_little(lengths):
+    windows = pack([row(number, length, 1) for number, length in enumerate(lengths)], 64)
+    assert len(windows) <= sum(lengths) / 64 * 1.1 + 1
+
+
+def test_documents_begin_and_end_with_their_tokens(tmp_path, teacher):
+    words = teacher.backend.tokenizer(teacher.path)
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "ask anna tea ."}\n{"text": "", "ids": [1, 5, 6, 2], "prompt": 2}\n')
+    windows = read_windows(file, words, 16)
+    first = [words.bos_token_id, *words.encode("ask anna tea .", add_special_tokens=False), words.eos_token_id]
+    assert windows.ids.tolist() == [[*first, 1, 5, 6, 2, *[0] * 6]]
+    assert windows.labels.tolist() == [[IGNORED, *first[1:], IGNORED, IGNORED, 6, 2, *[IGNORED] * 6]]
+    assert windows.lengths.tolist() == [10]
+
+
+def test_no_text_is_an_error_that_names_the_file(tmp_path, teacher):
+    file = tmp_path / "text.jsonl"
+    file.write_text("")
+    with pytest.raises(MambabenchError, match=r"text\.jsonl: no text"):
+        read_windows(file, teacher.backend.tokenizer(teacher.path), 16)
+
+
+def test_batches_are_cut_after_their_longest_window():
+    windows = pack([row(1, 5, 1), row(2, 7, 1)], 8)
+    batch = collate([windows[0], windows[1]])
+    assert batch["input_ids"].shape == (2, 7)
+    assert batch["attention_mask"].sum(1).tolist() == windows.lengths.tolist()
+
+
+class Gradients(TrainerCallback):
+    """Copies the gradients of each optimiser step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+
+def distil(job, hybrid, teacher, windows, steps, **options):
+    config = ProgressiveConfig(data="text", tokens=1, kl=0.5, **options)
+    student = hybrid.backend.module(hybrid.path)
+    freeze_all_but_mixers(student)
+    tokens = int((steps - 0.5) * config.batch * windows.lengths.double().mean().item())
+    recipe = Recipe(tokens=tokens, batch=config.batch, lr=1e-3, warmup=0, clip=1e9, accumulation=config.accumulation)
+    module = teacher.backend.module(teacher.path)
+    return student, DistillationTrainer(job, student, module, windows, recipe, config)
+
+
+@pytest.fixture
+def windows(write_standin, teacher):
+    text = write_standin(documents=24)
+    whole = read_windows(text, teacher.backend.tokenizer(teacher.path), 96)
+    # Windows of very different length, so that a mean over each part would be seen.
+    ragged = whole.labels.clone()
+    for index in range(len(ragged)):
+        ragged[index, 8 + 5 * (index % 13) :] = IGNORED
+    return training.Windows(whole.ids, ragged, whole.lengths)
+
+
+def test_one_step_at_batch_8_equals_2_of_4_accumulated(make_job, hybrid, teacher, windows):
+    gradients = []
+    for accumulation in (1, 2):
+        _, trainer = distil(
+            make_job(str(accumulation)), hybrid, teacher, windows, steps=1, batch=8, accumulation=accumulation
+        )
+        seen = Gradients()
+        trainer.add_callback(seen)
+        trainer.train()
+        assert len(seen.steps) == 1
+        gradients.append(seen.steps[0])
+    assert len(gradients[0]) > 5
+    for one, two in zip(*gradients, strict=True):
+        assert (one - two).abs().max() <= 1e-5 * one.abs().max() + 1e-9
+
+
+def test_the_loss_that_is_logged_is_the_weighted_sum_of_its_parts(make_job, hybrid, teacher, windows):
+    job = make_job()
+    _, trainer = distil(job, hybrid, teacher, windows, steps=6, batch=4)
+    training.run(trainer, job)
+    losses = job.emit.of("loss")
+    assert [loss["step"] for loss in losses] == [1, 2, 3, 4, 5, 6]
+    for loss in losses:
+        assert loss["loss"] == pytest.approx(loss["ce"] + 0.5 * loss["kl"], rel=1e-4)
+    assert job.emit.facts["training_steps"] == 6
+    assert job.emit.facts["training_tokens"] == losses[-1]["tokens"]
+    assert job.emit.facts["weight_per_token_ce"] == 1.0
+    assert job.emit.facts["weight_per_token_kl"] == 0.5
+    assert 0 < job.emit.facts["trainable_share"] < 1
+    assert job.emit.facts["training_wall"] > 0
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_training_resumes_to_the_same_weights(make_job, hybrid, teacher, windows, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 0.0)
+    whole, trainer = distil(make_job("whole"), hybrid, teacher, windows, steps=7, batch=5)
+    training.run(trainer, make_job("whole"))
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise Killed
+
+    job = make_job("killed")
+    _, trainer = distil(job, hybrid, teacher, windows, steps=7, batch=5)
+    trainer.add_callback(Kill())
+    with pytest.raises(Killed):
+        training.run(trainer, job)
+    torso = job.scratch / "trainer" / "checkpoint-5"
+    shutil.copytree(job.scratch / "trainer" / "checkpoint-3", torso)
+    (torso / training.SECONDS).unlink()
+    checkpoint, seconds = whole_checkpoint(job.scratch / "trainer")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-4"
+    assert seconds > 0
+    resumed, trainer = distil(job, hybrid, teacher, windows, steps=7, batch=5)
+    training.run(trainer, job)
+    assert [loss["step"] for loss in job.emit.of("loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert job.emit.facts["training_wall"] > seconds
+    for (name, one), two in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_a_batch_that_cannot_be_split_is_refused(make_job, hybrid, teacher, windows):
+    with pytest.raises(MambabenchError, match="batch = 8 cannot be split into accumulation = 3"):
+        distil(make_job(), hybrid, teacher, windows, steps=1, batch=8, accumulation=3)
