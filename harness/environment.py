@@ -27,17 +27,19 @@ SETTINGS_EXACT = ("PYTHONHASHSEED", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", 
 
 def capture(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of this process. `extra` (from plug-ins) adds facts but overwrites none."""
+    return {**(extra or {}), **machine(), **versions(), **gpu_facts(), **settings()}
+
+
+def machine() -> dict[str, str]:
+    """The host without its GPUs, and the interpreter."""
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cores": str(cores()),
         "memory_gib": f"{memory_bytes() / 2**30:.1f}",
-        **versions(),
-        **gpu_facts(),
-        **settings(),
     }
-    return {**(extra or {}), **{name: value for name, value in facts.items() if value}}
+    return {name: value for name, value in facts.items() if value}
 
 
 def cores() -> int:
@@ -72,10 +74,16 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def settings() -> dict[str, str]:
-    """Environment variables that decide threads, devices and kernels."""
+    """Environment variables that decide threads, devices and kernels; without paths, which name the user."""
     return {
-        name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS) or name in SETTINGS_EXACT
+        name: value
+        for name, value in sorted(os.environ.items())
+        if (name.startswith(SETTINGS) or name in SETTINGS_EXACT) and value and not _is_path(name, value)
     }
+
+
+def _is_path(name: str, value: str) -> bool:
+    return any(sign in value for sign in "/\\~") or name.endswith(("_DIR", "_PATH", "_HOME", "_ROOT", "_FILE"))
 
 
 @cache
@@ -124,23 +132,32 @@ def host(indices: Sequence[int] = ()) -> Host:
 
 
 def machine_facts(indices: Sequence[int] = ()) -> dict[str, str]:
-    """What speed depends on and a plan does not say; part of the keys of speed steps."""
+    """What speed depends on and a plan does not say; part of the keys of speed steps.
+
+    A step uses one of the GPUs, so it does not matter how many of a kind there are.
+    """
     known = versions()
     decide: tuple[str, ...] = ("torch", "triton", "mamba-ssm", "causal-conv1d")
     facts = {name: known[name] for name in decide if name in known}
     if not indices:
         return {**facts, "cpu": cpu_model()}
-    return {**facts, "gpu": ", ".join(host(indices).gpus), "driver": gpu_facts().get("driver", "")}
+    return {**facts, "gpu": ", ".join(sorted(set(host(indices).gpus))), "driver": gpu_facts().get("driver", "")}
 
 
 def code() -> dict[str, str | bool | None]:
-    """The version of this package and, in a checkout, its git revision and whether it has changes."""
+    """The version of this package and, in a checkout, its git revision and whether it has changes or new modules."""
     from .. import __version__
 
     source = checkout()
     revision = _git(source, "rev-parse", "HEAD") if source else None
-    changes = _git(source, "status", "--porcelain", "--untracked-files=no") if source and revision else None
-    return {"version": __version__, "revision": revision, "dirty": None if changes is None else bool(changes)}
+    changes = _git(source, "status", "--porcelain", "-z", "--untracked-files=all") if source and revision else None
+    dirty = None if changes is None else any(map(_is_change, changes.split("\0")))
+    return {"version": __version__, "revision": revision, "dirty": dirty}
+
+
+def _is_change(entry: str) -> bool:
+    """Whether an entry of `git status` tells of other code than the revision's; of new files, modules do."""
+    return entry.endswith(".py") if entry.startswith("?? ") else bool(entry)
 
 
 def checkout() -> Path | None:

@@ -37,7 +37,38 @@ def test_settings_of_threads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a secret" not in facts.values()
 
 
-def test_code_tells_a_revision_with_its_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_tell_no_paths_since_they_name_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {
+        "CUDA_HOME": "/home/someone/cuda",
+        "TRITON_CACHE_DIR": "~/cache",
+        "TORCH_HOME": "someone",
+        "TORCH_LOGS_OUT": r"C:\someone\log.txt",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+        "OMP_PLACES": "",
+    }
+    for name, value in paths.items():
+        monkeypatch.setenv(name, value)
+    told = environment.settings()
+    assert paths.keys() & told.keys() == {"PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES"}
+
+
+def test_speed_on_equal_gpus_has_equal_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: ("NVIDIA H200", "NVIDIA H200", "NVIDIA A100"))
+    monkeypatch.setattr(environment, "gpu_facts", lambda: {"driver": "570"})
+    one = environment.machine_facts((0,))
+    assert one == environment.machine_facts((0, 1)) == environment.machine_facts((1,))
+    assert (one["gpu"], one["driver"]) == ("NVIDIA H200", "570")
+    assert environment.machine_facts((0, 2))["gpu"] == environment.machine_facts((2, 1))["gpu"] != one["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("change", "dirty"),
+    [("", False), ("text.txt", False), ("room/module.py", True), ("with a space.py", True), ("file", True)],
+)
+def test_code_with_changes_or_new_modules_is_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, dirty: bool
+) -> None:
     def git(*arguments: str) -> None:
         who = ["-c", "user.name=n", "-c", "user.email=e"]
         subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
@@ -47,11 +78,12 @@ def test_code_tells_a_revision_with_its_changes(tmp_path: Path, monkeypatch: pyt
     git("add", "file")
     git("commit", "-m", "one")
     monkeypatch.setattr(environment, "checkout", lambda: tmp_path)
-    clean = environment.code()
-    assert len(str(clean["revision"])) == 40
-    assert clean["dirty"] is False
-    (tmp_path / "file").write_text("two")
-    assert environment.code()["dirty"] is True
+    if change:
+        (tmp_path / change).parent.mkdir(exist_ok=True)
+        (tmp_path / change).write_text("two")
+    told = environment.code()
+    assert len(str(told["revision"])) == 40
+    assert told["dirty"] is dirty
 
 
 def test_without_a_checkout_there_is_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
