@@ -97,24 +97,31 @@ class HybridStepper:
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         """Least bytes and FLOPs of one `advance`: each weight, cached key and checkpoint read once, the new ones
-        written. A product of n weights with a token is 2 n FLOPs."""
+        written. A product of n weights with a token is 2 n FLOPs. What is held counts the embedding, which a step
+        reads a few rows of, and whole rings."""
         config, size = self.config, self.model.lm_head.weight.element_size()
         attention = len(config.attention_layers)
         mamba = config.num_hidden_layers - attention
         heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        weights = {p.data_ptr(): p for name, p in self.model.named_parameters() if name != "model.embed_tokens.weight"}
-        weights[self.model.lm_head.weight.data_ptr()] = self.model.lm_head.weight
-        numbers, tokens = sum(p.numel() for p in weights.values()), batch * steps
+        embedding = self.model.model.embed_tokens.weight
+        held = {p.data_ptr(): p for p in self.model.parameters()}
+        tied = embedding.data_ptr() == self.model.lm_head.weight.data_ptr()
+        read = [p for p in held.values() if tied or p is not embedding]
+        numbers, tokens = sum(p.numel() for p in read), batch * steps
         exact = compute_dtype(self.model.lm_head.weight).itemsize
         cell = heads * width * width
-        ring = size * (3 * groups + heads + groups) * width + exact * heads
+        slot = size * (4 * groups + heads) * width + exact * heads
+        kv_bytes = attention * 2 * groups * width * size * batch * (context + steps)
         return Cost(
-            weight_bytes=sum(p.numel() * p.element_size() for p in weights.values()),
-            kv_bytes=attention * 2 * groups * width * size * batch * (context + steps),
-            state_bytes=mamba * batch * (2 * cell * exact + 2 * steps * ring),
+            weight_bytes=sum(p.nbytes for p in read),
+            kv_bytes=kv_bytes,
+            state_bytes=mamba * batch * (2 * cell * exact + 2 * steps * slot),
             flops=2 * numbers * tokens
             + attention * 4 * tokens * (context + steps) * heads * width
             + mamba * tokens * 8 * cell,
+            held_weight_bytes=sum(p.nbytes for p in held.values()),
+            held_kv_bytes=kv_bytes,
+            held_state_bytes=mamba * batch * (cell * exact + (2 * steps + config.d_conv - 1) * slot),
         )
 
     def _logits(self, h: Tensor) -> Tensor:

@@ -220,12 +220,18 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Least traffic and arithmetic of one `advance`."""
+    """Least traffic and arithmetic of one `advance`, for rooflines; and the memory that is held, for tables of sizes."""
 
     weight_bytes: int
     kv_bytes: int
     state_bytes: int
     flops: int
+    held_weight_bytes: int | None = None
+    """Weights as they are loaded, embedding included. None here and below: unknown."""
+    held_kv_bytes: int | None = None
+    """KV caches that `open` takes when called with the same arguments."""
+    held_state_bytes: int | None = None
+    """Recurrent states that it takes, with what is kept to roll them back."""
 
 
 class Tokenizer(Protocol):
@@ -275,7 +281,7 @@ class Stepper(Protocol):
         """Scores text in parallel. ids int64 [B, L] right-padded; entries at or after lengths[b] - 1 are undefined."""
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
-        """Least bytes and FLOPs of one `advance` of `steps` tokens a row at `context` tokens."""
+        """Least bytes and FLOPs of one `advance` of `steps` tokens a row at `context` tokens, and the bytes held."""
 
 
 class Backend(Protocol):
