@@ -2,23 +2,28 @@
 
 It drives the backend through random rounds (any acceptance, calls without drafts, repeated calls, rounds of a target
 and of a draft, ragged rows, copied rows, prompts that go on) and holds every call against full recomputation of the
-text that the rows stand for. Needs torch.
+text that the rows stand for. Scores and, where the backend trains, modules and what is saved of them are held to the
+same logits. Needs torch.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .interfaces import Backend, Stepper
+from .interfaces import Backend, Stepper, Unsupported
 from .plugins import make, registry
 
 DESCRIBED = {"layers", "attention_layers", "parameters", "weight_bytes", "vocab_size", "max_context"}
+TRAINED = 1e-4
+"""Tolerance between a module and the model loaded for decoding, both in fp32."""
 
 
 def check_backend(
@@ -37,7 +42,8 @@ def check_backend(
     """Raises AssertionError that says which property failed at which round.
 
     `backend` is a registered name (with its default options) or an object. Logits may be `tolerance` x max(1, largest
-    logit) apart. A backend without the trait `rollback` is only driven with start = end.
+    logit) apart. A backend without the trait `rollback` is only driven with start = end; one that raises `Unsupported`
+    from `module` or `save` is not held to them.
     """
     made: Backend = make(registry().find("backend", backend)) if isinstance(backend, str) else backend
     described = made.describe(artifact)
@@ -47,6 +53,7 @@ def check_backend(
     assert model.dtype == dtype, f"load: asked for {dtype}, got {model.dtype}"
     shape = _Shape(batch, min(context, model.max_context - steps), steps)
     _check_attributes(model, shape)
+    _check_greedy(model, shape, seed, tolerance)
     _check_prefill_equals_advances(model, shape, seed, tolerance)
     _check_many_equals_one_by_one(model, shape, seed, tolerance)
     first, again = (_Driver(model, shape, random.Random(seed), tolerance) for _ in range(2))
@@ -57,6 +64,7 @@ def check_backend(
         again.round(number)
     for call, (one, two) in enumerate(zip(first.results, again.results, strict=False)):
         assert torch.equal(one, two), f"determinism: call {call} gave other logits the second time"
+    _check_training(made, artifact, device, seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +259,13 @@ def recompute(model: Stepper, texts: list[list[int]]) -> Tensor:
     return model.prefill(ids, lengths, model.open(len(texts), ids.shape[1], 1))
 
 
+def _limit(logits: Tensor, tolerance: float) -> float:
+    return tolerance * max(1.0, float(logits.abs().max()))
+
+
 def _close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
     error = float((got - want).abs().max())
-    limit = tolerance * max(1.0, float(want.abs().max()))
+    limit = _limit(want, tolerance)
     assert error <= limit, f"{what}: logits are {error:.1e} apart, more than {limit:.1e}"
 
 
@@ -271,6 +283,29 @@ def _check_attributes(model: Stepper, shape: _Shape) -> None:
         assert tensor.dtype == exact, f"{name}: {tensor.dtype} for a {model.dtype} model, not {exact}"
     cost = model.cost(1, shape.context, 1)
     assert cost.weight_bytes > 0, f"cost: {cost}"
+
+
+def _check_greedy(model: Stepper, shape: _Shape, seed: int, tolerance: float) -> None:
+    """`Scores.greedy` marks the token with the largest recomputed logit, the lowest index of equal ones, and no other.
+
+    Of logits that differ by less than the tolerance either may be the larger one: those tokens are not compared.
+    """
+    dice = random.Random(seed)
+    texts = [[dice.randrange(model.vocab_size)] for _ in range(shape.batch)]
+    wanted: list[tuple[int, int, bool]] = []
+    for place in range(min(shape.context, 20)):
+        for row, logits in enumerate(recompute(model, texts)):
+            gaps = logits.max() - logits
+            limit = _limit(logits, tolerance)
+            first, second = gaps.sort(stable=True).indices[:2].tolist()
+            token = dice.choice((first, first, second, dice.randrange(model.vocab_size)))
+            texts[row].append(token)
+            if gaps[token] > limit or not ((gaps > 0) & (gaps <= limit)).any():
+                wanted.append((row, place, token == first))
+    greedy = model.score(*pad(texts, model.device)).greedy
+    for row, place, want in wanted:
+        token, got = texts[row][place + 1], bool(greedy[row, place])
+        assert got == want, f"score: greedy is {got} for token {token} after {texts[row][: place + 1]}, not {want}"
 
 
 def _check_prefill_equals_advances(model: Stepper, shape: _Shape, seed: int, tolerance: float) -> None:
@@ -292,3 +327,68 @@ def _check_many_equals_one_by_one(model: Stepper, shape: _Shape, seed: int, tole
     many = model.advance(ids, lengths, together)
     one = [model.advance(ids[:, t : t + 1], lengths + t, apart) for t in range(shape.steps)]
     _close(torch.cat(one, dim=1), many, tolerance, f"advance of {shape.steps} tokens against one token at a time")
+
+
+def _check_training(backend: Backend, artifact: Path, device: str, seed: int) -> None:
+    """What is trained is what is decoded: a module has the logits of the loaded model, and comes back from `save`."""
+    try:
+        module = backend.module(artifact)
+    except Unsupported:
+        return
+    kinds = {(str(p.dtype).removeprefix("torch."), p.device.type) for p in module.parameters()}
+    assert kinds == {("float32", "cpu")}, f"module: parameters are {sorted(kinds)}, not float32 on cpu"
+    module.to(device).eval()
+    generator = torch.Generator().manual_seed(seed)
+    model = backend.load(artifact, device, "float32")
+    ids = torch.randint(model.vocab_size, (2, min(12, model.max_context)), generator=generator).to(device)
+    logits = _module_logits(module, ids)
+    _close(logits, _every_logit(model, ids), TRAINED, "module against the loaded model")
+    _check_loss(module, ids, logits)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator).to(device))
+    moved = float((_module_logits(module, ids) - logits).abs().max())
+    assert moved > _limit(logits, TRAINED), "module: its logits do not depend on its parameters"
+    with tempfile.TemporaryDirectory() as folder:
+        _check_save(backend, module, artifact, Path(folder), ids)
+
+
+def _check_loss(module: nn.Module, ids: Tensor, logits: Tensor) -> None:
+    """The loss is the mean cross entropy of the next tokens (-100: none), and has gradients."""
+    labels = ids.clone()
+    labels[0, :3] = -100
+    loss = module(input_ids=ids, labels=labels).loss
+    assert loss.requires_grad, "module: the loss reaches no parameter"
+    loss.backward()
+    got, want = float(loss.detach()), float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+    assert abs(got - want) <= TRAINED * max(1.0, want), f"module: the loss is {got:.5f}, its logits give {want:.5f}"
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients), "module: a gradient is not finite"
+
+
+def _check_save(backend: Backend, module: nn.Module, artifact: Path, out: Path, ids: Tensor) -> None:
+    """A trained module comes back from disk, for decoding and for more training, with its tokenizer."""
+    try:
+        backend.save(module, out, like=artifact)
+    except Unsupported:
+        return
+    device, want = str(ids.device), _module_logits(module, ids)
+    _close(_every_logit(backend.load(out, device, "float32"), ids), want, TRAINED, "save, then load")
+    _close(_module_logits(backend.module(out).to(device).eval(), ids), want, TRAINED, "save, then module")
+    old, new = backend.describe(artifact), backend.describe(out)
+    changed = sorted(name for name in DESCRIBED - {"weight_bytes"} if old[name] != new[name])
+    assert not changed, f"save: describe gives other values of {', '.join(changed)} than before"
+    text = backend.tokenizer(artifact).decode(ids[0].tolist())
+    assert backend.tokenizer(out).decode(ids[0].tolist()) == text, "save: the tokenizer is another one"
+
+
+@torch.no_grad()
+def _module_logits(module: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = module(input_ids=ids).logits
+    return logits
+
+
+def _every_logit(model: Stepper, ids: Tensor) -> Tensor:
+    """Logits [B, L, V] after every token of ids [B, L]."""
+    texts = [text[: t + 1] for text in ids.tolist() for t in range(len(text))]
+    return recompute(model, texts).unflatten(0, ids.shape)
