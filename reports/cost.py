@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..harness.results import Results
 from .options import NoOptions
-from .rows import drop_empty, table_of
+from .rows import drop_empty, failures, table_of
 
 UNITS = {"byte": ("MB", 1e-6), "bytes": ("MB", 1e-6), "share": ("%", 100.0)}
 FIRST = ("parameters", "weights MB", "trainable share %", "training tokens", "training wall s", "peak memory MB")
@@ -23,8 +23,8 @@ class Cost:
 
     title = "Cost"
     note = (
-        "What each stage of training told of itself; numbers are means over seeds. Loss: the last one recorded. "
-        "Weights: as loaded for decoding."
+        "What each stage of training told of itself; numbers are means over seeds. Training wall: over all attempts, "
+        "where one was resumed. Loss: the last one recorded. Weights: as loaded for decoding."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -37,6 +37,8 @@ class Cost:
         if cells.empty and measured.empty:
             return None
         losses = results.losses
+        states = failures(cells, ("model", "stage"))
+        converted = failures(results.cells[results.cells["kind"] == "convert"], ("model",))
         rows: list[dict[str, Any]] = []
         told = dict.fromkeys(FIRST)
         weights = measured.groupby("model")["value"].max().astype(float) / 1e6
@@ -45,6 +47,7 @@ class Cost:
             if group.empty:
                 made = known[(known["model"] == model) & (known["kind"] == "convert")]
                 row = {"model": model, "stage": "", "seeds": 0, "weights MB": weights.get(model)}
+                row["state"] = converted.get((model,))
                 row |= dict(_fact(name, "", of["value"]) for name, of in made.groupby("name", sort=False))
                 rows.append(row)
             for stage, of in group.groupby("stage", sort=False):
@@ -60,14 +63,12 @@ class Cost:
                     "step", kind="stable"
                 )
                 row["loss"] = float(ends.groupby("key")["loss"].last().mean()) if len(ends) else None
-                row["step wall s"] = float(finished["wall_s"].mean()) if len(finished) else None
-                if not len(finished):
-                    row["state"] = ", ".join(dict.fromkeys(of["state"]))
+                row["state"] = states.get((model, stage))
                 rows.append(row)
-        frame = table_of(rows, ["model", "stage", "state", "seeds", *told, "loss", "step wall s"])
+        frame = table_of(rows, ["model", "stage", "state", "seeds", *told, "loss"])
         if frame["seeds"].max() <= 1:
             frame = frame.drop(columns="seeds")
-        return drop_empty(frame, [*told, "state", "stage", "loss", "step wall s"])
+        return drop_empty(frame, [*told, "state", "stage", "loss"])
 
 
 def _fact(name: str, unit: str, values: pd.Series[Any]) -> tuple[str, Any]:
@@ -86,7 +87,10 @@ class Steps:
     """Every label of the plan with its state, in plan order."""
 
     title = "Steps"
-    note = "Overhead: from the step's start to its first record and from its last record to its end."
+    note = (
+        "Wall: of the last attempt, from its start to its end. "
+        "Overhead: from that start to the first record and from the last record to the end."
+    )
 
     def __init__(self, config: NoOptions) -> None:
         self.config = config

@@ -11,8 +11,8 @@ from .options import NoOptions
 TABLES = (
     ("quality", "quality:Quality", "Each metric of each model beside its teacher's, with errors and recovery"),
     ("speed", "speed:Speed", "Latency, throughput, speed-up and memory per decoder"),
-    ("acceptance", "speed:Acceptance", "Accepted lengths of speculative decoding, by position"),
-    ("losslessness", "speed:Losslessness", "Texts and tokens that are those of plain decoding"),
+    ("acceptance", "acceptance:Acceptance", "Accepted lengths of speculative decoding, by position"),
+    ("losslessness", "losslessness:Losslessness", "Texts and tokens that are those of plain decoding"),
     ("cost", "cost:Cost", "What each stage of training took"),
     ("steps", "cost:Steps", "Every label with its state"),
 )

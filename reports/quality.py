@@ -12,7 +12,7 @@ from ..harness import statistics as st
 from ..harness.results import Results
 from .options import NoOptions
 from .recovery import LEVEL, OtherItems, average, estimate, inverse, perplexity_ratio, recovery
-from .rows import by_plan, drop_empty, failures, keep_of, of_suites, suites_with, table_of
+from .rows import WHO, drop_empty, failures, in_plan_order, keep_of, measuring, of_suites, suites_with, table_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Column:
     task: str
     metric: str
     form: str
-    """`share` (printed in percent), `perplexity`, `bits`, or `plain`."""
+    """`share` (printed in percent), `perplexity`, `bits`, `plain`, or `none` for a suite that measured nothing."""
 
     @property
     def where(self) -> tuple[str, str, str]:
@@ -49,13 +49,14 @@ RATIO = " / teacher's"
 class Quality:
     """One row per model, the teacher first; a decoder that is not lossless has rows of its own.
 
-    A column whose step failed shows the state.
+    A column whose step failed shows the state; a suite that failed everywhere has one column of states.
     """
 
     title = "Quality"
     note = (
         "Value ± standard error over items (clustered); a second ± is the error between seeds. "
-        "Perplexity is per token of the teacher's tokenizer. The average is over the first accuracy of each task. "
+        "Perplexity is per token of the teacher's tokenizer. "
+        "The average is over the first accuracy of each task of each suite. "
         "Recovery is the share of the teacher's average (of the inverse perplexity where there are no accuracies). "
         f"Intervals are {100 * LEVEL:.0f}\u00a0%, paired by item with the teacher, seeds included."
     )
@@ -65,28 +66,25 @@ class Quality:
 
     def frame(self, results: Results) -> pd.DataFrame | None:
         suites = suites_with(results, traits=("score", "generate"))
-        samples = of_suites(results.samples, suites)
-        cells = of_suites(results.cells[results.cells["kind"] == "measure"], suites)
-        if samples.empty:
+        samples = _merged(results, of_suites(results.samples, suites))
+        cells = _merged(results, measuring(results, suites))
+        if cells.empty:
             return None
-        columns = _columns(samples)
+        columns = _columns(samples, cells)
         names = _names(columns)
-        averaged = list({column.task: column for column in reversed(columns) if column.form == "share"}.values())[::-1]
-        groups = {of: _parts(group) for of, group in _rows(results, samples, cells).items()}
-        failed = failures(cells, ("model", "decoder", "suite"))
+        averaged = _averaged(columns)
+        failed = failures(cells, WHO)
         models = results.models.set_index("model")
         teachers = {models["store"][name]: name for name in results.teachers}
-        first = results.decoders[0] if results.decoders else ""
+        groups = dict(iter(samples.groupby(["model", "decoder"], sort=False)))
         rows = []
-        for (model, decoder), parts in groups.items():
+        for model, decoder in _rows(results, cells):
+            parts = _parts(groups.get((model, decoder), samples.iloc[:0]))
             is_teacher = model in results.teachers
-            states = {
-                column.suite: failed.get((model, decoder, column.suite)) or failed.get((model, first, column.suite))
-                for column in columns
-            }
-            row = _row(parts, columns, names, {} if decoder else states)
+            states = {column.suite: failed.get((model, decoder, column.suite)) for column in columns}
+            row = _row(parts, columns, names, states)
             notes = [states[suite] for suite in dict.fromkeys(of[0] for of in parts) if states[suite]]
-            taught = groups.get((teachers.get(models["store"][model], ""), ""), {})
+            taught = _parts(groups.get((teachers.get(models["store"][model], ""), ""), samples.iloc[:0]))
             try:
                 row |= _beside(parts, taught, columns, names, averaged, is_teacher)
             except OtherItems:
@@ -158,21 +156,24 @@ def _beside(
     return row
 
 
-def _rows(results: Results, samples: pd.DataFrame, cells: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    """Samples by row. What only scores and what the first decoder generates share a row, named without a decoder."""
+def _merged(results: Results, frame: pd.DataFrame) -> pd.DataFrame:
+    """What only scores and what the first decoder generates share a row, named without a decoder."""
     first = results.decoders[0] if results.decoders else ""
-    merged = samples.assign(decoder=samples["decoder"].where(samples["decoder"] != first, ""))
-    groups = {(model, decoder): group for model, decoder, group in by_plan(results, merged)}
-    order = [(model, "") for model in results.models["model"] if (cells["model"] == model).any()]
-    rows: dict[tuple[str, str], pd.DataFrame] = {}
-    for model, _ in order:
-        rows[model, ""] = groups.get((model, ""), samples.iloc[:0])
-        rows |= {key: group for key, group in groups.items() if key[0] == model and key[1]}
-    return rows
+    return frame.assign(decoder=frame["decoder"].where(frame["decoder"] != first, ""))
 
 
-def _columns(samples: pd.DataFrame) -> list[Column]:
-    """Tasks and metrics in the order of their first record; how each is printed is seen from its values."""
+def _rows(results: Results, cells: pd.DataFrame) -> list[tuple[str, str]]:
+    """Models and decoders in plan order; every teacher, and every model that has a row, has one without a decoder."""
+    planned = list(cells[WHO].itertuples(index=False, name=None))
+    bare = [(model, "", "") for model in [*results.teachers, *cells["model"]]]
+    return list(dict.fromkeys((model, decoder) for model, decoder, _ in in_plan_order(results, [*bare, *planned])))
+
+
+def _columns(samples: pd.DataFrame, cells: pd.DataFrame) -> list[Column]:
+    """Tasks and metrics in the order of their first record; how each is printed is seen from its values.
+
+    A suite without records has a column too, for the states of its steps.
+    """
     columns = []
     for (suite, task, metric), group in samples.groupby(["suite", "task", "metric"], sort=False):
         shares = (group["weight"] == 1).all() and group["value"].between(0, 1).all()
@@ -184,7 +185,17 @@ def _columns(samples: pd.DataFrame) -> list[Column]:
         elif shares and (group["better"] == "higher").all():
             form = "share"
         columns.append(Column(suite, task, metric, form))
-    return columns
+    known = {column.suite for column in columns}
+    return columns + [Column(suite, "", "", "none") for suite in dict.fromkeys(cells["suite"]) if suite not in known]
+
+
+def _averaged(columns: Sequence[Column]) -> list[Column]:
+    """The first accuracy of each task of each suite."""
+    first: dict[tuple[str, str], Column] = {}
+    for column in columns:
+        if column.form == "share":
+            first.setdefault((column.suite, column.task), column)
+    return list(first.values())
 
 
 def _names(columns: Sequence[Column]) -> dict[Column, str]:
@@ -197,6 +208,6 @@ def _names(columns: Sequence[Column]) -> dict[Column, str]:
             metric = metric.replace("nll_per_token", "perplexity").replace("nll_per_word", "perplexity per word")
         elif column.form == "bits":
             metric = metric.replace("nll_per_byte", "bits per byte")
-        heads[column] = f"{column.task} {metric}{words[column.form]}"
+        heads[column] = column.suite if column.form == "none" else f"{column.task} {metric}{words[column.form]}"
     alike = list(heads.values())
     return {column: f"{column.suite}: {head}" if alike.count(head) > 1 else head for column, head in heads.items()}

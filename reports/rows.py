@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..harness.results import Results
@@ -12,13 +13,34 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def by_plan(results: Results, frame: DataFrame) -> Iterator[tuple[str, str, DataFrame]]:
-    """A frame's rows by model and decoder, in plan order: (model, decoder, rows)."""
-    groups = dict(iter(frame.groupby(["model", "decoder"], sort=False)))
-    for model in [*results.models["model"], *sorted(set(frame["model"]) - set(results.models["model"]))]:
-        for decoder in dict.fromkeys(["", *results.decoders, *frame["decoder"]]):
-            if (model, decoder) in groups:
-                yield model, decoder, groups[model, decoder]
+Who = tuple[str, str, str]
+WHO = ["model", "decoder", "suite"]
+"""What a row of decoding is about."""
+
+
+def in_plan_order(results: Results, of: Iterable[Who]) -> list[Who]:
+    """Models, decoders (none is the first) and suites as the plan has them, others last; each once."""
+    orders = (results.models["model"], ("", *results.decoders), results.suites["suite"])
+    places = [{name: place for place, name in enumerate(dict.fromkeys(order))} for order in orders]
+
+    def place(who: Who) -> list[tuple[int, str]]:
+        return [(known.get(name, len(known)), name) for known, name in zip(places, who, strict=True)]
+
+    return sorted(dict.fromkeys(of), key=place)
+
+
+def measuring(results: Results, suites: set[tuple[str, str]]) -> DataFrame:
+    """The cells that measure with these suites."""
+    return of_suites(results.cells[results.cells["kind"] == "measure"], suites)
+
+
+def with_teachers(results: Results, rows: Sequence[dict[str, Any]], cells: DataFrame) -> list[dict[str, Any]]:
+    """Rows, each teacher's first; one without any has a row that says why."""
+    absent_ = [teacher for teacher in results.teachers if all(row["model"] != teacher for row in rows)]
+    why = {True: "no records", False: "not planned"}
+    added = [{"model": teacher, "state": why[bool((cells["model"] == teacher).any())]} for teacher in absent_]
+    places = {name: place for place, name in enumerate(results.models["model"])}
+    return sorted([*added, *rows], key=lambda row: places.get(row["model"], len(places)))
 
 
 def suites_with(results: Results, traits: Iterable[str] = (), use: str = "") -> set[tuple[str, str]]:
@@ -33,7 +55,7 @@ def suites_with(results: Results, traits: Iterable[str] = (), use: str = "") -> 
 
 def of_suites(frame: DataFrame, suites: set[tuple[str, str]]) -> DataFrame:
     """The rows of a frame that belong to suites."""
-    return frame[[pair in suites for pair in zip(frame["store"], frame["suite"], strict=True)]]
+    return frame.loc[[pair in suites for pair in zip(frame["store"], frame["suite"], strict=True)]]
 
 
 def failures(cells: DataFrame, key: Iterable[str]) -> dict[tuple[Any, ...], str]:
@@ -55,9 +77,19 @@ def table_of(rows: Sequence[Mapping[str, Any]], columns: Iterable[str] | None = 
     return pandas.DataFrame([{name: row.get(name) for name in names} for row in rows], columns=names, dtype=object)
 
 
+def only_failures(frame: DataFrame) -> DataFrame:
+    """Without the column `state` where everything ended well."""
+    return frame.drop(columns="state") if (frame["state"] == "ok").all() else frame
+
+
 def drop_empty(frame: DataFrame, columns: Iterable[str]) -> DataFrame:
     """Without those of the columns that say nothing."""
     return frame.drop(columns=[name for name in columns if name in frame and all(map(absent, frame[name]))])
+
+
+def percent(share: float | None) -> float | None:
+    """A share in percent; nothing stays nothing."""
+    return None if share is None or math.isnan(share) else 100 * share
 
 
 def keep_of(value: Any) -> str:

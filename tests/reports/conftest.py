@@ -5,11 +5,13 @@ import functools
 import numpy as np
 import pytest
 from mambabench.harness.results import Results
+from mambabench.reports.acceptance import Acceptance
 from mambabench.reports.build import build
 from mambabench.reports.cost import Cost, Steps
+from mambabench.reports.losslessness import Losslessness
 from mambabench.reports.options import NoOptions
 from mambabench.reports.quality import Quality
-from mambabench.reports.speed import Acceptance, Losslessness, Speed
+from mambabench.reports.speed import Speed
 
 MODELS = (("teacher", None, 0.95, 1.0), ("half", 0.5, 0.85, 1.2), ("pure", 0, 0.5, 1.6))
 

@@ -130,7 +130,9 @@ def test_a_speed_up_is_printed_only_beside_a_green_check(make, frames_of, option
 
 def test_the_accepted_length_is_one_and_the_sum_of_the_positions(make, frames_of):
     acceptance = frames_of(make())["acceptance"]
-    for record in acceptance.to_dict("records"):
+    measured = [record for record in acceptance.to_dict("records") if record["state"] == "ok"]
+    assert len(measured) == 4
+    for record in measured:
         positions = [record[f"{place} %"] for place in ("1st", "2nd", "3rd", "4th")]
         assert record["accepted length"].value == pytest.approx(1 + sum(positions) / 100)
         assert record["accepted length"].se > 0
@@ -145,6 +147,19 @@ def test_cost_shows_what_the_stages_told(make, frames_of):
     assert half["peak memory MB"] == 512.0
     assert half["loss"] == 1.0
     assert half["seeds"] == 2
+    assert not [name for name in half if "step wall" in name]
+
+
+def test_training_that_failed_is_told_in_the_table_of_cost(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store", seeds=(0, 1))
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    builder.model("pure", 0)
+    builder.step("half/align@seed0", "train", facts=[{"name": "parameters", "value": 12}])
+    builder.step("half/align@seed1", "train", state="out-of-memory")
+    builder.step("pure/convert@seed0", "convert", state="unsupported", reason="no such layer")
+    cost = frames_of(builder.write())["cost"]
+    assert [text(cell) for cell in cost["state"]] == ["–", "1 of 2 seeds: out-of-memory", "unsupported"]
 
 
 def test_the_teacher_has_a_row_of_cost_even_where_the_plan_does_not_train_it(stores, tmp_path, frames_of):
@@ -185,11 +200,141 @@ def test_without_accuracies_recovery_is_that_of_perplexity(stores, tmp_path, fra
     assert recovery.low < recovery.value < recovery.high
 
 
-def test_a_store_without_results_has_only_its_steps(stores, tmp_path, report_of):
+def test_a_store_without_results_has_its_states(stores, tmp_path, report_of):
     builder = stores.Builder(tmp_path / "store")
     builder.model("teacher", teacher=True)
     builder.step("teacher/-/tasks@seed0", state="error", reason="Traceback\nValueError: no")
     report = report_of(builder.write())
-    assert [section.name for section in report.sections] == ["steps"]
-    assert report.sections[0].frame["reason"].tolist() == ["ValueError: no"]
+    assert [section.name for section in report.sections] == ["quality", "steps"]
+    assert report.broken == ()
+    assert row(report.sections[0].frame, model="teacher")["tasks"] == "error"
+    assert report.sections[1].frame["reason"].tolist() == ["ValueError: no"]
     assert "1 error" in report.summary[1]
+
+
+@pytest.fixture
+def failing(stores, tmp_path):
+    """A plan whose suites all ended badly for some model, and one of them for every model."""
+
+    def build(state="timeout", models=("teacher", "half"), fine=()):
+        builder = stores.Builder(tmp_path / "store")
+        rng = np.random.default_rng(0)
+        timed, rounds = stores.bursts(rng, {"subject": 0.0022, "reference": 0.002}, accepted=0.6)
+        equal = [{**row, "metric": "equal", "value": 1.0} for row in stores.samples(rng, "batch 1", items=4)]
+        for model in models:
+            builder.model(model, teacher=model == "teacher")
+            for suite, decoder, use, traits, records in (
+                ("chat", "-", "lm-eval", ("score",), {}),
+                ("tasks", "-", "lm-eval", ("score",), {"sample": stores.samples(rng)}),
+                ("lossless", "lookup", "losslessness", ("pair",), {"sample": equal, "round": rounds}),
+                ("speed", "lookup", "speed", ("pair", "alone"), {"burst": timed, "round": rounds}),
+            ):
+                good = model in fine and suite != "chat"
+                builder.step(
+                    f"{model}/{decoder}/{suite}@seed0",
+                    records=records if good else None,
+                    state="ok" if good else state,
+                    reason="" if good else "why",
+                    use=use,
+                    traits=traits,
+                )
+        return builder.write()
+
+    return build
+
+
+@pytest.mark.parametrize("state", ["timeout", "unsupported", "blocked", "out-of-memory"])
+@pytest.mark.parametrize("fine", [(), ("half",), ("teacher",)])
+def test_a_model_whose_suites_failed_keeps_its_rows_and_columns(failing, report_of, state, fine):
+    report = report_of(failing(state, fine=fine))
+    assert report.broken == ()
+    frames = {section.name: section.frame for section in report.sections}
+    quality = frames.pop("quality")
+    assert list(quality["model"]) == ["teacher", "half"]
+    assert list(quality["chat"]) == [state, state]
+    tasks = "lookup acc %" if fine else "tasks"
+    assert [isinstance(cell, str) for cell in quality[tasks]] == [model not in fine for model in quality["model"]]
+    assert set(quality[tasks][~quality["model"].isin(fine)]) == {state}
+    for name in ("speed", "acceptance", "losslessness"):
+        for model in ("teacher", "half"):
+            rows = frames[name][frames[name]["model"] == model]
+            states = ["ok"] if model in fine else [state]
+            assert list(dict.fromkeys(rows["state"])) == states, name
+            if model not in fine:
+                assert set(rows["decoder"]) == {"lookup"}
+                assert all(math.isnan(number(cell)) for cell in rows.to_numpy().ravel()), name
+        assert frames[name]["model"].iloc[0] == "teacher"
+
+
+def test_a_teacher_that_a_suite_did_not_measure_has_a_row_nevertheless(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    rng = np.random.default_rng(0)
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    timed, rounds = stores.bursts(rng, {"subject": 0.0022, "reference": 0.002}, accepted=0.6)
+    builder.step("half/lookup/speed@seed0", records={"burst": timed, "round": rounds}, traits=("pair", "alone"))
+    builder.step("half/-/tasks@seed0", records={"sample": stores.samples(rng)})
+    frames = frames_of(builder.write())
+    assert frames["quality"]["model"].tolist() == ["teacher", "half"]
+    for name in ("speed", "acceptance"):
+        assert frames[name][["model", "state"]].iloc[0].tolist() == ["teacher", "not planned"]
+
+
+def test_a_decoder_that_never_drafts_is_not_in_the_table_of_drafts(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store", decoders=("plain", "lookup", "cold"))
+    rng = np.random.default_rng(0)
+    timed, rounds = stores.bursts(rng, {"subject": 0.0022, "reference": 0.002}, accepted=0.6)
+    for model in ("teacher", "half"):
+        builder.model(model, teacher=model == "teacher")
+    for label, records in (("teacher/lookup", {"burst": timed, "round": rounds}), ("teacher/cold", {"burst": timed})):
+        builder.step(f"{label}/speed@seed0", records=records, traits=("pair", "alone"))
+    for decoder in ("lookup", "cold"):
+        builder.step(f"half/{decoder}/speed@seed0", state="crashed", traits=("pair", "alone"))
+    acceptance = frames_of(builder.write())["acceptance"]
+    assert acceptance[["model", "decoder", "state"]].to_numpy().tolist() == [
+        ["teacher", "lookup", "ok"],
+        ["half", "lookup", "crashed"],
+    ]
+
+
+def test_a_lossy_decoder_that_failed_has_a_row_with_its_state(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store", decoders=("plain", "lossy"))
+    builder.model("teacher", teacher=True)
+    rows = stores.samples(np.random.default_rng(0), "written", "exact_match")
+    builder.step("teacher/plain/chat@seed0", records={"sample": rows}, traits=("generate",))
+    builder.step("teacher/lossy/chat@seed0", state="crashed", traits=("generate",))
+    quality = frames_of(builder.write())["quality"]
+    assert row(quality, decoder="lossy")["written exact_match %"] == "crashed"
+    assert number(row(quality, decoder="")["written exact_match %"]) > 0
+
+
+def test_seeds_that_failed_are_told_in_the_rows_of_decoding(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store", seeds=(0, 1))
+    builder.model("teacher", teacher=True)
+    rng = np.random.default_rng(0)
+    timed, rounds = stores.bursts(rng, {"subject": 0.0022, "reference": 0.002}, accepted=0.6)
+    equal = [{**row, "metric": "equal", "value": 1.0} for row in stores.samples(rng, "batch 1", items=4)]
+    for suite, traits, records in (
+        ("losslessness", ("pair",), {"sample": equal}),
+        ("speed", ("pair", "alone"), {"burst": timed, "round": rounds}),
+    ):
+        builder.step(f"teacher/lookup/{suite}@seed0", records=records, traits=traits)
+        builder.step(f"teacher/lookup/{suite}@seed1", state="timeout", traits=traits)
+    frames = frames_of(builder.write())
+    told = "1 of 2 seeds: timeout"
+    assert row(frames["speed"], decoder="lookup")["state"] == told
+    assert row(frames["losslessness"], decoder="lookup")["state"] == told
+    assert row(frames["losslessness"], decoder="lookup")["lossless"] == "partly"
+    assert row(frames["acceptance"], suite="speed")["state"] == told
+
+
+def test_tasks_of_one_name_in_two_suites_are_two_in_the_average(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    for seed, (suite, chance) in enumerate((("zero-shot", 0.4), ("few-shot", 0.9))):
+        rows = stores.samples(np.random.default_rng(seed), "lookup", chance=chance)
+        builder.step(f"teacher/-/{suite}@seed0", records={"sample": rows})
+    teacher = row(frames_of(builder.write())["quality"], model="teacher")
+    parts = [teacher[f"{suite}: lookup acc %"].value for suite in ("zero-shot", "few-shot")]
+    assert abs(parts[0] - parts[1]) > 20
+    assert teacher["average %"].value == pytest.approx(sum(parts) / 2)

@@ -1,0 +1,129 @@
+"""When a speed-up may be printed: what the check of losslessness has to cover."""
+
+import math
+
+import numpy as np
+import pytest
+from mambabench.reports.cells import number
+
+
+class Timed:
+    """A store of one model whose speed and losslessness are measured as each test says."""
+
+    def __init__(self, stores, path, seeds=(0,)):
+        self.stores, self.builder = stores, stores.Builder(path, seeds=seeds)
+        self.builder.model("teacher", teacher=True)
+        self.rng = np.random.default_rng(0)
+
+    def speed(self, seed=0, temperature=0.0, **options):
+        timed, rounds = self.stores.bursts(self.rng, {"subject": 0.0015, "reference": 0.002}, accepted=0.6)
+        records = {
+            kind: [{**row, "temperature": temperature} for row in rows]
+            for kind, rows in (("burst", timed), ("round", rounds))
+        }
+        self.builder.step(f"teacher/lookup/speed@seed{seed}", records=records, traits=("pair", "alone"), **options)
+
+    def check(self, seed=0, differing=0, suite="losslessness", **options):
+        equal = [
+            {**row, "metric": "equal", "value": float(i >= differing)}
+            for i, row in enumerate(self.stores.samples(self.rng, "batch 1", items=4))
+        ]
+        records = {"sample": equal} if options.get("state", "ok") == "ok" else None
+        label = f"teacher/lookup/{suite}@seed{seed}"
+        self.builder.step(label, records=records, use="losslessness", traits=("pair",), **options)
+
+
+@pytest.fixture
+def timed(stores, tmp_path, frames_of):
+    made = {}
+
+    def start(**options):
+        made["it"] = Timed(stores, tmp_path / "store", **options)
+        return made["it"]
+
+    def found():
+        speed = frames_of(made["it"].builder.write())["speed"]
+        (row,) = speed[speed["decoder"] == "lookup"].to_dict("records")
+        return row
+
+    return start, found
+
+
+def is_green(found):
+    printed = not math.isnan(number(found.get("speed-up")))
+    assert printed == (found["lossless"] == "yes")
+    return printed
+
+
+def test_a_green_check_covers_every_seed_that_was_timed(timed):
+    start, found = timed
+    store = start(seeds=(0, 1))
+    for seed in (0, 1):
+        store.speed(seed)
+    store.check(0)
+    store.check(1, state="crashed")
+    assert not is_green(found())
+    assert found()["lossless"] == "unchecked: seed 1"
+
+
+def test_seeds_that_are_all_checked_are_green(timed):
+    start, found = timed
+    store = start(seeds=(0, 1))
+    for seed in (0, 1):
+        store.speed(seed)
+        store.check(seed)
+    assert is_green(found())
+
+
+def test_a_check_that_serves_every_seed_is_green_for_every_seed(timed):
+    start, found = timed
+    store = start(seeds=(0, 1))
+    for seed in (0, 1):
+        store.speed(seed, key="speed")
+        store.check(seed, key="check")
+    assert is_green(found())
+
+
+def test_a_check_on_another_kind_of_device_is_none(timed):
+    start, found = timed
+    store = start()
+    store.speed(device="cuda:0")
+    store.check(device="cpu")
+    assert not is_green(found())
+    assert found()["lossless"] == "unchecked: on cuda"
+
+
+def test_a_check_on_another_gpu_of_the_kind_is_green(timed):
+    start, found = timed
+    store = start()
+    store.speed(device="cuda:0")
+    store.check(device="cuda:1")
+    assert is_green(found())
+
+
+def test_sampled_text_was_not_checked(timed):
+    start, found = timed
+    store = start()
+    store.speed(temperature=1.0)
+    store.check()
+    assert not is_green(found())
+    assert found()["lossless"] == "unchecked: sampled"
+
+
+def test_a_check_that_compared_no_text_is_none(timed):
+    start, found = timed
+    store = start()
+    store.speed()
+    store.builder.step("teacher/lookup/losslessness@seed0", use="losslessness", traits=("pair",))
+    assert found()["lossless"] == "unchecked"
+    assert not is_green(found())
+
+
+def test_one_differing_text_of_any_check_is_red(timed):
+    start, found = timed
+    store = start(seeds=(0, 1))
+    for seed in (0, 1):
+        store.speed(seed)
+        store.check(seed, differing=seed)
+    assert found()["lossless"] == "no: 1 of 8 texts differ"
+    assert not is_green(found())
