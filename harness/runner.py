@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from .forkserver import ATTEMPT, LEASED
 from .interfaces import STATES, Handle, Host, Launcher, Needs, Outcome, StepView, Unsupported
 from .locks import Lock
-from .plugins import LOCAL, Registry
+from .plugins import LOCAL, HookFailure, Registry
 from .progress import Progress, Tail, progress_for
 from .store import Store, outcome_of
 
@@ -65,6 +65,8 @@ class Summary:
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     """By key; a step that was not reached before Ctrl-C has none."""
+    excused: set[str] = field(default_factory=set)
+    """Keys of steps that are blocked by unsupported ones only."""
     ran: list[str] = field(default_factory=list)
     """Keys of attempts that this run started, in order."""
     stopped: bool = False
@@ -78,8 +80,10 @@ class Summary:
 
     @property
     def fine(self) -> bool:
-        """Whether every step is ok or unsupported."""
-        return not self.stopped and set(self.counts) <= {"ok", "unsupported"}
+        """Whether every step is ok or unsupported, or waits for nothing but what is unsupported."""
+        return not self.stopped and all(
+            outcome.state in ("ok", "unsupported") or key in self.excused for key, outcome in self.outcomes.items()
+        )
 
     def text(self) -> str:
         """One line: steps per state, and how many of them this run did."""
@@ -153,6 +157,8 @@ class _Run:
                 self._settle(key, outcome_of(status.record, self.store.finished(key)))
         self.progress.begin(self.total, len(self.summary.outcomes))
         try:
+            # Those of the runner's own hooks are shown as they come.
+            self._show_failures([each for each in self.plugins.failures if each.hook == "mambabench_environment"])
             while self.waiting or self.running:
                 alone = any(running.step.needs.alone for running in self.running.values())
                 moved = self._collect()
@@ -205,6 +211,8 @@ class _Run:
             self._end(step, outcome_of(status.record, self.store.finished(key)), final=True)
             return True
         if failed_inputs:
+            if all(self._state(each) == "unsupported" or each in self.summary.excused for each in failed_inputs):
+                self.summary.excused.add(key)
             by = ", ".join(self.labels.get(each, each) for each in failed_inputs)
             self._write(step, Outcome(state="blocked", reason=f"needs {by}, which is {self._state(failed_inputs[0])}"))
             return True
@@ -340,9 +348,12 @@ class _Run:
         """Calls plug-ins; what fails there is kept in the registry and shown, and stops nothing."""
         known = len(self.plugins.failures)
         answer = call()
-        for failure in self.plugins.failures[known:]:
-            self.progress.note(f"plug-in {failure.plugin}: {failure.hook} failed: {failure.error}")
+        self._show_failures(self.plugins.failures[known:])
         return answer
+
+    def _show_failures(self, failures: Iterable[HookFailure]) -> None:
+        for failure in failures:
+            self.progress.note(f"plug-in {failure.plugin}: {failure.hook} failed: {failure.error}")
 
     def _tell_waiting(self, step: PlannedStep) -> None:
         if not self.told_waiting:

@@ -190,3 +190,8 @@ def mambabench_refuse(step, host):
 def mambabench_step_finished(step, outcome):
     if "data/angry" in step.labels:
         raise RuntimeError("this hook is angry")
+
+
+@hookimpl
+def mambabench_environment():
+    raise RuntimeError("no facts today")

@@ -29,7 +29,7 @@ from mambabench.harness.store import Store
 ACTING = Path(__file__).with_name("acting.py")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def acting() -> Registry:
     return plugins.load([ACTING])
 
@@ -150,6 +150,16 @@ def test_a_failure_blocks_what_needs_it_and_nothing_else(go: Go, store: Store) -
     assert not summary.fine
 
 
+def test_what_only_waits_for_unsupported_steps_is_fine(go: Go) -> None:
+    steps = [act("a", "unsupported"), act("b", after="a"), act("c", after="b"), act("d")]
+    summary = go(*steps)
+    assert summary.counts == {"ok": 1, "unsupported": 1, "blocked": 2}
+    assert summary.fine
+    mixed = act("e", after="a")
+    mixed.record["inputs"]["other"] = "f"
+    assert not go(*steps, act("f", "error"), mixed).fine
+
+
 def test_failures_wait_for_retry_and_the_blocked_follow(go: Go, store: Store, tmp_path: Path) -> None:
     trace = str(tmp_path / "trace")
     failing = act("a", "error", trace=trace)
@@ -188,6 +198,16 @@ def test_a_hook_can_refuse_and_one_that_raises_stops_nothing(go: Go, store: Stor
     assert summary.counts == {"ok": 1, "unsupported": 1, "blocked": 1}
     assert store.status("refused").reason == "refused by a hook"
     assert "this hook is angry" in acting.failures[-1].error
+
+
+def test_each_failure_of_a_hook_is_shown_once(go: Go, acting: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    acting.environment()
+    go(act("angry"), progress=Lines(sys.stdout))
+    lines = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines() if " failed: " in line]
+    assert lines == [
+        "plug-in acting.py:acting: mambabench_environment failed: RuntimeError: no facts today",
+        "plug-in acting.py:acting: mambabench_step_finished failed: RuntimeError: this hook is angry",
+    ]
 
 
 def test_lacking_requirements_and_too_many_gpus_are_unsupported(go: Go) -> None:
