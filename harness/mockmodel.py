@@ -132,7 +132,15 @@ class MockStepper:
         return Scores(logprob, greedy)
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
-        return Cost(weight_bytes=8 * self.vocab_size, kv_bytes=8 * batch * context, state_bytes=8 * batch, flops=steps)
+        return Cost(
+            weight_bytes=8 * self.vocab_size,
+            kv_bytes=8 * batch * context,
+            state_bytes=8 * batch,
+            flops=steps,
+            held_weight_bytes=16 * self.vocab_size,
+            held_kv_bytes=8 * batch * (context + steps),
+            held_state_bytes=8 * batch * steps,
+        )
 
     def _logits(self, text: tuple[int, ...]) -> np.ndarray:
         whole, last = self._noise(_hash(self._seed, *text)), self._noise(_hash(~self._seed, *text[-1:]))

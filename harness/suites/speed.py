@@ -11,7 +11,8 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -35,64 +36,58 @@ class Speed:
     def run(self, bench: Bench) -> None:
         with _quiet(bench.subject.device):
             arms = load_arms(bench)
-            model = arms["subject"][1]
+            model = arms["subject"].model
+            total = self.config.pairs * len(self.config.batch)
+            bench.emit("progress", done=0, total=total, unit="blocks")
             check_room("speed", model, self.config.prompt_tokens + self.config.new_tokens)
-            self._emit_sizes(bench, model)
-            peaks = dict.fromkeys(arms, 0)
+            _emit_size(bench, "weights", model.cost(1, 1, 1).held_weight_bytes)
             block = 0
             for batch in self.config.batch:
                 for requests in self._warm_up(bench, arms, batch):
                     order = list(arms) if block % 2 == 0 else list(arms)[::-1]
                     for place, arm in enumerate(order):
-                        self._measure(bench, arms[arm], requests, {"arm": arm, "block": block, "order": place}, peaks)
+                        self._measure(bench, arms[arm], requests, {"arm": arm, "block": block, "order": place})
                     block += 1
-                    bench.emit("progress", done=block, total=self.config.pairs * len(self.config.batch), unit="blocks")
-            _emit_peaks(bench, peaks)
+                    bench.emit("progress", done=block, total=total, unit="blocks")
+                _emit_states(bench, arms, batch)
+            _emit_peaks(bench, {name: arm.peak for name, arm in arms.items()})
 
-    def _warm_up(self, bench: Bench, arms: dict[str, tuple[Subject, Stepper]], batch: int) -> Iterator[list[Prompt]]:
+    def _warm_up(self, bench: Bench, arms: dict[str, Arm], batch: int) -> Iterator[list[Prompt]]:
         """Runs the warm-up blocks of a batch size, then yields the prompts of each block to measure."""
         count = self.config.warmup + self.config.pairs
         lengths = [self.config.prompt_tokens]
-        texts = take_prompts(bench.data[self.config.data], arms["subject"][1], count * batch, lengths)
+        texts = take_prompts(bench.data[self.config.data], arms["subject"].model, count * batch, lengths)
         prompts = [Prompt(ids, number) for number, ids in enumerate(texts)]
         blocks = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
-        for arm, (subject, model) in arms.items():
+        for name, arm in arms.items():
             began = time.perf_counter()
             for requests in blocks[: self.config.warmup]:
-                decoder_of(subject).generate(model, requests, self._limits(bench), silent)
+                decoder_of(arm.subject).generate(arm.model, requests, self._limits(bench), silent)
             seconds = time.perf_counter() - began
-            bench.emit("fact", name=f"warm-up, batch {batch}", value=seconds, unit="s", arm=arm)
+            bench.emit("fact", name=f"warm-up, batch {batch}", value=seconds, unit="s", arm=name)
         gc.collect()
         gc.freeze()
         yield from blocks[self.config.warmup :]
 
-    def _measure(
-        self,
-        bench: Bench,
-        arm: tuple[Subject, Stepper],
-        requests: list[Prompt],
-        place: dict[str, Any],
-        peaks: dict[str, int],
-    ) -> None:
+    def _measure(self, bench: Bench, arm: Arm, requests: list[Prompt], place: dict[str, Any]) -> None:
         """Answers one block with one arm; records wait in memory until the clock has stopped."""
-        subject, model = arm
         records: list[tuple[str, dict[str, Any]]] = []
 
         def collect(kind: str, /, **fields: Any) -> None:
             records.append((kind, fields))
 
-        on_gpu = model.device.startswith("cuda")
+        on_gpu = arm.model.device.startswith("cuda")
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        answers = decoder_of(subject).generate(model, requests, self._limits(bench), collect)
+        answers = decoder_of(arm.subject).generate(arm.model, requests, self._limits(bench), collect)
         if on_gpu:
             torch.cuda.synchronize()
-            peaks[place["arm"]] = max(peaks[place["arm"]], torch.cuda.max_memory_allocated())
+            arm.peak = max(arm.peak, torch.cuda.max_memory_allocated())
         short = [len(answer.ids) for answer in answers if len(answer.ids) != self.config.new_tokens]
         if short:
             asked = f"{short[0]} tokens, not the {self.config.new_tokens} asked for"
-            raise MambabenchError(f"speed: decoder {subject.decoder_name!r} yielded {asked}")
+            raise MambabenchError(f"speed: decoder {arm.subject.decoder_name!r} yielded {asked}")
         request = {
             "batch": len(requests),
             "prompt_tokens": self.config.prompt_tokens,
@@ -106,24 +101,61 @@ class Speed:
     def _limits(self, bench: Bench) -> Limits:
         return Limits(new_tokens=self.config.new_tokens, temperature=self.config.temperature, seed=bench.seed)
 
-    def _emit_sizes(self, bench: Bench, model: Stepper) -> None:
-        context = self.config.prompt_tokens + self.config.new_tokens
-        for number, batch in enumerate(self.config.batch):
-            cost = model.cost(batch, context, 1)
-            if number == 0:
-                bench.emit("fact", name="weights", value=cost.weight_bytes, unit="byte")
-            bench.emit("fact", name=f"KV cache, batch {batch}", value=cost.kv_bytes, unit="byte")
-            bench.emit("fact", name=f"state, batch {batch}", value=cost.state_bytes, unit="byte")
+
+@dataclass(slots=True)
+class Arm:
+    """A decoder with its model."""
+
+    subject: Subject
+    model: Stepper
+    opened: set[tuple[int, int, int]]
+    """Batch, context and steps of every state that the decoder took."""
+    peak: int = 0
+    """Most device memory that a block took, in bytes."""
 
 
-def load_arms(bench: Bench) -> dict[str, tuple[Subject, Stepper]]:
+class _Watched:
+    """A model that notes what its states are opened for: only the decoder knows."""
+
+    def __init__(self, model: Stepper, opened: set[tuple[int, int, int]]) -> None:
+        self._model = model
+        self._opened = opened
+
+    def open(self, batch: int, context: int, steps: int) -> Any:
+        self._opened.add((batch, context, steps))
+        return self._model.open(batch, context, steps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def load_arms(bench: Bench) -> dict[str, Arm]:
     """The arms by name; a reference that is the same model shares its memory."""
     model = bench.subject.load()
-    arms = {"subject": (bench.subject, model)}
+    models = {"subject": (bench.subject, model)}
     if bench.reference is not None:
         same = bench.reference.artifact.path == bench.subject.artifact.path
-        arms["reference"] = (bench.reference, model if same else bench.reference.load())
+        models["reference"] = (bench.reference, model if same else bench.reference.load())
+    arms = {}
+    for name, (subject, of) in models.items():
+        opened: set[tuple[int, int, int]] = set()
+        arms[name] = Arm(subject, cast(Stepper, _Watched(of, opened)), opened)
     return arms
+
+
+def _emit_states(bench: Bench, arms: dict[str, Arm], batch: int) -> None:
+    """Tells the largest state that each arm opened for a batch size."""
+    for name, arm in arms.items():
+        costs = [arm.model.cost(*opened) for opened in arm.opened]
+        arm.opened.clear()
+        for what, field in (("KV cache", "held_kv_bytes"), ("state", "held_state_bytes")):
+            known = [size for cost in costs if (size := getattr(cost, field)) is not None]
+            _emit_size(bench, f"{what}, batch {batch}", max(known, default=None), name)
+
+
+def _emit_size(bench: Bench, name: str, size: int | None, arm: str = "") -> None:
+    if size is not None:
+        bench.emit("fact", name=name, value=size, unit="byte", arm=arm)
 
 
 def _emit_peaks(bench: Bench, peaks: dict[str, int]) -> None:

@@ -1,8 +1,11 @@
+import dataclasses
+
 import pandas
 import pytest
 import torch
 from mambabench.harness import metrics
-from mambabench.harness.interfaces import Answer, MambabenchError
+from mambabench.harness.interfaces import Answer, Cost, MambabenchError
+from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites.configs import SpeedConfig
 from mambabench.harness.suites.speed import Speed
 
@@ -63,9 +66,36 @@ def test_figures_agree_with_the_definitions(records):
 def test_facts_name_warm_up_sizes_and_memory(records):
     facts = {(r["name"], r.get("arm", "")): r for r in records if r["kind"] == "fact"}
     assert facts["warm-up, batch 2", "reference"]["unit"] == "s"
-    assert facts["weights", ""]["value"] == 8 * 8
-    assert facts["KV cache, batch 2", ""]["value"] == 8 * 2 * 14
+    assert facts["weights", ""]["value"] == 16 * 8
     assert facts["peak memory of the process", ""]["value"] > 2**20
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_sizes_are_those_of_the_states_that_each_decoder_opened(measure, lookup, plain, warmup):
+    opened = set()
+
+    class Noted(MockStepper):
+        def open(self, batch, context, steps):
+            opened.add((batch, context, steps))
+            return super().open(batch, context, steps)
+
+    records = measure(Speed(dataclasses.replace(CONFIG, warmup=warmup)), TEXTS, lookup, plain, make=Noted)
+    facts = {(r["name"], r.get("arm", "")): r["value"] for r in records if r["kind"] == "fact"}
+    assert opened == {(batch, 5 + 9, steps) for batch in (1, 2) for steps in (1, lookup.k + 1)}
+    for batch in (1, 2):
+        for arm, steps in (("subject", lookup.k + 1), ("reference", 1)):
+            assert facts[f"KV cache, batch {batch}", arm] == 8 * batch * (5 + 9 + steps)
+            assert facts[f"state, batch {batch}", arm] == 8 * batch * steps
+
+
+def test_a_backend_that_does_not_know_what_it_holds_has_no_sizes(measure, plain):
+    class Unknown(MockStepper):
+        def cost(self, batch, context, steps):
+            return Cost(weight_bytes=1, kv_bytes=1, state_bytes=1, flops=1)
+
+    records = measure(Speed(CONFIG), TEXTS, plain, make=Unknown)
+    names = {r["name"] for r in records if r["kind"] == "fact"}
+    assert names == {"warm-up, batch 1", "warm-up, batch 2", "peak memory of the process"}
 
 
 def test_without_a_reference_there_is_one_arm_and_threads_come_back(measure, plain):

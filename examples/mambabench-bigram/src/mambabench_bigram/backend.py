@@ -143,7 +143,15 @@ class BigramStepper:
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         row = self.vocab_size * self.table.element_size()
-        return Cost(weight_bytes=batch * steps * row, kv_bytes=0, state_bytes=0, flops=0)
+        return Cost(
+            weight_bytes=batch * steps * row,
+            kv_bytes=0,
+            state_bytes=0,
+            flops=0,
+            held_weight_bytes=self.table.nbytes,
+            held_kv_bytes=0,
+            held_state_bytes=0,
+        )
 
     def _logits(self, ids: Tensor) -> Tensor:
         rows = self.table[ids]
