@@ -7,6 +7,7 @@ inside becomes a state with a reason; only what ends the process itself is left 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import resource
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import Structurer, restore
-from .environment import versions
+from .environment import code, machine, versions
 from .events import Recorder
-from .forkserver import ATTEMPT, LEASED, THREADS, watch
+from .forkserver import ATTEMPT, CODE, LEASED, THREADS, watch
 from .interfaces import DTYPES, Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
 from .locks import Lock
 from .plugins import Registry, make, registry
@@ -39,9 +40,9 @@ def main(argv: Sequence[str]) -> int:
     plugins = [Path(value) for flag, value in zip(rest[::2], rest[1::2], strict=True) if flag == "--plugin"]
     store = Store.open(path)
     alive = _only_child(store, key)
-    clock = Clock()
+    attempt = Attempt()
     store.begin(key)
-    recorder = Recorder(store.partial(key), key, attempt=clock.attempt)
+    recorder = Recorder(store.partial(key), key, attempt=attempt.number)
     device = "cpu"
     try:
         step = read_json(store.partial(key) / "step.json")
@@ -51,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
         work.run()
         facts = recorder.finish()
         if step["kind"] in ARTIFACT_KINDS:
-            work.sign(facts)
-        store.finish(key, clock.record("ok", "", recorder, device, facts))
+            work.sign(facts, attempt)
+        store.finish(key, attempt.record("ok", "", recorder, device, facts))
     except (Exception, SystemExit) as error:
         state, reason = classify(error)
         if state != "unsupported":
             traceback.print_exc()
         print(f"{state}: {reason}", file=sys.stderr, flush=True)
-        store.fail(key, clock.record(state, reason, recorder, device, []))
+        store.fail(key, attempt.record(state, reason, recorder, device, []))
     finally:
         alive.release()
     return 0
@@ -80,13 +81,26 @@ def classify(error: BaseException) -> tuple[str, str]:
     return "error", text[:500]
 
 
-class Clock:
-    """Times and resources of an attempt, counted from the lease."""
+class Attempt:
+    """When, where and with which code an attempt began, and what it took since; times count from the lease.
+
+    Code and machine are noted at the start: files may change while a step runs, but it runs what it has imported.
+    """
 
     def __init__(self) -> None:
         self.leased = float(os.environ.get(LEASED) or time.time())
-        self.attempt = int(os.environ.get(ATTEMPT) or 1)
+        self.number = int(os.environ.get(ATTEMPT) or 1)
         self.rss = _peak_rss()
+        self.code: dict[str, Any] = json.loads(os.environ[CODE]) if os.environ.get(CODE) else code()
+        self.began_with = {**machine(), **versions(VERSIONS)}
+
+    def environment(self, device: str) -> dict[str, str]:
+        """Machine and versions; the GPU once the component has used it, since asking for it would start CUDA."""
+        import torch
+
+        if not device.startswith("cuda") or not torch.cuda.is_initialized():
+            return self.began_with
+        return {**self.began_with, "gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
 
     def record(
         self, state: str, reason: str, recorder: Recorder, device: str, facts: list[dict[str, Any]]
@@ -106,19 +120,18 @@ class Clock:
             "peak_rss_bytes": _peak_rss(),
             "rss_at_start_bytes": self.rss,
         }
-        environment: dict[str, str] = versions(VERSIONS)
         if device.startswith("cuda") and torch.cuda.is_initialized():
             detail["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
-            environment |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
         return {
             "state": state,
             "reason": reason,
-            "attempt": self.attempt,
+            "attempt": self.number,
             "started": self.leased,
             "wall_s": since(time.time()),
             "detail": detail,
             "facts": facts,
-            "environment": environment,
+            "code": self.code,
+            "environment": self.environment(device),
         }
 
 
@@ -152,7 +165,7 @@ class Work:
         if self.step["kind"] in ARTIFACT_KINDS and not any(self.out.iterdir()):
             raise MambabenchError(f"{self._name()} ended without writing anything to its output folder")
 
-    def sign(self, facts: list[dict[str, Any]]) -> None:
+    def sign(self, facts: list[dict[str, Any]], attempt: Attempt) -> None:
         """Says in artifact.json what made this artifact."""
         record = {
             "schema": 1,
@@ -163,7 +176,8 @@ class Work:
             "backend": self.step.get("backend"),
             "component": self.step["component"],
             "seed": self.seed,
-            "code": self.store.run().get("code", {}),
+            "code": attempt.code,
+            "environment": attempt.environment(self.device),
             "facts": facts,
         }
         write_json(self.out / "artifact.json", record)

@@ -26,8 +26,11 @@ from typing import Any
 import psutil
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-SERVER, LEASED, ATTEMPT, THREADS = (f"MAMBABENCH_{name}" for name in ("SERVER", "LEASED", "ATTEMPT", "THREADS"))
-"""Variables of a child: process of the server, Unix time of the lease, number of the attempt, threads."""
+SERVER, LEASED, ATTEMPT, THREADS, CODE = (
+    f"MAMBABENCH_{name}" for name in ("SERVER", "LEASED", "ATTEMPT", "THREADS", "CODE")
+)
+"""Variables of a child: process of the server, Unix time of the lease, number of the attempt, threads, and
+`environment.code()` as JSON from before the imports."""
 
 POLL_S = 0.2
 

@@ -7,6 +7,7 @@ that another run has claimed is waited for.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -17,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from .forkserver import ATTEMPT, LEASED
+from . import environment
+from .forkserver import ATTEMPT, CODE, LEASED
 from .interfaces import STATES, Handle, Host, Launcher, Needs, Outcome, StepView, Unsupported
 from .locks import Lock
 from .plugins import LOCAL, HookFailure, Registry
@@ -147,6 +149,8 @@ class _Run:
         self.written: set[str] = set()
         self.summary = Summary()
         self.prepared = self.told_waiting = False
+        self.code = ""
+        """`environment.code()` as JSON, from when the first step was to start."""
         self.drawn = 0.0
 
     def run(self) -> Summary:
@@ -246,6 +250,7 @@ class _Run:
         key = step.key
         if not self.prepared:
             self.prepared = True
+            self.code = json.dumps(environment.code())
             modules = {plugin.module for plugin in self.plugins.plugins}
             modules |= {module for each in self.waiting.values() if not each.lacking for module in each.modules}
             # Local files are no importable modules; the child loads them itself.
@@ -256,7 +261,7 @@ class _Run:
             self.written.add(key)
             self.store.prepare(key, step.to_json())
         partial, leased, attempt = self.store.partial(key), time.time(), self.attempts[key] + 1
-        env = {LEASED: repr(leased), ATTEMPT: str(attempt)}
+        env = {LEASED: repr(leased), ATTEMPT: str(attempt), CODE: self.code}
         command = child_command(self.store, key, self.plugins.files)
         try:
             handle = self.launcher.start(command, step.needs, env, partial / "log.txt")

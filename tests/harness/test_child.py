@@ -58,3 +58,6 @@ def test_a_step_runs_by_hand(tmp_path: Path) -> None:
     assert store.state("k") == "error"
     assert by_hand(store, "finish").returncode == 0
     assert store.state("k") == "ok"
+    outcome = store.outcome("k")
+    assert outcome is not None
+    assert outcome["code"]["version"]

@@ -15,7 +15,7 @@ import psutil
 import pyarrow.parquet
 import pytest
 from mambabench import Needs
-from mambabench.harness import plugins
+from mambabench.harness import environment, plugins
 from mambabench.harness.environment import host
 from mambabench.harness.interfaces import Outcome
 from mambabench.harness.launchers.configs import LocalConfig
@@ -258,7 +258,23 @@ def test_an_outcome_tells_device_times_memory_and_versions(go: Go, store: Store)
     assert detail["first_record_s"] + outcome["wall_s"] - detail["last_record_s"] < 3.0
     assert detail["peak_rss_bytes"] >= detail["rss_at_start_bytes"] > 10**7
     assert outcome["facts"] == [{"name": "seed", "value": 5, "unit": "", "arm": ""}]
-    assert outcome["environment"]["torch"]
+    assert {"python", "platform", "cpu", "cores", "memory_gib", "torch"} <= set(outcome["environment"])
+
+
+def test_steps_tell_the_code_and_machine_that_they_began_with(
+    go: Go, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [{"version": "1", "revision": revision, "dirty": False} for revision in ("abc", "def")]
+    monkeypatch.setattr(environment, "code", lambda: told[0])
+    store.write_run({"code": told[1]})
+    go(act("a"), act("b", "error"))
+    monkeypatch.setattr(environment, "code", lambda: told[1])
+    go(act("a"), act("c", after="a"))
+    outcomes = {key: store.outcome(key) or {} for key in "abc"}
+    assert [outcomes[key]["code"]["revision"] for key in "abc"] == ["abc", "abc", "def"]
+    signed = json.loads((store.artifact("a") / "artifact.json").read_text())
+    assert signed["code"] == outcomes["a"]["code"]
+    assert signed["environment"] == outcomes["a"]["environment"]
 
 
 def test_a_whole_chain_gets_its_inputs(go: Go, store: Store, tmp_path: Path) -> None:
@@ -297,7 +313,6 @@ def test_a_whole_chain_gets_its_inputs(go: Go, store: Store, tmp_path: Path) -> 
             reference=decoder,
         ),
     ]
-    store.write_run({"code": {"version": "1", "revision": "abc", "dirty": False}})
     assert go(*steps).counts == {"ok": 6}
     assert json.loads((store.artifact("teacher") / "toy.json").read_text())["keep"] == [0, 1, 2]
     assert json.loads((store.artifact("selection") / "layers.json").read_text()) == {"keep": [0, 2]}
@@ -305,7 +320,7 @@ def test_a_whole_chain_gets_its_inputs(go: Go, store: Store, tmp_path: Path) -> 
     assert (trained["keep"], trained["teacher"], trained["text"]) == ([0, 2], "teacher", '{"text": "one"}\n')
     assert trained["random"] == pytest.approx(torch_rand(5), abs=0)
     signed = json.loads((store.artifact("trained") / "artifact.json").read_text())
-    assert (signed["backend"]["name"], signed["model"], signed["code"]["revision"]) == ("toy", "half", "abc")
+    assert (signed["backend"]["name"], signed["model"], signed["key"]) == ("toy", "half", "trained")
     samples = pyarrow.parquet.read_table(store.finished("measured") / "samples.parquet").to_pylist()
     assert [(row["key"], row["metric"], row["value"]) for row in samples] == [("measured", "kept", 2.0)]
     outcome = store.outcome("measured")
