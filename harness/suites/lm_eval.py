@@ -18,6 +18,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -211,17 +212,19 @@ class StepperLM(TemplateLM):
 
 
 def generation_limits(options: Mapping[str, Any], eos: int, seed: int) -> Limits:
-    """A task's `generation_kwargs` as limits; sampling options count only with `do_sample`, as in lm-eval."""
-    until = options.get("until") or []
-    new_tokens = options.get("max_gen_toks") or options.get("max_new_tokens") or options.get("max_tokens") or 256
-    sampled = bool(options.get("do_sample")) and options.get("temperature", 1.0) > 0
+    """A task's `generation_kwargs` as limits, read by lm-eval's own rules: a temperature above 0 samples unless
+    `do_sample` is false, and `do_sample` without a temperature samples at 1. Top-k is off unless the task sets it;
+    transformers would use 50."""
+    read = normalize_gen_kwargs(dict(options))
+    temperature = float(read.get("temperature", 1.0)) if read["do_sample"] else 0.0
+    filters: Mapping[str, Any] = read if temperature > 0 else {}
     return Limits(
-        new_tokens=int(new_tokens),
+        new_tokens=read["max_gen_toks"],
         stop_tokens=(eos,),
-        stop_strings=tuple(string for string in ([until] if isinstance(until, str) else until) if string),
-        temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
-        top_k=int(options.get("top_k", 0)) if sampled else 0,
-        top_p=float(options.get("top_p", 1.0)) if sampled else 1.0,
+        stop_strings=tuple(string for string in read["until"] if string),
+        temperature=temperature,
+        top_k=int(filters.get("top_k") or 0),
+        top_p=float(filters.get("top_p") or 1.0),
         seed=seed,
     )
 

@@ -186,8 +186,32 @@ def test_generation_that_cannot_fit_is_unsupported(measure, folder):
         measure(LmEval(LmEvalConfig(tasks=("say",), data="text")), data=folder, make=lambda: make(7))
 
 
-def test_sampling_options_count_only_where_sampling_is_asked_for():
-    greedy = generation_limits({"until": "x", "temperature": 0.7, "do_sample": False}, 0, 1)
-    assert (greedy.temperature, greedy.stop_strings, greedy.new_tokens) == (0.0, ("x",), 256)
-    sampled = generation_limits({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 3}, 0, 1)
-    assert (sampled.temperature, sampled.top_p, sampled.new_tokens, sampled.seed) == (0.7, 0.9, 3, 1)
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [
+        ({}, 0.0),
+        ({"do_sample": False}, 0.0),
+        ({"do_sample": False, "temperature": 0.7}, 0.0),
+        ({"temperature": 0.0}, 0.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"do_sample": None, "temperature": 0.7}, 0.7),
+        ({"do_sample": True, "temperature": 0.7}, 0.7),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0.0}, 0.0),
+    ],
+)
+def test_sampling_is_asked_for_as_in_lm_eval(options, temperature):
+    limits = generation_limits({**options, "top_p": 0.9, "top_k": 3}, 0, 1)
+    assert (limits.temperature, limits.seed) == (temperature, 1)
+    assert (limits.top_p, limits.top_k) == ((0.9, 3) if temperature else (1.0, 0))
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_every_name_of_the_number_of_new_tokens_counts(name):
+    options = {"until": "x", name: 5}
+    limits = generation_limits(options, 0, 1)
+    assert (limits.new_tokens, limits.stop_strings, limits.stop_tokens) == (5, ("x",), (0,))
+    assert options == {"until": "x", name: 5}
+    assert generation_limits({"until": ["x", "", "y"]}, 0, 1).stop_strings == ("x", "y")
+    assert generation_limits({"until": None}, 0, 1).stop_strings == ()
+    assert generation_limits({}, 0, 1).new_tokens == 256
