@@ -81,8 +81,8 @@ class HybridStepper:
 
     @torch.inference_mode()
     def score(self, ids: Tensor, lengths: Tensor) -> Scores:
-        """Scores ids [B, L] in parallel; the logits of a few positions at a time."""
-        h = self.model.model(input_ids=ids).last_hidden_state[:, :-1]
+        """Scores ids [B, L] in parallel, running all but the last column; the logits of a few positions at a time."""
+        h = self.model.model(input_ids=ids[:, : max(ids.shape[1] - 1, 1)]).last_hidden_state
         targets = ids[:, 1:]
         logprob = torch.zeros(targets.shape, dtype=compute_dtype(h), device=h.device)
         greedy = torch.zeros(targets.shape, dtype=torch.bool, device=h.device)
@@ -182,7 +182,7 @@ class HybridStepper:
             live, longest, even = self._check(count, start, state, settle)
         positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
         rows = torch.arange(ids.shape[0], device=device).unsqueeze(1)
-        before = torch.arange(1 - self.config.d_conv, 0, device=device)
+        around = torch.arange(1 - self.config.d_conv, count, device=device)
         cos, sin = self.model.model.rope(positions, self.model.lm_head.weight)
         mask = None
         if count > 1 or not even:
@@ -191,7 +191,7 @@ class HybridStepper:
             mask = mask.repeat(1, repeat, 1).unsqueeze(1)
         return Advance(
             slots=(rows * state.capacity + positions).flatten(),
-            window=(rows * state.ring + (positions[:, :1] + before) % state.ring).flatten(),
+            window=(rows * state.ring + (positions[:, :1] + around) % state.ring).flatten(),
             ring=indices(state.settled, start, count, state.ring, longest, state.exact),
             settle=settle,
             live=live,

@@ -278,7 +278,10 @@ class Stepper(Protocol):
         """Row b becomes a copy of row rows[b] (int64 [B])."""
 
     def score(self, ids: Tensor, lengths: Tensor) -> Scores:
-        """Scores text in parallel. ids int64 [B, L] right-padded; entries at or after lengths[b] - 1 are undefined."""
+        """Scores text in parallel. ids int64 [B, L] right-padded; entries at or after lengths[b] - 1 are undefined.
+
+        L is at most `max_context` + 1: nothing follows the last token of a text, so it is scored but not run.
+        """
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         """Least bytes and FLOPs of one `advance` of `steps` tokens a row at `context` tokens, and the bytes held."""

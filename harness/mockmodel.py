@@ -124,6 +124,7 @@ class MockStepper:
         logprob = torch.full((len(ids), ids.shape[1] - 1), torch.nan, dtype=torch.float64)
         greedy = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)
         for row, length in enumerate(lengths.tolist()):
+            _hold(length <= self.max_context + 1, "a text to score has at most max_context + 1 tokens", row)
             text = ids[row, :length].tolist()
             for place in range(length - 1):
                 logits = torch.from_numpy(self.logits(text[: place + 1]))
@@ -155,7 +156,7 @@ class MockStepper:
 
 def _hold(holds: bool, rule: str, row: int) -> None:
     if not holds:
-        raise AssertionError(f"the decoder broke the stepping contract in row {row}: {rule}")
+        raise AssertionError(f"the caller broke the stepping contract in row {row}: {rule}")
 
 
 def _hash(*parts: int) -> int:

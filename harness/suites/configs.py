@@ -21,7 +21,7 @@ class LmEvalConfig:
 class PerplexityConfig:
     data: DataRef
     context: int = 512
-    """Longest window in tokens; a longer document is scored in several."""
+    """Longest window in tokens, of which the last is not run; a longer document is scored in several."""
     batch: int = 8
     limit: int = 0
     """Documents; 0 takes all."""

@@ -153,11 +153,13 @@ class StepperLM(TemplateLM):
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Sums the log-probability of each text in windows that run at most `max_context` tokens. A text stands behind
+        one leading token; lm-eval's HFLM puts the tokenizer's beginning-of-text behind that token and scores it too."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.model.max_context - 1, 1):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.model.max_context, 1):
                 context, continuation = make_disjoint_window(window)
                 windows.append((("", text), context, continuation))
                 owners.append(number)
@@ -170,7 +172,8 @@ class StepperLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Sums the log-probability of each continuation; contexts that are too long lose their beginning."""
-        texts = [(context + continuation)[-self.model.max_context :] for _, context, continuation in requests]
+        longest = self.model.max_context + 1
+        texts = [(context + continuation)[-longest:] for _, context, continuation in requests]
         results: dict[int, tuple[float, bool]] = {}
         for chosen in self._batches(range(len(requests)), lambda i: len(texts[i])):
             ids, lengths = pad([texts[i] for i in chosen], self.model.device)

@@ -30,7 +30,7 @@ class Perplexity:
 
     def run(self, bench: Bench) -> None:
         model = bench.subject.load()
-        check_room("perplexity", model, self.config.context)
+        check_room("perplexity", model, self.config.context - 1)
         documents = read_documents(bench.data[self.config.data])
         if self.config.limit:
             documents = itertools.islice(documents, self.config.limit)

@@ -150,11 +150,25 @@ def test_rolling_likelihood_keeps_to_the_models_positions():
     request = type("Request", (), {"args": ("abcdefgabc",)})
     ids = [0, *model.tokenizer.encode("abcdefgabc")]
     total = 0.0
-    for begin, context, end in ((0, 1, 5), (4, 1, 9), (6, 3, 11)):
+    for begin, context, end in ((0, 1, 6), (5, 1, 11)):
         for place in range(begin + context, end):
             logits = model.logits(ids[begin:place])
             total += logits[ids[place]] - np.log(np.exp(logits).sum())
     assert lm.loglikelihood_rolling([request]) == pytest.approx([total], rel=1e-12)
+
+
+def test_a_context_that_is_too_long_loses_its_beginning_but_no_position_is_wasted():
+    model = make(max_context=5)
+    lm = StepperLM(model, None, 2, 0, lambda kind, /, **fields: None)
+    context, continuation = model.tokenizer.encode("abcdefga"), model.tokenizer.encode("bc")
+    ((logprob, greedy),) = lm._loglikelihood_tokens([(("", ""), context, continuation)])
+    ids = (context + continuation)[-6:]
+    wanted = 0.0
+    for place in (4, 5):
+        logits = model.logits(ids[:place])
+        wanted += logits[ids[place]] - np.log(np.exp(logits).sum())
+    assert logprob == pytest.approx(wanted, rel=1e-12)
+    assert isinstance(greedy, bool)
 
 
 def test_groups_and_tags_run_their_tasks_and_limits_hold(measure, folder):

@@ -46,6 +46,15 @@ def test_values_are_those_of_the_definition(measure, bos, batch):
     assert len({r["item"] for r in records if r["kind"] == "sample"}) == len(texts)
 
 
+def test_a_window_may_be_one_longer_than_the_model(measure):
+    class Short(MockStepper):
+        max_context = 5
+
+    records = measure(Perplexity(PerplexityConfig(data="text", context=6)), ["gfedcbaabcdefg"], make=Short)
+    ((value, _),) = samples(records, "nll_per_token")
+    assert value == pytest.approx(nll(Short(), [0, *Short().tokenizer.encode("gfedcbaabcdefg")], 1, 6), rel=1e-12)
+
+
 def test_a_prompt_is_context_only(measure):
     ids = [0, 1, 2, 3, 4, 5]
     records = measure(Perplexity(PerplexityConfig(data="text")), [{"ids": ids, "prompt": 4}])
@@ -69,7 +78,7 @@ def test_windows_score_every_token_once_with_context(length, context, longest):
 def test_limits_and_bad_sizes(measure):
     records = measure(Perplexity(PerplexityConfig(data="text", limit=2)), ["ab", "cd", "ef"])
     assert len(samples(records, "nll_per_token")) == 2
-    with pytest.raises(Unsupported, match="needs 5000 positions"):
-        measure(Perplexity(PerplexityConfig(data="text", context=5000)), ["ab"])
+    with pytest.raises(Unsupported, match="needs 4097 positions, the model has 4096"):
+        measure(Perplexity(PerplexityConfig(data="text", context=4098)), ["ab"])
     with pytest.raises(MambabenchError, match="no documents"):
         measure(Perplexity(PerplexityConfig(data="text")), [])
