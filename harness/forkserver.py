@@ -2,8 +2,8 @@
 
 Our own, not multiprocessing's, because children must get a clean sys.path, their own session and log, and must all be
 gone when the run is gone, `kill -9` included. Run as `python -P -m mambabench.harness.forkserver IN OUT PARENT` with
-two inherited pipe ends; requests and replies are JSON lines (see `Server`). The server stays single-threaded and only
-imports: forking is safe then, and a forked child may start CUDA.
+an inherited socket and pipe; requests and replies are JSON lines (see `Server`). The server stays single-threaded and
+only imports: forking is safe then, and a forked child may start CUDA.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
+
+from .locks import Lock
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SERVER, LEASED, ATTEMPT, THREADS, CODE = (
@@ -33,18 +37,28 @@ SERVER, LEASED, ATTEMPT, THREADS, CODE = (
 `environment.code()` as JSON from before the imports."""
 
 POLL_S = 0.2
+MOST_DESCRIPTORS = 64
 
 
 class Server:
-    """Requests: `preload` (modules), `start` (id, command, env, log), `kill` (id). Replies: `ready` (failed: module ->
-    reason, cuda: the module that made a CUDA context or null, threads, seconds), `started` (id, pid), `ended` (id,
-    code).
+    """Requests: `preload` (modules, quiet: the lock file to share meanwhile), `start` (id, command, env, log, leases:
+    how many descriptors of locks come with it), `kill` (id). Replies: `waiting` (the lock file is taken), `ready`
+    (failed: module -> reason, cuda: the module that made a CUDA context or null, threads, seconds), `started` (id,
+    pid), `ended` (id, code).
     """
 
-    def __init__(self, requests: int, replies: int, parent: int) -> None:
+    def __init__(self, requests: socket.socket, replies: int, parent: int) -> None:
         self.requests, self.replies, self.parent = requests, replies, parent
         self.running: dict[int, int] = {}
         """pid -> id"""
+        self.leases: dict[int, list[int]] = {}
+        """id -> descriptors of locks, held until all of the child is gone."""
+        self.handed: list[int] = []
+        """Descriptors that came with requests that are not read yet."""
+        self.wanted: Mapping[str, Any] | None = None
+        """The preload that is to be done."""
+        self.waiting = False
+        """Whether it waits for the lock, and that was told."""
         self.failed: dict[str, str] = {}
         self.cuda: str | None = None
 
@@ -56,25 +70,31 @@ class Server:
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         buffered = b""
+        requests = self.requests.fileno()
         while True:
-            ready, _, _ = select.select([self.requests, wake], [], [])
+            ready, _, _ = select.select([requests, wake], [], [], POLL_S if self.wanted else None)
             if wake in ready:
                 with suppress(BlockingIOError):
                     os.read(wake, 4096)
                 self.reap()
-            if self.requests in ready:
-                data = os.read(self.requests, 65536)
+            if requests in ready:
+                data, descriptors, _, _ = socket.recv_fds(self.requests, 65536, MOST_DESCRIPTORS)
                 if not data:
                     break
+                for descriptor in descriptors:
+                    os.set_inheritable(descriptor, False)
+                self.handed += descriptors
                 *lines, buffered = (buffered + data).split(b"\n")
                 for line in lines:
                     self.answer(json.loads(line))
+            if self.wanted:
+                self.preload(self.wanted)
         self.end_all()
 
     def answer(self, request: Mapping[str, Any]) -> None:
         match request["op"]:
             case "preload":
-                self.preload(request["modules"])
+                self.wanted = request
             case "start":
                 self.start(request)
             case "kill":
@@ -82,11 +102,20 @@ class Server:
                     if number == request["id"]:
                         kill_tree(pid)
 
-    def preload(self, modules: Sequence[str]) -> None:
-        """Imports modules; what fails is told and met again by the child that needs it."""
+    def preload(self, request: Mapping[str, Any]) -> None:
+        """Imports modules, unless a measurement of speed would hear it; what fails is told and met again by the child
+        that needs it.
+        """
+        quiet = Lock.take(Path(request["quiet"]), shared=True)
+        if quiet is None:
+            if not self.waiting:
+                self.reply("waiting")
+            self.waiting = True
+            return
+        self.wanted, self.waiting = None, False
         began = time.perf_counter()
         with dies_with(self.parent):
-            for module in modules:
+            for module in request["modules"]:
                 try:
                     importlib.import_module(module)
                 except (Exception, SystemExit) as error:
@@ -96,6 +125,7 @@ class Server:
                     self.cuda = module
         gc.collect()
         gc.freeze()
+        quiet.release()
         seconds = time.perf_counter() - began
         self.reply("ready", failed=self.failed, cuda=self.cuda, threads=threads(), seconds=seconds)
 
@@ -103,12 +133,13 @@ class Server:
         sys.stdout.flush()
         sys.stderr.flush()
         server = os.getpid()
+        self.leases[request["id"]], self.handed = self.handed[: request["leases"]], self.handed[request["leases"] :]
         try:
             pid = os.fork()
         except OSError as error:
             print(f"cannot fork: {error}", file=sys.stderr, flush=True)
             self.reply("started", id=request["id"], pid=0)
-            self.reply("ended", id=request["id"], code=1)
+            self.ended(request["id"], 1)
             return
         if pid == 0:
             self.become(request, server)
@@ -124,8 +155,11 @@ class Server:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            os.close(self.requests)
+            self.requests.close()
             os.close(self.replies)
+            mine = self.leases.pop(request["id"])
+            for descriptor in [*self.handed, *(each for held in self.leases.values() for each in held)]:
+                os.close(descriptor)
             redirect(request["log"])
             if os.getppid() != server:
                 os._exit(1)
@@ -133,7 +167,7 @@ class Server:
             os.environ[SERVER] = str(server)
             for module, reason in self.failed.items():
                 print(f"mambabench: {module} could not be imported beforehand: {reason}", file=sys.stderr)
-            code = self.run(request["command"])
+            code = self.run(request["command"], mine)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:
@@ -144,10 +178,12 @@ class Server:
                     stream.flush()
             os._exit(code & 0xFF)
 
-    def run(self, command: Sequence[str]) -> int:
+    def run(self, command: Sequence[str], leases: Sequence[int]) -> int:
         """Runs `python [-P] -m MODULE ARGUMENTS…` in this process, or anew where this one cannot use its GPUs."""
         if self.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES"):
             print(f"mambabench: started anew, since importing {self.cuda} made a CUDA context", flush=True)
+            for descriptor in leases:
+                os.set_inheritable(descriptor, True)
             os.execv(command[0], list(command))
         at = command.index("-m")
         sys.argv = list(command[at + 1 :])
@@ -167,7 +203,12 @@ class Server:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
                 self.end_strays(pid)
-                self.reply("ended", id=number, code=os.waitstatus_to_exitcode(status))
+                self.ended(number, os.waitstatus_to_exitcode(status))
+
+    def ended(self, number: int, code: int) -> None:
+        for descriptor in self.leases.pop(number):
+            os.close(descriptor)
+        self.reply("ended", id=number, code=code)
 
     def end_strays(self, session: int) -> None:
         """Orphans come to the server (it is their subreaper): ends those of a session, all where no step runs."""
@@ -288,7 +329,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    Server(requests, replies, parent).serve()
+    Server(socket.socket(fileno=requests), replies, parent).serve()
     return 0
 
 

@@ -17,10 +17,16 @@ TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 class Lock:
-    """A held lock. Python's file descriptors are not inherited by the programs that it starts, so neither is this."""
+    """A held lock. Python's file descriptors are not inherited by the programs that it starts, so neither is this.
+
+    A process that is handed the descriptor (`fileno`) holds the lock as well: it is free once all have closed theirs.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
 
     @classmethod
     def take(cls, path: Path, *, shared: bool = False, wait: bool = False) -> Lock | None:

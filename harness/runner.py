@@ -144,11 +144,13 @@ class _Run:
         self.running: dict[str, Running] = {}
         self.attempts: dict[str, int] = {}
         """Attempts that are already used up, of steps that this run tried or will try."""
+        self.told: set[str] = set()
+        """What was noted already of waiting for other runs."""
         self.refused: dict[str, str] = {}
         """What hooks, requirements and the launcher said; empty where nothing speaks against a step."""
         self.written: set[str] = set()
         self.summary = Summary()
-        self.prepared = self.told_waiting = False
+        self.prepared = False
         self.code = ""
         """`environment.code()` as JSON, from when the first step was to start."""
         self.drawn = 0.0
@@ -193,7 +195,7 @@ class _Run:
                 continue
             claim = self.store.claim(key)
             if claim is None:
-                self._tell_waiting(step)
+                self._tell("claims", f"{step.labels[0]} is done by another run of this store, which is waited for")
                 continue
             try:
                 if self._decided(step, inputs) or self._start(step, claim):
@@ -269,6 +271,8 @@ class _Run:
             self.refused[key] = str(error)
             return False
         if handle is None:
+            if why := getattr(self.launcher, "waiting", ""):
+                self._tell(key, f"{step.labels[0]} waits: {why}")
             return False
         self.attempts[key] = attempt
         self.running[key] = Running(
@@ -360,10 +364,11 @@ class _Run:
         for failure in failures:
             self.progress.note(f"plug-in {failure.plugin}: {failure.hook} failed: {failure.error}")
 
-    def _tell_waiting(self, step: PlannedStep) -> None:
-        if not self.told_waiting:
-            self.told_waiting = True
-            self.progress.note(f"waiting for {step.labels[0]}, which another run of this store has")
+    def _tell(self, what: str, text: str) -> None:
+        """Notes something once."""
+        if what not in self.told:
+            self.told.add(what)
+            self.progress.note(text)
 
     def _show(self, alone: bool) -> None:
         pause = REDRAW_ALONE_S if alone else REDRAW_S

@@ -1,7 +1,9 @@
 """Leases on parts of a host: its GPUs and its quiet.
 
-Every step holds the host's quiet lock, shared; a step that must be alone holds it exclusively, so that nothing of the
-same user runs beside a measurement of speed, from whichever run it comes. GPUs are taken all or none.
+Every step holds the host's quiet lock, shared, as the server of children does while it imports; a step that must be
+alone holds it exclusively, so that nothing of the same user runs beside a measurement of speed, from whichever run it
+comes. GPUs are taken all or none. The child and its server hold a lease together with the run, so that it outlives a
+killed run as long as its child does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from pathlib import Path
 from ..interfaces import MambabenchError, Needs
 from ..locks import Lock
 
+QUIET = "quiet.lock"
+
 
 class Lease:
     """What a step holds until `release`."""
@@ -21,6 +25,11 @@ class Lease:
     def __init__(self, locks: list[Lock], gpus: tuple[int, ...]) -> None:
         self._locks = locks
         self.gpus = gpus
+
+    @property
+    def descriptors(self) -> list[int]:
+        """For the other processes that are to hold this lease as well."""
+        return [lock.fileno() for lock in self._locks]
 
     def release(self) -> None:
         while self._locks:
@@ -42,7 +51,7 @@ def runtime_folder() -> Path:
 
 def take(needs: Needs, gpus: Sequence[int], folder: Path) -> Lease | None:
     """Leases what a step needs out of `gpus`, all or nothing; None while some of it is taken."""
-    quiet = Lock.take(folder / "quiet.lock", shared=not needs.alone)
+    quiet = Lock.take(folder / QUIET, shared=not needs.alone)
     if quiet is None:
         return None
     locks: list[Lock] = [quiet]
@@ -59,3 +68,14 @@ def take(needs: Needs, gpus: Sequence[int], folder: Path) -> Lease | None:
         lease.release()
         return None
     return lease
+
+
+def obstacle(needs: Needs, folder: Path) -> str:
+    """What keeps a lease from a step, in words; empty where nothing does any more."""
+    quiet = Lock.take(folder / QUIET, shared=not needs.alone)
+    if quiet is not None:
+        quiet.release()
+        return "another run has the GPUs" if needs.gpus else ""
+    if needs.alone:
+        return "it must be alone, and another run is at work on this machine"
+    return "another run has this machine for itself to measure speed"

@@ -6,6 +6,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from .. import forkserver
 from ..environment import cores
 from ..interfaces import MambabenchError, Needs, Unsupported
 from .configs import LocalConfig
-from .leases import Lease, runtime_folder, take
+from .leases import QUIET, Lease, obstacle, runtime_folder, take
 
 SERVER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -37,7 +38,7 @@ KILL_S = 10.0
 
 
 class Child:
-    """A forked step. It holds its lease until its end is known."""
+    """A forked step. It holds its lease, and this end does too until the end is known."""
 
     def __init__(self, server: ForkServer, number: int, lease: Lease) -> None:
         self.number = number
@@ -69,44 +70,50 @@ class ForkServer:
 
     def __init__(self) -> None:
         self.ready: Mapping[str, Any] | None = None
+        self.waiting = False
+        """Whether it has to wait with the imports, for the sake of a measurement of speed."""
         self.children: dict[int, Child] = {}
         self._numbers = 0
         self._buffer = b""
         self._output = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the server)
-        theirs_in, self._requests = os.pipe()
+        self._requests, theirs_in = socket.socketpair()
         self._replies, theirs_out = os.pipe()
-        command = [sys.executable, "-P", "-m", forkserver.__name__, str(theirs_in), str(theirs_out), str(os.getpid())]
+        ends = (theirs_in.fileno(), theirs_out)
+        command = [sys.executable, "-P", "-m", forkserver.__name__, *map(str, ends), str(os.getpid())]
         try:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
-                pass_fds=(theirs_in, theirs_out),
+                pass_fds=ends,
                 env={**os.environ, **SERVER_ENVIRONMENT},
                 # Ctrl-C in a terminal goes to the run alone, which ends its steps in order.
                 start_new_session=True,
             )
         finally:
-            os.close(theirs_in)
+            theirs_in.close()
             os.close(theirs_out)
 
-    def preload(self, modules: Sequence[str]) -> None:
+    def preload(self, modules: Sequence[str], quiet: Path) -> None:
         self.ready = None
-        self.send(op="preload", modules=list(modules))
+        self.send(op="preload", modules=list(modules), quiet=str(quiet))
 
     def start(self, command: Sequence[str], env: Mapping[str, str], log: Path, lease: Lease) -> Child:
         self._numbers += 1
         child = self.children[self._numbers] = Child(self, self._numbers, lease)
-        self.send(op="start", id=child.number, command=list(command), env=dict(env), log=str(log))
+        held = lease.descriptors
+        request = {"op": "start", "id": child.number, "command": list(command), "env": dict(env), "log": str(log)}
+        self.send(held, **request, leases=len(held))
         return child
 
-    def send(self, **request: Any) -> None:
+    def send(self, descriptors: Sequence[int] = (), **request: Any) -> None:
         try:
             data = json.dumps(request).encode() + b"\n"
-            while data:
-                data = data[os.write(self._requests, data) :]
-        except BrokenPipeError:
+            if descriptors:
+                data = data[socket.send_fds(self._requests, [data], list(descriptors)) :]
+            self._requests.sendall(data)
+        except ConnectionError:
             self.listen(timeout=1.0)
 
     def listen(self, timeout: float = 0.0) -> None:
@@ -123,8 +130,10 @@ class ForkServer:
 
     def _hear(self, reply: Mapping[str, Any]) -> None:
         match reply["event"]:
+            case "waiting":
+                self.waiting = True
             case "ready":
-                self.ready = reply
+                self.ready, self.waiting = reply, False
             case "started":
                 self.children[reply["id"]].pid = reply["pid"]
             case "ended":
@@ -154,11 +163,10 @@ class ForkServer:
         return f"exit code {code}" + (f": {lines[-1]}" if lines else "")
 
     def close(self) -> None:
-        """Closes the pipe, upon which the server ends all children and itself."""
-        if self._requests < 0:
+        """Closes the socket, upon which the server ends all children and itself."""
+        if self._requests.fileno() < 0:
             return
-        os.close(self._requests)
-        self._requests = -1
+        self._requests.close()
         try:
             self.process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:
@@ -179,13 +187,15 @@ class LocalLauncher:
         self._modules: list[str] = []
         self._server: ForkServer | None = None
         self._runtime = runtime_folder()
+        self.waiting = ""
+        """Why the last `start` gave nothing, where that is up to another run."""
 
     def prepare(self, modules: Iterable[str]) -> None:
         """Has the server import `modules`; returns at once, and `start` gives None until it is ready."""
         self._modules += sorted(set(modules) - set(self._modules))
         if self._server is None:
             self._server = ForkServer()
-        self._server.preload(self._modules)
+        self._server.preload(self._modules, self._runtime / QUIET)
 
     @property
     def ready(self) -> Mapping[str, Any] | None:
@@ -200,11 +210,18 @@ class LocalLauncher:
         if needs.gpus > len(self.gpus):
             have = f"{len(self.gpus)} (see --gpus)" if self.gpus else "none (see --gpus)"
             raise Unsupported(f"needs {needs.gpus} GPU{'s' * (needs.gpus != 1)}, this run has {have}")
+        self.waiting = ""
         server = self._awaited()
-        if server is None or len(server.children) >= self.jobs:
+        if server is None:
+            if self._server is not None and self._server.waiting:
+                self.waiting = "another run has this machine for itself to measure speed"
+            return None
+        if len(server.children) >= self.jobs:
             return None
         lease = take(needs, self.gpus, self._runtime)
         if lease is None:
+            if not server.children:
+                self.waiting = obstacle(needs, self._runtime)
             return None
         threads = str(self.threads)
         devices = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))}

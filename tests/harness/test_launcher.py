@@ -14,6 +14,7 @@ import pytest
 from mambabench import MambabenchError, Needs, Unsupported
 from mambabench.harness.launchers.configs import LocalConfig
 from mambabench.harness.launchers.local import Child, LocalLauncher
+from mambabench.harness.locks import Lock
 
 PROGRAM = """
 import json, os, signal, subprocess, sys, time
@@ -204,6 +205,85 @@ def test_nothing_lives_two_seconds_after_the_run_was_killed(tmp_path: Path) -> N
     assert time.monotonic() - killed < 2.0
 
 
+def test_a_lease_outlives_a_killed_run_as_long_as_its_child(tmp_path: Path) -> None:
+    script = textwrap.dedent(f"""
+        import sys, time
+        from pathlib import Path
+        from mambabench.harness.interfaces import Needs
+        from mambabench.harness.launchers.configs import LocalConfig
+        from mambabench.harness.launchers.local import LocalLauncher
+        launcher = LocalLauncher(LocalConfig(gpus=(4,)))
+        launcher.prepare([])
+        out = Path({str(tmp_path)!r}, "out")
+        command = [sys.executable, "-P", "-m", "program", "hang", str(out)]
+        while launcher.start(command, Needs(gpus=1, alone=True), {{}}, out.with_suffix(".log")) is None:
+            time.sleep(0.01)
+        time.sleep(60)
+    """)
+    run = subprocess.Popen([sys.executable, "-c", script])
+    child, *_ = pids = family(tmp_path / "out")
+    [server] = [
+        process for process in psutil.Process(run.pid).children() if process.pid == psutil.Process(child).ppid()
+    ]
+    locks = [tmp_path / "runtime" / "mambabench" / name for name in ("quiet.lock", "gpu-4.lock")]
+    server.suspend()
+    try:
+        run.kill()
+        run.wait()
+        time.sleep(0.3)
+        assert alive(child)
+        assert [Lock.take(lock) for lock in locks] == [None, None]
+    finally:
+        server.resume()
+    until(lambda: Lock.take(locks[0]) is not None, 2.0)
+    assert not any(alive(pid) for pid in pids)
+    until(lambda: Lock.take(locks[1]) is not None, 2.0)
+
+
+def locks_of(pid: int) -> list[str]:
+    held = [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
+    return sorted(Path(file).name for file in held if file.endswith(".lock"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_child_holds_its_own_lease_and_no_other(launch: Make, tmp_path: Path, anew: bool) -> None:
+    if anew:
+        (tmp_path / "modules" / "torch.py").write_text("class cuda:\n    is_initialized = staticmethod(lambda: True)\n")
+    launcher = launch(*["torch"] * anew, gpus=(4, 6))
+    children = [start(launcher, "hang", tmp_path / str(gpu), Needs(gpus=1)) for gpu in (4, 6)]
+    pids = [family(tmp_path / str(gpu))[0] for gpu in (4, 6)]
+    assert [locks_of(pid) for pid in pids] == [["gpu-4.lock", "quiet.lock"], ["gpu-6.lock", "quiet.lock"]]
+    server = psutil.Process(pids[0]).ppid()
+    assert locks_of(server) == ["gpu-4.lock", "gpu-6.lock", "quiet.lock", "quiet.lock"]
+    children[0].kill()
+    assert locks_of(server) == ["gpu-6.lock", "quiet.lock"]
+
+
+def test_imports_wait_for_who_measures_alone_and_say_so(launch: Make, tmp_path: Path) -> None:
+    alone = Lock.take(tmp_path / "runtime" / "mambabench" / "quiet.lock")
+    assert alone is not None
+    launcher = launch("program")
+    command = [sys.executable, "-P", "-m", "program", "tell", str(tmp_path / "out")]
+    until(lambda: launcher.start(command, Needs(), {}, tmp_path / "out.log") or launcher.waiting)
+    assert launcher.waiting == "another run has this machine for itself to measure speed"
+    time.sleep(0.5)
+    assert launcher.ready is None
+    alone.release()
+    assert ended(start(launcher, "tell", tmp_path / "out")) == 4
+    assert launcher.waiting == ""
+
+
+def test_nobody_measures_alone_beside_imports(launch: Make, tmp_path: Path) -> None:
+    (tmp_path / "modules" / "slow.py").write_text(f"import time; open({str(tmp_path / 'began')!r}, 'w'); time.sleep(1)")
+    launcher = launch("slow")
+    until((tmp_path / "began").exists)
+    quiet = tmp_path / "runtime" / "mambabench" / "quiet.lock"
+    assert Lock.take(quiet) is None
+    until(lambda: launcher._awaited())
+    assert Lock.take(quiet) is not None
+
+
 def test_a_server_that_is_still_importing_dies_with_the_run(tmp_path: Path) -> None:
     (tmp_path / "modules" / "slow.py").write_text("import time; time.sleep(60)")
     script = textwrap.dedent("""
@@ -263,10 +343,12 @@ def test_a_step_alone_waits_for_the_others_and_they_for_it(launch: Make, tmp_pat
     assert two.start(command, Needs(alone=True), {}, tmp_path / "x.log") is None
     shared.kill()
     assert one.start(command, Needs(alone=True), {}, tmp_path / "x.log") is None
+    assert one.waiting == "it must be alone, and another run is at work on this machine"
     beside.kill()
     alone = start(one, "hang", tmp_path / "c", Needs(alone=True))
     assert one.start(command, Needs(), {}, tmp_path / "x.log") is None
     assert two.start(command, Needs(), {}, tmp_path / "x.log") is None
+    assert (one.waiting, two.waiting) == ("", "another run has this machine for itself to measure speed")
     alone.kill()
     assert ended(start(two, "tell", tmp_path / "x")) == 4
 
@@ -280,6 +362,7 @@ def test_gpus_are_leased_all_or_none_and_named_to_the_child(launch: Make, tmp_pa
     command = [sys.executable, "-m", "program", "tell", str(tmp_path / "x")]
     assert one.start(command, Needs(gpus=2), {}, tmp_path / "x.log") is None
     assert two.start(command, Needs(gpus=3), {}, tmp_path / "x.log") is None
+    assert (one.waiting, two.waiting) == ("", "another run has the GPUs")
     assert ended(start(two, "tell", tmp_path / "x", Needs(gpus=2))) == 4
     assert json.loads((tmp_path / "x").read_text())["CUDA_VISIBLE_DEVICES"] == "6,7"
     held.kill()

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import psutil
@@ -19,7 +20,9 @@ from mambabench.harness import environment, plugins
 from mambabench.harness.environment import host
 from mambabench.harness.interfaces import Outcome
 from mambabench.harness.launchers.configs import LocalConfig
+from mambabench.harness.launchers.leases import QUIET
 from mambabench.harness.launchers.local import LocalLauncher
+from mambabench.harness.locks import Lock
 from mambabench.harness.plugins import Registry
 from mambabench.harness.progress import Lines, Silent
 from mambabench.harness.runner import PRELOADED, Summary, run
@@ -378,6 +381,20 @@ def test_ctrl_c_cancels_what_runs_and_the_next_run_takes_it_up(go: Go, store: St
     gone_soon(tree)
     assert (store.status("k1").state, store.status("k1").reason) == ("cancelled", "Ctrl-C")
     assert go(act("k0"), act("k1")).counts == {"ok": 2}
+
+
+def test_a_step_that_waits_for_another_run_says_so_once(
+    go: Go, launcher: LocalLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(act("first"))
+    alone = Lock.take(launcher._runtime / QUIET)
+    assert alone is not None
+    later = Timer(0.5, alone.release)
+    later.start()
+    assert go(act("a"), act("b"), progress=Lines(sys.stdout)).counts == {"ok": 2}
+    later.join()
+    waits = [line for line in capsys.readouterr().out.splitlines() if " waits: " in line]
+    assert waits == ["[0/2] data/a waits: another run has this machine for itself to measure speed"]
 
 
 def test_lines_tell_starts_and_ends(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
