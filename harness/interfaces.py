@@ -474,7 +474,9 @@ class Launcher(Protocol):
         """Gets ready to start children that will import `modules`."""
 
     def start(self, command: Sequence[str], needs: Needs, env: Mapping[str, str], log: Path) -> Handle | None:
-        """Starts a child with its output in `log`, or returns None while what it needs is taken."""
+        """Starts a child with its output in `log`, or returns None while what it needs is taken. A launcher may have
+        an attribute `waiting` that says in words what of another run it waits for; the runner shows it once a step.
+        """
 
     def close(self) -> None:
         """Ends every child."""
