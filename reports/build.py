@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..harness.interfaces import Table
 from ..harness.results import Results
-from ..harness.store import read_json
 from .cells import CHECK
 from .invariants import problems
+from .provenance import NOTE, marked, other_code
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -22,7 +22,8 @@ ORDER = ("quality", "speed", "acceptance", "losslessness", "cost", "steps")
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One table. Its frame has a column `check` where a row breaks an invariant."""
+    """One table. Its frame has a column `check` where a row breaks an invariant, and a dagger after the names of models
+    that other code made."""
 
     name: str
     title: str
@@ -60,28 +61,32 @@ class Report:
     """The plans' texts by store."""
 
 
-def build(results: Results, tables: Mapping[str, Table], with_plots: bool = True) -> Report:
-    """Makes a report of every table that has something to show."""
-    sections, broken = [], []
+def build(results: Results, tables: Mapping[str, Callable[[], Table]], with_plots: bool = True) -> Report:
+    """Makes a report of every table that has something to show. A table that cannot be made spoils no other."""
+    sections: list[Section] = []
+    frames: dict[str, DataFrame] = {}
+    broken: list[Broken] = []
+    older = other_code(results)
     for name in _ordered(tables):
-        table = tables[name]
         try:
+            table = tables[name]()
             frame = table.frame(results)
-        except Exception as error:
+            if frame is not None and len(frame):
+                frame = checked(frame, results)
+                sections.append(_section(name, table, frame, older))
+                frames[name] = frame
+        except (Exception, SystemExit) as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
             broken.append(Broken(name, f"{type(error).__name__}: {error} ({place})"))
-            continue
-        if frame is not None and len(frame):
-            sections.append(Section(name, table.title, table.note, checked(frame, results)))
     plots: tuple[Plot, ...] = ()
     if with_plots:
         from .plots import plots_of
 
-        plots = plots_of({section.name: section.frame for section in sections}, results)
+        plots = plots_of(frames, results)
     return Report(
         title=", ".join(dict.fromkeys(str(plan.get("name", store)) for store, plan in results.plan.items())),
-        summary=_summary(results),
+        summary=_summary(results, older),
         sections=tuple(sections),
         plots=plots,
         broken=tuple(broken),
@@ -99,14 +104,19 @@ def checked(frame: DataFrame, results: Results) -> DataFrame:
     return bare.assign(**{CHECK: notes}) if any(notes) else bare
 
 
-def _ordered(tables: Mapping[str, Table]) -> list[str]:
+def _section(name: str, table: Table, frame: DataFrame, older: Mapping[str, str]) -> Section:
+    shown = marked(frame, older)
+    return Section(name, table.title, table.note if shown is frame else f"{table.note} {NOTE}".strip(), shown)
+
+
+def _ordered(tables: Iterable[str]) -> list[str]:
     known = [name for name in ORDER if name in tables]
     others = [name for name in tables if name not in ORDER]
     last = [name for name in known if name == ORDER[-1]]
     return [*(name for name in known if name not in last), *others, *last]
 
 
-def _summary(results: Results) -> tuple[str, ...]:
+def _summary(results: Results, older: Mapping[str, str]) -> tuple[str, ...]:
     cells, sentences = results.cells, []
     states = cells["state"].value_counts()
     failed = {state: int(n) for state, n in states.items() if state not in ("ok", "skipped")}
@@ -133,22 +143,7 @@ def _summary(results: Results) -> tuple[str, ...]:
             f"{store}: plan {str(plan.get('sha256', ''))[:10]}, seeds {', '.join(map(str, seeds))}, "
             f"mambabench {code.get('version', 'of unknown version')}{revision}."
         )
-    older = _other_code(results)
     if older:
-        sentences.append(f"Made by other code than this run's: {', '.join(older)}.")
+        named = ", ".join(f"{model} ({made})" for model, made in older.items())
+        sentences.append(f"{NOTE.removesuffix('.')}: {named}.")
     return tuple(sentences)
-
-
-def _other_code(results: Results) -> list[str]:
-    """Measured models whose artifact was made by another revision than that of the run, with that revision."""
-    found = {}
-    finished = results.cells[(results.cells["state"] == "ok") & (results.cells["kind"] == "measure")]
-    for store, model, key in finished[["store", "model", "key"]].itertuples(index=False):
-        subject = results.step(store, key).get("inputs", {}).get("subject")
-        note = results.folder(store) / "steps" / str(subject) / "artifact" / "artifact.json"
-        if subject is None or not note.is_file():
-            continue
-        made = read_json(note).get("code", {}).get("revision")
-        if made != results.plan[store]["code"].get("revision"):
-            found[model] = f"{model} ({str(made)[:10]})"
-    return list(found.values())

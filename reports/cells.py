@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from ..harness.statistics import Estimate
+from .provenance import is_marked, unmarked
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 EMPTY = "–"
 CHECK = "check"
 """The column that says which rows break an invariant."""
+OTHER = "other code"
+"""The column of machine-readable tables that says which models other code made."""
 
 
 def number(cell: Any) -> float:
@@ -110,7 +113,7 @@ def alignments(frame: DataFrame) -> dict[str, str]:
 
 
 def flat(frame: DataFrame) -> list[dict[str, Any]]:
-    """Rows for machines: full precision, errors and intervals in columns of their own."""
+    """Rows for machines: full precision; errors, intervals and the mark of other code in columns of their own."""
     parts: Mapping[str, str] = {"se": "s.e.", "seed_se": "s.e. between seeds", "low": "low", "high": "high"}
     shown = {
         name: [
@@ -128,4 +131,6 @@ def flat(frame: DataFrame) -> list[dict[str, Any]]:
             for part in shown[name]:
                 row[f"{name} {parts[part]}"] = getattr(cell, part) if isinstance(cell, Estimate) else None
         rows.append({name: None if absent(cell) else cell for name, cell in row.items()})
+    if any(is_marked(row.get("model")) for row in rows):
+        rows = [{**row, "model": unmarked(row["model"]), OTHER: is_marked(row["model"])} for row in rows]
     return rows

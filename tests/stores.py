@@ -14,6 +14,7 @@ from mambabench.harness.events import FILES, write_parquet
 from mambabench.harness.store import Store
 
 PLAIN = {"plan_name": "plain", "kind": "decoder", "name": "standard", "config": {}}
+CODE = {"version": "0.1.0", "revision": "abc", "dirty": False}
 LOOKUP = {"plan_name": "lookup", "kind": "decoder", "name": "speculative", "config": {"k": 4}}
 
 
@@ -32,6 +33,7 @@ class Builder:
     cells: list[dict[str, Any]] = field(default_factory=list)
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     decoders: tuple[str, ...] = ("plain", "lookup")
+    code: Mapping[str, Any] = field(default_factory=lambda: CODE)
     environment: dict[str, str] = field(default_factory=lambda: {"cpu": "a CPU", "python": "3.11.9", "torch": "2.13.0"})
 
     def __post_init__(self) -> None:
@@ -60,7 +62,8 @@ class Builder:
         device: str = "cpu",
         wall: float = 3.0,
         artifact: str = "",
-        revision: str = "abc",
+        code: Mapping[str, Any] | None = CODE,
+        parent: str = "",
     ) -> str:
         """Adds a finished or failed step with its records by kind (`sample`, `burst`, `round`, `loss`)."""
         name, _, seed = label.partition("@seed")
@@ -89,7 +92,11 @@ class Builder:
             "key": key,
             "kind": kind,
             "component": {"kind": "suite", "name": use or parts[-1], "revision": 1, "config": dict(config or {})},
-            "inputs": {"subject": subject or hashed(parts[0], seed)} if measures else {},
+            "inputs": {"subject": subject or hashed(parts[0], seed)}
+            if measures
+            else {"parent": parent}
+            if parent
+            else {},
             "data": dict(data or {}),
             "decoder": decoder,
             "reference": reference,
@@ -101,7 +108,7 @@ class Builder:
         if artifact:
             (folder / "artifact").mkdir()
             (folder / "artifact" / "weights").write_text(artifact)
-            (folder / "artifact" / "artifact.json").write_text(json.dumps({"code": {"revision": revision}}))
+            (folder / "artifact" / "artifact.json").write_text(json.dumps({} if code is None else {"code": code}))
         self.began += 10.0
         outcome = {
             "state": state,
@@ -129,7 +136,7 @@ class Builder:
         self.store.write_run(
             {
                 "plan": {"name": "synthetic", "sha256": "0" * 64, "toml": "", "seeds": list(self.seeds)},
-                "code": {"version": "0.1.0", "revision": "abc", "dirty": False},
+                "code": self.code,
                 "environment": self.environment,
                 "plugins": [],
                 "models": self.models,

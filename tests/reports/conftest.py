@@ -84,7 +84,8 @@ def report_of():
     tables = {name: table(NoOptions()) for name, table in {**made, "cost": Cost, "steps": Steps}.items()}
 
     def fresh(store, with_plots=False, **more):
-        return build(Results.read([store]), {**tables, **more}, with_plots=with_plots)
+        makers = {name: functools.partial(lambda table: table, table) for name, table in {**tables, **more}.items()}
+        return build(Results.read([store]), makers, with_plots=with_plots)
 
     once = functools.cache(fresh)
     return lambda store, again=False, **more: (fresh if more.keys() - {"with_plots"} or again else once)(store, **more)
