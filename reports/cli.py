@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,11 @@ from ..harness.interfaces import MambabenchError
 from ..harness.plugins import make, registry, suggest
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-    from .build import Report, Section
+    from .build import Report
 
 RENDERERS = "md,csv,html"
+WIDE = 400
+"""Columns where there is no terminal: longer lines than a reader wants, but in one piece."""
 
 
 @click.command()
@@ -36,7 +37,8 @@ def report(stores: Sequence[Path], to: str, out: Path | None, names: str) -> Non
     tables = registry().components("table")
     wanted = _chosen(names, tables, "--tables", "table") if names else list(tables)
     results = Results.read(stores)
-    made = build(results, {name: make(tables[name]) for name in wanted}, with_plots=bool({"md", "html"} & set(chosen)))
+    makers = {name: partial(make, tables[name]) for name in wanted}
+    made = build(results, makers, with_plots=bool({"md", "html"} & set(chosen)))
     print_report(made)
     folder = out or stores[0] / "report"
     for name in sorted(chosen, key=lambda name: name == "html"):
@@ -52,34 +54,23 @@ def _chosen(text: str, known: Iterable[str], option: str, kind: str) -> list[str
 
 
 def print_report(report: Report) -> None:
-    """The tables on the terminal, as wide as they are; plain text where there is no terminal."""
+    """The tables on the terminal, in blocks where it is narrow; in one piece and plain where there is no terminal."""
     from rich.console import Console
 
-    console = Console()
-    wide = Console(width=max(console.width, 400), soft_wrap=True) if not console.is_terminal else console
-    console.print(f"\n[bold]{report.title}[/]", highlight=False)
+    from .terminal import terminal_tables
+
+    # A log has no width to fit in.
+    live = Console().is_terminal
+    width = Console().width if live else WIDE
+    console = Console(width=width, highlight=False, soft_wrap=not live)
+    console.print(f"\n{report.title}", style="bold", markup=False)
     for sentence in report.summary:
-        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+        console.print(sentence, markup=False)
     for section in report.sections:
-        console.print()
-        wide.print(terminal_table(section))
+        for table in terminal_tables(section, width):
+            console.print()
+            console.print(table)
     for broken in report.broken:
-        console.print(f"\nThe table {broken.name} could not be made: {broken.error}", style="red", markup=False)
+        line = f"\nThe table {broken.name} could not be made: {broken.error}"
+        console.print(line, style="red", markup=False, soft_wrap=True)
     console.print()
-
-
-def terminal_table(section: Section) -> RichTable:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    from .cells import CHECK, alignments, text
-
-    table = Table(title=section.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for name, side in alignments(section.frame).items():
-        table.add_column(Text(name), justify=side, overflow="fold")  # type: ignore[arg-type]
-    for record in section.frame.to_dict("records"):
-        table.add_row(
-            *(Text(text(cell, str(name))) for name, cell in record.items()), style="red" if record.get(CHECK) else None
-        )
-    return table

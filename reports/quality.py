@@ -94,7 +94,7 @@ class Quality:
             row["seeds"] = max((part["key"].nunique() for part in parts.values()), default=0)
             rows.append(row)
         figures = [head for column in columns for head in (names[column], names[column] + RATIO)]
-        frame = table_of(rows, ["model", "decoder", "attention", *figures, AVERAGE, RECOVERY, "seeds", "check"])
+        frame = table_of(rows, ["model", "decoder", "attention", AVERAGE, RECOVERY, *figures, "seeds", "check"])
         if frame["seeds"].max() <= 1:
             frame = frame.drop(columns="seeds")
         if len(averaged) < 2:

@@ -77,7 +77,7 @@ class Speed:
                 if row["lossless"] == "yes":
                     row |= _speed_up(blocks, row, requests)
                 rows.append(row)
-        columns = ["model", "decoder", "state", *requests, *FIGURES]
+        columns = ["model", "decoder", *requests, "state", *FIGURES]
         frame = table_of(with_teachers(results, rows, cells), columns).rename(columns=NAMES)
         constant = [name for name in ("suite", "new", "temperature", "content") if name in frame]
         frame = only_failures(frame).drop(columns=[name for name in constant if frame[name].nunique() <= 1])

@@ -18,6 +18,8 @@ from mambabench.reports.csv import Csv
 from mambabench.reports.html import Html, page
 from mambabench.reports.markdown import Markdown
 from mambabench.reports.options import NoOptions
+from mambabench.reports.terminal import KEYS, LONG, terminal_tables
+from rich.console import Console
 
 
 class Page(HTMLParser):
@@ -177,6 +179,43 @@ def test_an_unknown_format_is_one_line_with_a_suggestion(make, run):
     assert str(done.exception) == "--to htm: unknown renderer 'htm'; did you mean 'html'?"
 
 
+@pytest.mark.parametrize("width", [80, 100, 400])
+def test_on_a_terminal_every_figure_stands_whole_beside_what_names_its_row(make, report_of, width):
+    for section in report_of(make(seeds=(0, 1))).sections:
+        console = Console(width=width)
+        with console.capture() as captured:
+            for table in terminal_tables(section, width):
+                console.print(table)
+        blocks = [block.splitlines() for block in re.split(rf"^{section.title}.*\n", captured.get(), flags=re.M)[1:]]
+        assert all(len(line) <= width for block in blocks for line in block)
+        assert len(blocks) == 1 or width < 400
+        keys = [name for name in section.frame if name in KEYS]
+        lines = [[" ".join(line.split()) for line in block] for block in blocks]
+        for record in section.frame.to_dict("records"):
+            row = {name: text(cell, name) for name, cell in record.items()}
+            named = " ".join(row[name] for name in keys)
+            of = [[line for line in block if line.startswith(f"{named} ")] for block in lines]
+            assert all(of), (section.name, named)
+            for name, shown in row.items():
+                assert any(shown in line for block in of for line in block) or len(shown) > LONG, (section.name, name)
+
+
+def test_the_first_block_of_a_narrow_terminal_has_the_figures_that_matter(make, report_of):
+    wanted = {"quality": ["average %", "recovery %"], "speed": ["TPOT ms", "speed-up", "lossless"]}
+    for section in report_of(make()).sections:
+        first = [column.header.plain for column in terminal_tables(section, 100)[0].columns]
+        assert set(wanted.get(section.name, [])) <= set(first)
+
+
+def test_the_command_fits_its_tables_into_a_terminal(make, run, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    done = run(make(), "--to", "csv")
+    lines = re.sub(r"\x1b\[[\d;]*m", "", done.output).splitlines()
+    assert "Speed, continued" in [line.strip() for line in lines]
+    assert max(map(len, lines[:-1])) <= 100
+
+
 def test_a_registered_table_appears_in_the_report(make, run, monkeypatch, tmp_path):
     file = tmp_path / "house.py"
     file.write_text(
@@ -192,6 +231,23 @@ def test_a_registered_table_appears_in_the_report(make, run, monkeypatch, tmp_pa
     assert done.exit_code == 0, done.output
     assert "House table" in done.output
     assert re.search(r"teacher\s+41", done.output)
+
+
+def test_a_registered_table_whose_module_is_missing_is_one_line_of_the_report(make, run, monkeypatch, tmp_path):
+    file = tmp_path / "house.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom mambabench import Component, hookimpl\n"
+        "@dataclass(frozen=True)\nclass Options:\n    pass\n"
+        "@hookimpl\ndef mambabench_components():\n"
+        "    return [Component(kind='table', name='house', target='no_such_house:House', config=Options)]\n"
+    )
+    monkeypatch.setattr(cli, "registry", lambda: plugins.load([file]))
+    done = run(make(), "--to", "md", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    line = "The table house could not be made: ModuleNotFoundError: No module named 'no_such_house'"
+    assert [shown for shown in done.output.splitlines() if shown.startswith(line)]
+    assert "Quality" in done.output
+    assert "no_such_house" in (tmp_path / "report.md").read_text()
 
 
 def test_no_table_or_renderer_imports_torch(make, tmp_path):
