@@ -45,6 +45,7 @@ class LmEval:
         random.seed(bench.seed)
         np.random.seed(bench.seed)
         model = StepperLM(bench.subject.load(), bench.subject.decoder, self.config.batch, bench.seed, bench.emit)
+        bench.emit("progress", done=0, total=0, unit="requests")
         folder = bench.data[self.config.data] if self.config.data else None
         for name, task in load_tasks(self.config.tasks, folder, bench.scratch):
             if task.get_config("num_fewshot") is None:
@@ -233,9 +234,10 @@ def generation_limits(options: Mapping[str, Any], eos: int, seed: int) -> Limits
 
 
 def _local_configs(name: str, manager: TaskManager, scratch: Path) -> Iterator[dict[str, Any]]:
-    """The configurations of a task, or of all tasks of a group or tag, with data files found beside their YAML.
+    """The configurations of a task, or of all tasks of a group or tag, with data files found beside their YAML and
+    cached in `scratch`.
 
-    lm-eval itself would look for them in the working directory.
+    lm-eval itself would look for them in the working directory, and copy them into the user's cache.
     """
     entry = manager.task_index[name]
     config = load_yaml(entry.yaml_path) if entry.yaml_path else {}
@@ -247,10 +249,9 @@ def _local_configs(name: str, manager: TaskManager, scratch: Path) -> Iterator[d
             yield from _local_configs(member, manager, scratch)
         return
     options = dict(config.get("dataset_kwargs") or {})
-    if "data_files" in options:
-        options["data_files"] = _beside(options["data_files"], entry.yaml_path.parent)
-        options.setdefault("cache_dir", str(scratch / "datasets"))
-        config["dataset_kwargs"] = options
+    local = {key: _beside(options[key], entry.yaml_path.parent) for key in ("data_files", "data_dir") if key in options}
+    if local:
+        config["dataset_kwargs"] = {"cache_dir": str(scratch / "datasets"), **options, **local}
     yield config
 
 

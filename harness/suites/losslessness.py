@@ -25,6 +25,8 @@ class Losslessness:
         subject, reference = bench.subject, bench.reference or bench.subject
         model = subject.load("float64")
         plain = model if reference.artifact.path == subject.artifact.path else reference.load("float64")
+        total = self.config.prompts * len(self.config.batch)
+        bench.emit("progress", done=0, total=total, unit="texts")
         check_room("losslessness", model, self.config.prompt_tokens + self.config.new_tokens)
         shortest = max(self.config.prompt_tokens - 3, 1)
         lengths = range(self.config.prompt_tokens, shortest - 1, -1)
@@ -34,7 +36,7 @@ class Losslessness:
         limits = Limits(new_tokens=self.config.new_tokens, stop_tokens=() if end is None else (end,), seed=bench.seed)
         wanted = decoder_of(reference).generate(plain, prompts, limits, silent)
         rounds: list[dict[str, Any]] = []
-        block = 0
+        block = done = 0
         for batch in self.config.batch:
             for first in range(0, len(prompts), batch):
                 chosen = prompts[first : first + batch]
@@ -53,6 +55,8 @@ class Losslessness:
                 if batch == self.config.batch[0]:
                     self._emit_parallel(bench, model, batch, chosen, answers)
                 block += 1
+                done += len(chosen)
+                bench.emit("progress", done=done, total=total, unit="texts")
         self._emit_facts(bench, rounds)
 
     def _emit_parallel(

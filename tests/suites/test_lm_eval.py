@@ -188,6 +188,21 @@ def test_a_task_without_its_data_is_unsupported(measure, folder):
         measure(LmEval(LmEvalConfig(tasks=("lost",), data="text")), data=folder, make=make)
 
 
+def test_local_data_are_cached_in_the_steps_own_folder(measure, folder, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "users"))
+    (folder / "more").mkdir()
+    (folder / "more" / "test.jsonl").write_text(json.dumps(ITEMS[0]) + "\n")
+    (folder / "more.yaml").write_text(
+        TASKS["say"].replace("data_files: {test: [items/items.jsonl]}", "data_dir: more") + f"task: more\n{COMMON}"
+    )
+    records = measure(LmEval(LmEvalConfig(tasks=("choose", "more"), data="text")), data=folder, make=make)
+    assert {r["task"] for r in records if r["kind"] == "sample"} == {"choose", "more"}
+    assert list((tmp_path / "scratch" / "datasets").rglob("*.arrow"))
+    assert not (tmp_path / "users").exists()
+
+
 @pytest.mark.skipif(os.environ.get("HF_HUB_OFFLINE") != "1", reason="asks a hub unless HF_HUB_OFFLINE=1")
 def test_a_task_whose_data_lie_on_a_hub_is_unsupported_offline(measure, folder):
     (folder / "far.yaml").write_text("task: far\ndataset_path: nobody/nothing\noutput_type: generate_until\n")
