@@ -63,15 +63,18 @@ class Side:
         ]
 
     def machine(self) -> dict[str, Any]:
-        """What ran the step: the kind of device and its name (`cpu`, or `gpu0`, … of an environment)."""
+        """What ran the step: the kind of device and its name (`cpu`, or `gpu`, `gpu0`, … of an environment).
+
+        The step's own environment says it; that of the last run, which may have had another machine, only if it must.
+        """
         record = self.results.outcome(self.cell["store"], self.cell["key"])
-        environment = {**self.results.environment, **record.get("environment", {})}
         device = str(record.get("detail", {}).get("device", "")).partition(":")[0]
         prefix = "gpu" if device.startswith("cuda") else "cpu"
-        return {
-            "device": device,
-            prefix: ", ".join(sorted({v for k, v in environment.items() if k.startswith(prefix)})),
-        }
+        own, run = (
+            sorted({value for name, value in environment.items() if name.startswith(prefix)})
+            for environment in (record.get("environment", {}), self.results.environment)
+        )
+        return {"device": device, prefix: ", ".join(own or run)}
 
     def is_same(self, other: Side) -> bool:
         """Whether both are one and the same measurement: the same step, begun at the same moment."""

@@ -1,5 +1,6 @@
 """The gate: what it says of known differences, and how often it cries wolf."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -181,6 +182,16 @@ def test_data_moved_to_another_folder_still_compare(make):
     moved = {"text": {"file": "/elsewhere/text.txt", "fingerprint": "f1"}}
     comparisons = run(make("base"), make("head", data=moved))
     assert of(comparisons, "lookup/acc")[0].verdict == "pass"
+
+
+def test_what_a_step_ran_on_does_not_change_with_the_machine_of_a_later_run(make):
+    base, head = make("base", device="cuda:0"), make("head", device="cuda:0")
+    for store, last in ((base, {}), (head, {"gpu0": "another GPU", "gpu1": "a third"})):
+        for file in store.glob("steps/*/outcome.json"):
+            file.write_text(json.dumps({**json.loads(file.read_text()), "environment": {"gpu": "a GPU"}}))
+        run_file = json.loads((store / "run.json").read_text())
+        (store / "run.json").write_text(json.dumps({**run_file, "environment": last}))
+    assert of(run(base, head), "lookup/acc")[0].verdict != "not comparable"
 
 
 def test_a_label_missing_on_one_side_is_not_comparable(make):
