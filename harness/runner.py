@@ -29,8 +29,8 @@ from .store import Store, outcome_of
 T = TypeVar("T")
 
 CHILD = f"{__package__}.child"
-PRELOADED = (CHILD, "numpy", "pyarrow.parquet", "torch")
-"""What every step imports."""
+PRELOADED = (CHILD, "numpy", "pandas", "pyarrow.parquet", "torch")
+"""What every step imports (pandas: pyarrow does, when it makes its first array)."""
 
 AGAIN = ("crashed", "timeout")
 ATTEMPTS = 2
