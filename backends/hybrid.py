@@ -61,6 +61,8 @@ class TeacherBackend:
         """The stepping engine over the artifact's weights in `dtype`."""
         if dtype not in DTYPES:
             raise MambabenchError(f"dtype {dtype!r} is not served; known are {', '.join(DTYPES)}")
+        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+            raise MambabenchError(f"device {device!r}: torch finds no such device here; cpu is always there")
         model = checkpoint.load(artifact, DTYPES[dtype], device)
         debug = bool(os.environ.get("MAMBABENCH_DEBUG"))
         return HybridStepper(model, self.tokenizer(artifact), debug)

@@ -183,6 +183,7 @@ class _Records(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.since = state.global_step
+        self.emit("progress", done=state.global_step, total=state.max_steps, unit="steps")
 
     def on_log(
         self,

@@ -136,7 +136,7 @@ class Registry:
         raise MambabenchError(message)
 
     def refusals(self, step: StepView, host: Host) -> list[Refusal]:
-        return [answer for answer in self._call("mambabench_refuse", step=step, host=host) if answer is not None]
+        return self._call("mambabench_refuse", _check_refusal, step=step, host=host)
 
     def started(self, step: StepView) -> None:
         self._call("mambabench_step_started", step=step)
@@ -180,6 +180,11 @@ class Registry:
                     HookFailure(hook, self.manager.get_name(plugin) or "?", f"{type(error).__name__}: {error}")
                 )
         return answers
+
+
+def _check_refusal(answer: Any) -> None:
+    if not isinstance(answer, Refusal):
+        raise TypeError(f"the answer must be a Refusal or None, is {answer!r}")
 
 
 def _check_verdict(answer: Any) -> None:
