@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..harness.interfaces import Limits, MambabenchError, Prompt, Stepper
+from ..harness.interfaces import Limits, Prompt, Stepper
 from .plugin import NgramConfig
 
 
@@ -18,10 +18,6 @@ class NgramDraft:
 
     def __init__(self, config: NgramConfig | None = None) -> None:
         config = config or NgramConfig()
-        if not 1 <= config.shortest <= config.longest:
-            raise MambabenchError(
-                f"ngram: 1 <= shortest <= longest must hold, is shortest {config.shortest}, longest {config.longest}"
-            )
         self.sizes = range(config.longest, config.shortest - 1, -1)
 
     def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> _Memory:

@@ -21,12 +21,20 @@ class NgramConfig:
     """Most tokens of the text's end that are looked up."""
     shortest: int = 1
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.shortest <= self.longest:
+            raise ValueError(f"shortest is {self.shortest}; it must be at least 1 and at most longest ({self.longest})")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculativeConfig:
     draft: Annotated[Choice, ChoiceOf("draft")] = field(default_factory=lambda: Choice("draft", "ngram", NgramConfig()))
     k: int = 4
     """Drafted tokens a round."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}; it must be at least 1")
 
 
 @hookimpl

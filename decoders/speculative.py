@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..harness.interfaces import Answer, Draft, Emit, Limits, MambabenchError, Prompt, Stepper, Unsupported
+from ..harness.interfaces import Answer, Draft, Emit, Limits, Prompt, Stepper, Unsupported
 from .batch import Batch
 from .plugin import SpeculativeConfig
 from .sampling import agreeing, pick, probabilities, reject
@@ -28,8 +28,6 @@ class SpeculativeDecoder:
     """Drafts `k` tokens a round, always as many: a row with fewer is padded, and its padding never counts."""
 
     def __init__(self, draft: Draft, k: int) -> None:
-        if k < 1:
-            raise MambabenchError(f"speculative: k must be at least 1, is {k}")
         self.draft = draft
         self.k = k
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..interfaces import DataRef
 
@@ -16,6 +17,11 @@ class LmEvalConfig:
     limit: int = 0
     """Items per task; 0 takes all."""
 
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks is empty; name at least one")
+        _at_least(self, batch=1, limit=0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerplexityConfig:
@@ -25,6 +31,9 @@ class PerplexityConfig:
     batch: int = 8
     limit: int = 0
     """Documents; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, context=2, batch=1, limit=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +45,9 @@ class LosslessnessConfig:
     new_tokens: int = 64
     batch: tuple[int, ...] = (1, 4)
 
+    def __post_init__(self) -> None:
+        _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedConfig:
@@ -43,8 +55,23 @@ class SpeedConfig:
     batch: tuple[int, ...] = (1,)
     prompt_tokens: int = 32
     new_tokens: int = 64
+    """At least 2: with one there is no time per further token."""
     pairs: int = 8
     """Blocks per batch size; in each, every arm answers the same prompts once."""
     warmup: int = 1
     """Blocks per batch size that are run first and only timed as a whole."""
     temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, batch=1, prompt_tokens=1, new_tokens=2, pairs=1, warmup=0, temperature=0)
+
+
+def _at_least(config: Any, **least: int) -> None:
+    """Raises ValueError for an option below its least value; a list must not be empty, and all of it counts."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            if not value or not all(each >= low for each in value):
+                raise ValueError(f"{name} is {list(value)}; it must hold numbers of at least {low}")
+        elif not value >= low:
+            raise ValueError(f"{name} is {value}; it must be at least {low}")

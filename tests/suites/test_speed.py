@@ -118,9 +118,3 @@ def test_a_decoder_that_stops_early_is_an_error(measure, plain):
 
     with pytest.raises(MambabenchError, match="yielded 1 tokens, not the 9"):
         measure(Speed(CONFIG), TEXTS, Short(), plain)
-
-
-@pytest.mark.parametrize("wrong", [{"batch": ()}, {"batch": (0,)}, {"new_tokens": 1}, {"pairs": 0}])
-def test_sizes_that_cannot_be_are_refused(wrong):
-    with pytest.raises(MambabenchError, match="must be at least"):
-        Speed(SpeedConfig(data="text", **wrong))

@@ -1,0 +1,33 @@
+import pytest
+from mambabench.harness.config import ConfigError, Structurer
+from mambabench.harness.plugins import registry
+
+LEAST = {
+    "lm-eval": {"batch": 1, "limit": 0},
+    "perplexity": {"context": 2, "batch": 1, "limit": 0},
+    "losslessness": {"prompts": 1, "prompt_tokens": 1, "new_tokens": 1, "batch": [1]},
+    "speed": {"batch": [1], "prompt_tokens": 1, "new_tokens": 2, "pairs": 1, "warmup": 0, "temperature": 0},
+}
+CASES = [(suite, name, low) for suite, options in LEAST.items() for name, low in options.items()]
+
+
+def choose(suite: str, **options: object) -> object:
+    needed = {"tasks": ["a"]} if suite == "lm-eval" else {"data": "text"}
+    return Structurer(registry()).choice("suite", {"use": suite, **needed, **options}).config
+
+
+@pytest.mark.parametrize(("suite", "name", "low"), CASES)
+def test_an_option_below_its_least_value_is_refused_before_anything_runs(suite, name, low):
+    wrong = [4, low[0] - 1] if isinstance(low, list) else low - 1
+    assert choose(suite, **{name: low})
+    with pytest.raises(ConfigError) as error:
+        choose(suite, **{name: wrong})
+    assert f"{name} is " in str(error.value)
+    assert "at least" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("suite", "name"), [("losslessness", "batch"), ("speed", "batch"), ("lm-eval", "tasks")])
+def test_a_list_that_must_hold_something_may_not_be_empty(suite, name):
+    with pytest.raises(ConfigError, match=name):
+        choose(suite, **{name: []})
