@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..documents import Document, encode_document, read_documents
-from ..interfaces import Bench, MambabenchError, Stepper
+from ..interfaces import Bench, MambabenchError, Stepper, Tokenizer
 from .configs import PerplexityConfig
 from .texts import check_room, pad
 
@@ -62,8 +62,10 @@ class Perplexity:
         for document, (ids, context), value in zip(group, encoded, nll, strict=True):
             if len(ids) == context:
                 continue
-            scored_text = model.tokenizer.decode(ids[context:]) if document.ids is not None else document.text
-            weights = {"nll_per_token": len(ids) - context, "nll_per_byte": len(scored_text.encode())}
+            weights = {
+                "nll_per_token": len(ids) - context,
+                "nll_per_byte": scored_bytes(document, ids, context, model.tokenizer),
+            }
             for metric, weight in weights.items():
                 bench.emit(
                     "sample",
@@ -74,6 +76,18 @@ class Perplexity:
                     weight=weight,
                     better="lower",
                 )
+
+
+def scored_bytes(document: Document, ids: Sequence[int], context: int, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the text that is scored: all of a document's text, or what the ids behind the context add to it.
+
+    The text of some tokens alone would lack the space before them, and special tokens are no text.
+    """
+    if document.ids is None:
+        return len(document.text.encode())
+    # A character that the context's end cuts into is scored.
+    before = tokenizer.decode(ids[:context], skip_special_tokens=True).rstrip("\ufffd")
+    return len(tokenizer.decode(ids, skip_special_tokens=True).encode()) - len(before.encode())
 
 
 def cut(document: int, ids: Sequence[int], context: int, longest: int) -> Iterator[Window]:

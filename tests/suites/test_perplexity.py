@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mambabench.harness.documents import Document
 from mambabench.harness.interfaces import MambabenchError, Unsupported
 from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites.configs import PerplexityConfig
-from mambabench.harness.suites.perplexity import Perplexity, cut
+from mambabench.harness.suites.perplexity import Perplexity, cut, scored_bytes
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 
 def nll(model: MockStepper, ids: list[int], context: int, longest: int = 10**6) -> float:
@@ -62,6 +65,34 @@ def test_a_prompt_is_context_only(measure):
     assert weight == 2
     assert value == pytest.approx(nll(MockStepper(), ids, 4), rel=1e-12)
     assert samples(records, "nll_per_byte")[0][1] == len("de")
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A tokenizer as Llama's: pieces that begin with their space, bytes for what is in none, special tokens."""
+    vocabulary = ["<s>", "</s>", "<unk>", "▁Lily", "▁ran", "▁a", "way", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], byte_fallback=True))
+    space = decoders.Replace("▁", " ")
+    words.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return tokenizer, {piece: i for i, piece in enumerate(vocabulary)}
+
+
+@pytest.mark.parametrize(
+    ("context", "scored", "text"),
+    [
+        (["<s>"], ["▁Lily", "▁ran"], "Lily ran"),
+        (["<s>", "▁Lily"], ["▁ran", "▁a", "way"], " ran away"),
+        (["<s>", "▁Lily"], ["▁ran", "</s>"], " ran"),
+        (["<s>", "▁Lily"], ["</s>"], ""),
+        (["<s>", "▁Lily"], ["▁a", "<0xC3>", "<0xA9>"], " aé"),
+        (["<s>", "▁Lily", "<0xC3>"], ["<0xA9>", "▁ran"], "é ran"),
+    ],
+)
+def test_bytes_are_those_that_the_scored_tokens_add_to_the_text(pieces, context, scored, text):
+    tokenizer, numbers = pieces
+    ids = [numbers[piece] for piece in context + scored]
+    assert scored_bytes(Document("", tuple(ids)), ids, len(context), tokenizer) == len(text.encode())
 
 
 @settings(deadline=None)
