@@ -19,7 +19,7 @@ from ..steps import Steps, expand, matches
 from ..store import Store
 from .inspect import echo_columns
 
-_SYMBOLS = {"ok": "✓", "absent": "·", "skipped": "-"}
+_SYMBOLS = {"ok": "✓", "absent": "·", "running": "…", "skipped": "-"}
 
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
