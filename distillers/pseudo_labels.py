@@ -6,14 +6,15 @@ begins: another range of the same seed is a held-out part, and a killed run goes
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..harness.documents import encode_document, read_documents
-from ..harness.interfaces import Decoder, Job, Limits, MambabenchError, Prompt, Stepper
+from ..harness.documents import encode_document, leading_token, read_documents
+from ..harness.interfaces import Decoder, Job, Limits, MambabenchError, Prompt, Stepper, silent
 from ..harness.plugins import make, registry
 from .plugin import PseudoLabelsConfig
 
@@ -38,10 +39,17 @@ class PseudoLabels:
                 job.teacher.path, job.device, "float32" if job.device == "cpu" else "bfloat16"
             )
             prompts = self._prompts(job, model)
+            # One bound for all, so that no document depends on those beside it.
+            room = model.max_context - max(len(prompt.ids) for prompt in prompts)
+            if room < 1:
+                raise MambabenchError(
+                    f"pseudo-labels: prompts of up to {model.max_context - room} tokens leave no room in a context of "
+                    f"{model.max_context}; lower prompt_tokens"
+                )
             with written.open("a", encoding="utf-8") as file:
                 for first in range(done, self.config.documents, self.config.batch):
                     part = prompts[first : first + self.config.batch]
-                    file.writelines(json.dumps(document) + "\n" for document in self._continue(model, part))
+                    file.writelines(json.dumps(document) + "\n" for document in self._continue(model, part, room))
                     file.flush()
                     job.emit("progress", done=first + len(part), total=self.config.documents, unit="documents")
         shutil.copyfile(written, job.out / "data.jsonl")
@@ -51,11 +59,12 @@ class PseudoLabels:
         tokenizer, config = model.tokenizer, self.config
         if config.prompts:
             path = job.data[config.prompts]
-            beginnings = [encode_document(d, tokenizer)[0][: config.prompt_tokens] for d in read_documents(path)]
+            needed = itertools.islice(read_documents(path), config.first + config.documents)
+            beginnings = [encode_document(document, tokenizer)[0][: config.prompt_tokens] for document in needed]
             if not beginnings:
                 raise MambabenchError(f"{path}: no documents to continue")
         else:
-            begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            begin = leading_token(tokenizer)
             if begin is None:
                 raise MambabenchError(
                     f"{job.teacher.path if job.teacher else ''}: the tokenizer has no token to begin a text with; "
@@ -65,10 +74,10 @@ class PseudoLabels:
         numbers = range(config.first, config.first + config.documents)
         return [Prompt(tuple(beginnings[i % len(beginnings)]), sequence=i) for i in numbers]
 
-    def _continue(self, model: Stepper, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def _continue(self, model: Stepper, prompts: Sequence[Prompt], room: int) -> list[dict[str, Any]]:
         config, end = self.config, model.tokenizer.eos_token_id
         limits = Limits(
-            new_tokens=min(config.new_tokens, model.max_context - max(len(prompt.ids) for prompt in prompts)),
+            new_tokens=min(config.new_tokens, room),
             stop_tokens=() if end is None else (end,),
             temperature=config.temperature,
             top_k=config.top_k,
@@ -76,7 +85,7 @@ class PseudoLabels:
             seed=config.seed,
         )
         decoder: Decoder = make(registry().find("decoder", "standard"))
-        answers = decoder.generate(model, prompts, limits, _ignore)
+        answers = decoder.generate(model, prompts, limits, silent)
         documents = []
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = [*prompt.ids, *answer.ids]
@@ -95,7 +104,3 @@ def keep_whole_lines(path: Path) -> int:
         with path.open("r+b") as file:
             file.truncate(end)
     return data.count(b"\n")
-
-
-def _ignore(kind: str, /, **fields: Any) -> None:
-    """Bursts of tokens are records of a measurement, and this is none."""

@@ -33,7 +33,13 @@ class Uniform:
         self.config = config
 
     def select(self, job: Job) -> list[int]:
-        return spread(_depth(job), self.config.share)
+        depth, share = _depth(job), self.config.share
+        keep = spread(depth, share)
+        if share and not keep:
+            raise MambabenchError(
+                f"selector uniform: a share of {share:g} of {depth} layers keeps none; say 0 if that is meant"
+            )
+        return keep
 
 
 class Listed:

@@ -2,17 +2,17 @@
 
 It has what conversions are known to lose, looking up and copying, and some of what they keep, plain sentences:
 
-    note anna tea anna , omar salt omar .        facts: a thing between two mentions of its owner
-    ask omar salt omar .                         a question, answered from the facts
-    copy fox owl elk bee | fox owl elk bee .     a span and its copy
-    the small miller sees a boat .               a sentence of little entropy
+    note anna tea anna tea , omar salt omar salt .   facts: a name and a thing, each told twice
+    ask omar salt .                                  a question, answered from the facts
+    copy fox owl elk bee | fox owl elk bee .         a span and its copy
+    the small miller sees a boat .                   a sentence of little entropy
 
 What is held out is decided by the words alone, never by the seed: every fragment of four words of a fact list (two
 neighbouring facts) or of a span belongs either to the training part or to the held-out part. A held-out list or span
 has no fragment in common with any training text, so that answers come from the context and not from memory.
 
 The language is made to be learnt by 150,000 parameters within a million tokens: few words, a kind of word for each
-purpose, and the second mention of an owner, which rewards looking one word back, as looking up needs it.
+purpose, and facts told twice, which reward looking one word back, as looking up needs it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Writer:
         random = self.random
         pairs = self.facts(random.randint(3, 4))
         span = self.span(random.randint(4, 6))
-        later = [["ask", *fact, "."] for fact in owned(pairs)]
+        later = [["ask", *fact, "."] for fact in told(pairs)]
         later.append(["copy", *span, "|", *span, "."])
         later += [self.sentence() for _ in range(random.randint(0, 2))]
         random.shuffle(later)
@@ -107,10 +107,10 @@ class Writer:
             pairs = self.facts(CHOICES)
             if len(set(pairs[1::2])) == CHOICES:
                 break
-        name, answer, _ = random.choice(list(owned(pairs)))
+        name, answer = random.choice(list(told(pairs)))
         context = [*noted(pairs), *self._perhaps_sentence(), "ask", name]
         wrong = [thing for thing in pairs[1::2] if thing != answer]
-        return self._item(context, f"{answer} {name}", [f"{thing} {name}" for thing in wrong])
+        return self._item(context, answer, wrong)
 
     def copy(self) -> dict[str, Any]:
         """An item: facts, perhaps a sentence, and a span to be copied; wrong choices have two words exchanged."""
@@ -138,15 +138,14 @@ class Writer:
         return {"context": " ".join(context), "choices": choices, "label": choices.index(answer), "answer": answer}
 
 
-def owned(pairs: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Facts as they are written: name, thing, name."""
-    for name, thing in zip(pairs[::2], pairs[1::2], strict=True):
-        yield name, thing, name
+def told(pairs: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names with their things."""
+    return zip(pairs[::2], pairs[1::2], strict=True)
 
 
 def noted(pairs: Sequence[str]) -> list[str]:
-    """Facts as a section: `note anna tea anna , omar salt omar .`"""
-    words = [word for fact in owned(pairs) for word in (*fact, ",")]
+    """Facts as a section: `note anna tea anna tea , omar salt omar salt .`"""
+    words = [word for fact in told(pairs) for word in (*fact, *fact, ",")]
     return ["note", *words[:-1], "."]
 
 

@@ -61,15 +61,16 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, context: int) -> Windows:
-    """Reads documents into windows; each begins with the leading token and ends with the end token, if there is one.
+    """Reads documents into windows; a text begins with the leading token and ends with the end token, if there is one.
 
+    Documents given as ids are taken as they are: one that was cut where its writer had not ended must not teach an end.
     Raises MambabenchError where nothing is left to learn.
     """
     end = tokenizer.eos_token_id
     rows = []
     for document in read_documents(path):
         ids, prompt = encode_document(document, tokenizer)
-        if end is not None and ids[-1] != end:
+        if document.ids is None and end is not None and ids[-1] != end:
             ids.append(end)
         rows.append((ids, [IGNORED] * prompt + ids[prompt:]))
     return pack(rows, context, str(path))
@@ -79,7 +80,7 @@ def pack(documents: Iterable[tuple[list[int], list[int]]], context: int, name: s
     """Packs documents (ids and labels) into windows of `context` tokens.
 
     Longer documents are cut; what fits into a window stays whole, and the fullest window that has room takes the
-    longest piece first (best fit decreasing), so that little is padding.
+    longest piece first (best fit decreasing), so that little is padding. Documents of a window see those before them.
     """
     pieces = []
     for ids, labels in documents:

@@ -26,7 +26,7 @@ def test_progressive_changes_the_mamba_mixers_and_nothing_else(make_job, write_s
     assert changed == {name for name in before if ".mamba." in name}
     assert changed
     losses = job.emit.of("loss")
-    assert losses[-1]["kl"] < losses[0]["kl"]
+    assert losses[-1]["loss"] < losses[0]["loss"]
     assert hybrid.backend.tokenizer(job.out).encode("ask anna") == teacher.backend.tokenizer(teacher.path).encode(
         "ask anna"
     )
@@ -74,7 +74,7 @@ def test_data_without_a_tokenizer_is_refused_by_name(make_job, tmp_path, teacher
 
 def written(make_job, name, teacher, data=None, **options):
     job = make_job(name, teacher=teacher, backend=teacher.backend, data=data or {})
-    PseudoLabels(PseudoLabelsConfig(new_tokens=12, **options)).write(job)
+    PseudoLabels(PseudoLabelsConfig(**{"new_tokens": 12, **options})).write(job)
     return [json.loads(line) for line in (job.out / "data.jsonl").read_text().splitlines()]
 
 
@@ -102,6 +102,21 @@ def test_pseudo_labels_continue_given_documents(make_job, write_standin, teacher
     beginnings = [json.loads(line)["text"].split()[:5] for line in (text / "data.jsonl").read_text().splitlines()]
     assert [document["prompt"] for document in documents] == [6, 6, 6]
     assert [document["text"].split()[:5] for document in documents] == [*beginnings, beginnings[0]]
+
+
+def test_the_length_of_a_pseudo_label_does_not_depend_on_those_beside_it(make_job, teacher, tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text('{"text": "ask anna"}\n' + json.dumps({"text": "ask anna tea , " * 20}) + "\n")
+    options = {"data": {"seeds": seeds}, "documents": 2, "prompts": "seeds", "prompt_tokens": 70, "new_tokens": 400}
+    together = written(make_job, "together", teacher, batch=2, **options)
+    assert written(make_job, "alone", teacher, batch=1, **options) == together
+
+
+def test_prompts_that_fill_the_context_are_refused(make_job, teacher, tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text(json.dumps({"text": "ask anna tea , " * 200}) + "\n")
+    with pytest.raises(MambabenchError, match="lower prompt_tokens"):
+        written(make_job, "job", teacher, data={"seeds": seeds}, documents=1, prompts="seeds", prompt_tokens=500)
 
 
 def test_pseudo_labels_go_on_after_a_kill(make_job, teacher):

@@ -49,6 +49,11 @@ def test_any_share_is_spread_without_gaps_larger_than_needed(layers, percent):
         assert max(gaps) - min(gaps) <= 1
 
 
+def test_a_share_that_keeps_no_layer_is_refused():
+    with pytest.raises(MambabenchError, match=r"0\.125 of 4 layers keeps none"):
+        Uniform(UniformConfig(share=0.125)).select(job(4))
+
+
 def test_list_sorts_and_checks_its_layers():
     assert Listed(ListConfig(layers=(4, 0))).select(job(5)) == [0, 4]
     with pytest.raises(MambabenchError, match="no layer 5; layers are 0 to 4"):

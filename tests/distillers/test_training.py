@@ -61,6 +61,13 @@ def test_documents_begin_and_end_with_their_tokens(tmp_path, teacher):
     assert windows.lengths.tolist() == [10]
 
 
+def test_a_document_of_ids_that_was_cut_teaches_no_end(tmp_path, teacher):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "", "ids": [1, 5, 6, 7], "prompt": 1}\n')
+    windows = read_windows(file, teacher.backend.tokenizer(teacher.path), 8)
+    assert windows.labels.tolist() == [[IGNORED, 5, 6, 7, *[IGNORED] * 4]]
+
+
 def test_no_text_is_an_error_that_names_the_file(tmp_path, teacher):
     file = tmp_path / "text.jsonl"
     file.write_text("")
@@ -136,6 +143,24 @@ def test_the_loss_that_is_logged_is_the_weighted_sum_of_its_parts(make_job, hybr
     assert job.emit.facts["weight_per_token_kl"] == 0.5
     assert 0 < job.emit.facts["trainable_share"] < 1
     assert job.emit.facts["training_wall"] > 0
+
+
+def test_the_parts_of_a_loss_are_means_over_the_labels_of_the_step(make_job, hybrid, teacher, windows):
+    job, batch = make_job(), len(windows)
+    student, trainer = distil(job, hybrid, teacher, windows, steps=1, batch=batch)
+    with torch.no_grad():
+        labels = windows.labels[:, 1:]
+        asked = labels != IGNORED
+        said, told = (
+            module(input_ids=windows.ids).logits[:, :-1].log_softmax(-1)
+            for module in (student, teacher.backend.module(teacher.path))
+        )
+        ce = -said.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)[asked].mean()
+        kl = (told.exp() * (told - said)).sum(-1)[asked].mean()
+    trainer.train()
+    (logged,) = job.emit.of("loss")
+    assert logged["ce"] == pytest.approx(float(ce), rel=1e-5)
+    assert logged["kl"] == pytest.approx(float(kl), rel=1e-4)
 
 
 class Killed(BaseException):
