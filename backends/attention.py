@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .calls import AttentionStep, Fill
 from .config import HybridConfig
 from .rope import rotate
-from .state import Advance, Fill, KVCache
+from .state import KVCache
 
 
 class Attention(nn.Module):
@@ -29,14 +30,15 @@ class Attention(nn.Module):
         self._fused = fuse_linears(self.q_proj, self.k_proj, self.v_proj)
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, L, E] -> rotated queries [B, L, H, P], rotated keys and values [B, L, G, P]."""
+        """h [..., E], cos and sin [..., 1, P] -> rotated queries [..., H, P], rotated keys and values [..., G, P]."""
         if self._fused is None:
             projected = torch.cat((self.q_proj(h), self.k_proj(h), self.v_proj(h)), dim=-1)
         else:
             projected = F.linear(h, *self._fused)
-        projected = projected.view(*h.shape[:2], -1, self.width)
-        turned = rotate(projected[:, :, : self.heads + self.groups], cos, sin)
-        return turned[:, :, : self.heads], turned[:, :, self.heads :], projected[:, :, self.heads + self.groups :]
+        projected = projected.view(*h.shape[:-1], -1, self.width)
+        turned, values = projected.split((self.heads + self.groups, self.groups), dim=-2)
+        queries, keys = rotate(turned, cos, sin).split((self.heads, self.groups), dim=-2)
+        return queries, keys, values
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keep: Tensor | None) -> Tensor:
         """A whole sequence. h [B, L, E]; mask bool [B, 1, L, L] (None: causal); keep is read by other mixers."""
@@ -55,17 +57,16 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=fill.mask, is_causal=fill.fresh, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def step(self, h: Tensor, cache: KVCache, call: Advance) -> Tensor:
-        """T tokens a row. h [B, T, E]. The heads of a group are rows of one query matrix: no key is repeated."""
-        batch, count = h.shape[:2]
+    def step(self, h: Tensor, cache: KVCache, call: AttentionStep) -> Tensor:
+        """T tokens a row. h [B * T, E]. The heads of a group are rows of one query matrix: no key is repeated."""
         q, k, v = self.project(h, call.cos, call.sin)
         for store, new in ((cache.keys, k), (cache.values, v)):
-            store.view(-1, *new.shape[2:]).index_copy_(0, call.slots, new.flatten(0, 1))
-        q = q.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4).reshape(batch, self.groups, -1, self.width)
+            store.view(-1, *new.shape[1:]).index_copy_(0, call.slots, new)
+        q = q.view(call.batch, -1, self.groups, self.heads // self.groups, self.width).permute(0, 2, 3, 1, 4)
         k, v = (t[:, : call.live].transpose(1, 2) for t in (cache.keys, cache.values))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=call.mask)
-        y = y.reshape(batch, self.heads, count, self.width).transpose(1, 2).reshape(batch, count, -1)
-        return self.o_proj(y)
+        y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=call.mask)
+        y = y.view(call.batch, self.heads, -1, self.width).transpose(1, 2)
+        return self.o_proj(y.reshape(h.shape[0], -1))
 
 
 def fuse_linears(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:

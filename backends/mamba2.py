@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.conv import conv
-from ..kernels.multistep import multistep, replay
+from ..kernels.conv import conv, conv_few
+from ..kernels.multistep import multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
+from .calls import Fill, MambaStep
 from .config import HybridConfig
-from .state import Advance, Fill, MambaState
+from .state import MambaState
 
 EXACT = ("A_log", "D", "dt_bias")
 """Parameters that stay in fp32 in every precision below it."""
@@ -49,6 +50,7 @@ class Mamba2(nn.Module):
         self.norm = HeadNorm(self.inner)
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
         self._fixed_decay: Tensor | None = None
+        self._taps: tuple[Tensor, Tensor]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mamba2:
         """What `.to(…)` and its like do; casts below fp32 leave the parameters in `EXACT` in fp32."""
@@ -105,9 +107,13 @@ class Mamba2(nn.Module):
         assert self.conv1d.bias is not None
         return self.conv1d.bias
 
-    def _split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, L, E] -> gate z [B, L, H P], convolution inputs [B, L, (2 G + H) P], raw dt [B, L, H]."""
-        return self.in_proj(h).split((self.inner, self.channels, self.heads), dim=-1)
+    def _split(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h [..., E] -> gate z [..., H P]; what a token leaves for later ones: [..., (2 G + H) P + H]."""
+        return self.in_proj(h).split((self.inner, self.channels + self.heads), dim=-1)
+
+    def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution's inputs [..., (2 G + H) P] and the raw dt [..., H]."""
+        return kept.split((self.channels, self.heads), dim=-1)
 
     def _dt(self, raw: Tensor) -> Tensor:
         kind = compute_dtype(raw)
@@ -115,7 +121,7 @@ class Mamba2(nn.Module):
 
     def _heads(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convolution outputs -> x [B, L, G, P], B [B, L, G, N], C [B, L, H, N], after SiLU."""
-        heads = F.silu(convolved).unflatten(-1, (-1, self.width))
+        heads = F.silu(convolved).view(*convolved.shape[:2], -1, self.width)
         return heads.split((self.groups, self.groups, self.heads), dim=2)
 
     def _decay(self, kind: torch.dtype) -> Tensor:
@@ -123,9 +129,9 @@ class Mamba2(nn.Module):
         return -torch.exp(self.A_log.to(kind)) if self._fixed_decay is None else self._fixed_decay
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype."""
-        gated = y * F.silu(z.to(y.dtype)).view_as(y)
-        normed = F.rms_norm(gated, (self.width,), None, self.eps).flatten(2) * self.norm.weight.to(y.dtype)
+        """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype, z [..., H P]."""
+        gated = y * F.silu(z.to(y.dtype)).view(y.shape)
+        normed = F.rms_norm(gated, (self.width,), None, self.eps).view(z.shape) * self.norm.weight.to(y.dtype)
         return self.out_proj(normed.to(z.dtype))
 
     def _conv(self, u: Tensor, window: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -134,7 +140,8 @@ class Mamba2(nn.Module):
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keep: Tensor | None) -> Tensor:
         """A whole sequence. h [B, L, E]; keep bool [B, L, 1] marks real tokens: padding enters neither the
         convolution nor the state, so that left padding is as if it were not there."""
-        z, u, raw = self._split(h)
+        z, kept = self._split(h)
+        u, raw = self._parts(kept)
         dt = self._dt(raw)
         if keep is not None:
             u, dt = u * keep, dt * keep
@@ -143,34 +150,42 @@ class Mamba2(nn.Module):
         return self._out(y, z)
 
     def prefill(self, h: Tensor, cache: MambaState, fill: Fill) -> Tensor:
-        """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end."""
-        z, u, raw = self._split(h)
-        dt = self._dt(raw)
-        rows = fill.rows
-        decay = self._decay(dt.dtype)
+        """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end. What is replayed
+        stands before the prompt."""
+        z, kept = self._split(h)
         window = state = None
+        replayed = fill.replayed.shape[1]
         if not fill.fresh:
-            window = cache.inputs[rows.unsqueeze(1), fill.window]
-            ring = (cache.x[rows], cache.dt[rows], cache.b[rows])
-            state = replay(cache.state[rows], ring, decay, fill.ring)
-        convolved, window = self._conv(u, window, fill.lengths)
-        x, b, c = self._heads(convolved)
-        y, state = scan(x, dt, decay, b, c, self.D, state, fill.lengths, self.chunk)
-        cache.state[rows] = state
-        cache.inputs[rows.unsqueeze(1), fill.tail] = window
-        return self._out(y, z)
-
-    def step(self, h: Tensor, cache: MambaState, call: Advance) -> Tensor:
-        """T tokens a row. h [B, T, E]."""
-        z, u, raw = self._split(h)
-        inputs = cache.inputs.view(-1, self.channels)
-        convolved, _ = self._conv(u, inputs.index_select(0, call.window).view(u.shape[0], -1, self.channels))
-        inputs.index_copy_(0, call.ring.new, u.flatten(0, 1))
-        x, b, c = self._heads(convolved)
+            old = cache.inputs[fill.rows.unsqueeze(1), fill.read]
+            taken = old.shape[1] - replayed
+            window, state = self._parts(old[:, :taken])[0], cache.state[fill.rows]
+            kept = torch.cat((old[:, taken:], kept), dim=1)
+        u, raw = self._parts(kept)
         dt = self._dt(raw)
-        y = multistep(x, dt, self._decay(dt.dtype), b, c, self.D, cache.state, cache.ring, call.ring, call.settle)
+        dt = torch.cat((dt[:, :replayed] * fill.replayed, dt[:, replayed:]), dim=1)
+        lengths = fill.lengths + replayed
+        convolved, window = self._conv(u, window, lengths)
+        x, b, c = self._heads(convolved)
+        y, cache.state[fill.rows] = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, lengths, self.chunk)
+        cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.channels] = window
+        return self._out(y[:, replayed:], z)
+
+    def step(self, h: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
+        """T tokens a row. h [B * T, E]."""
+        z, kept = self._split(h)
+        ring = cache.inputs.view(-1, kept.shape[1])
+        ring.index_copy_(0, call.new, kept)
+        u, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
+        x, b, c = self._heads(conv_few(u, *self._taps))
+        dt = self._dt(raw[:, -x.shape[1] :])
+        if call.live is not None:
+            dt = dt * call.live
+        decay = self._decay(dt.dtype)
+        y = multistep(x, dt, decay, b, c[:, -call.count :], self.D, cache.state, call.mask, call.settle)
         return self._out(y, z)
 
     def fuse(self) -> None:
-        """Gets ready for inference: the decay is computed once."""
-        self._fixed_decay = self._decay(compute_dtype(self.A_log)).detach()
+        """Gets ready for inference: the decay is computed once, the convolution's small weights are cast once."""
+        kind = compute_dtype(self.A_log)
+        self._fixed_decay = self._decay(kind).detach()
+        self._taps = self.conv1d.weight.detach().squeeze(1).to(kind), self.conv_bias.detach().to(kind)

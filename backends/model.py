@@ -17,11 +17,12 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..harness.interfaces import Unsupported
 from .attention import fuse_linears
+from .calls import AttentionStep, Fill, MambaStep
 from .config import HybridConfig
 from .mamba2 import Mamba2
 from .mixers import MIXERS, PREFIXES
 from .rope import Rope
-from .state import Advance, Fill, KVCache, MambaState
+from .state import KVCache, MambaState
 
 
 class RMSNorm(nn.Module):
@@ -79,10 +80,10 @@ class HybridLayer(GradientCheckpointingLayer):
         h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep)
         return h + self.mlp(self.post_attention_layernorm(h))
 
-    def run(self, h: Tensor, cache: KVCache | MambaState, call: Advance | Fill) -> Tensor:
-        """The same on a state: a prompt or a few tokens, whatever `call` describes."""
+    def run(self, h: Tensor, cache: KVCache | MambaState, call: AttentionStep | MambaStep | Fill) -> Tensor:
+        """The same on a state: prompts [n, L, E] or a few tokens of each row [B * T, E], whatever `call` describes."""
         mixer = self.mixer
-        way = mixer.step if isinstance(call, Advance) else mixer.prefill
+        way = mixer.prefill if isinstance(call, Fill) else mixer.step
         h = h + way(self.input_layernorm(h), cache, call)
         return h + self.mlp(self.post_attention_layernorm(h))
 

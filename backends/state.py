@@ -1,4 +1,4 @@
-"""What a stepping engine keeps between calls, and the indices that one call shares between its layers."""
+"""What a stepping engine keeps between calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.multistep import Indices
 from ..kernels.scan.reference import compute_dtype
 from .config import HybridConfig
+from .rope import Rope
 
 
 @dataclass(slots=True)
@@ -25,25 +25,19 @@ class KVCache:
 
 @dataclass(slots=True)
 class MambaState:
-    """A Mamba-2 layer: the state at `settled`, and rings of what is needed to go on from any later position."""
+    """A Mamba-2 layer: the state at `settled`, and a ring of what is needed to go on from any later position.
+
+    The ring holds what the input projection made of each token, so that a replay makes from it what the first run of
+    the token made. Position p lies in slot p mod S.
+    """
 
     state: Tensor
     """fp32 or fp64 [B, H, P, N]."""
-    x: Tensor
-    """[B, S, G, P] after the convolution."""
-    dt: Tensor
-    """fp32 or fp64 [B, S, H] after softplus."""
-    b: Tensor
-    """[B, S, G, N] after the convolution."""
     inputs: Tensor
-    """[B, S, E], the convolution's own inputs."""
+    """[B, S, E + H]: the convolution's E inputs and the raw dt."""
 
     def tensors(self) -> list[Tensor]:
-        return [self.state, self.x, self.dt, self.b, self.inputs]
-
-    @property
-    def ring(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.x, self.dt, self.b
+        return [self.state, self.inputs]
 
 
 @dataclass(slots=True)
@@ -57,90 +51,31 @@ class State:
     capacity: int
     """Positions a row can hold."""
     ring: int
-    """Slots of every ring."""
+    """Slots of every ring: for two rounds and the convolution's window. A call that settles replays up to `steps`
+    tokens and writes as many new ones, which must not lie in slots that it reads."""
     exact: torch.dtype
     """Of recurrent states."""
+    rotary: Tensor
+    """[capacity, 2, P]: cos and sin of every position."""
 
     def tensors(self) -> list[Tensor]:
+        """All that belongs to rows."""
         return [self.settled, self.end, *(t for layer in self.layers for t in layer.tensors())]
 
 
-@dataclass(slots=True)
-class Advance:
-    """Indices of one `advance` of T tokens a row, made once and read by every layer."""
-
-    slots: Tensor
-    """int64 [B * T], of the caches, flat over B x S."""
-    window: Tensor
-    """int64 [B * (W - 1)], flat ring slots of the convolution's inputs just before `start`."""
-    ring: Indices
-    settle: bool
-    live: int
-    """No row's positions reach beyond this many cache slots."""
-    mask: Tensor | None
-    """bool [B, 1, R * T, live]: the cache slots that a query may read, repeated for the R heads of a group. None where
-    each query reads them all."""
-    cos: Tensor
-    sin: Tensor
-
-
-@dataclass(slots=True)
-class Fill:
-    """Indices of one `prefill` of L tokens in the n rows that have any."""
-
-    rows: Tensor
-    """int64 [n]."""
-    lengths: Tensor
-    """int64 [n], at least 1."""
-    start: Tensor
-    """int64 [n]."""
-    fresh: bool
-    """Every row begins anew: nothing of the state is read."""
-    flat: tuple[Tensor, Tensor]
-    """int64 [M] row and token of every real token, both indices into the n x L block."""
-    positions: Tensor
-    """int64 [n, L]."""
-    window: Tensor
-    """int64 [n, W - 1], ring slots of the convolution's inputs just before `start`."""
-    tail: Tensor
-    """int64 [n, W - 1], the same just before the new end."""
-    ring: Indices
-    """What is replayed first, of rings cut down to the n rows."""
-    live: int
-    mask: Tensor | None
-    """bool [n, 1, L, live], None if fresh."""
-    cos: Tensor
-    sin: Tensor
-
-
-def open_state(
-    config: HybridConfig, batch: int, context: int, steps: int, dtype: torch.dtype, device: torch.device
-) -> State:
-    """Empty rows of `context + steps` positions, with rings for two rounds and the convolution's window.
-
-    Two rounds because a call that settles replays up to `steps` tokens of the last round and writes as many new ones,
-    which must not lie in slots that it reads.
-    """
-    ring = 2 * steps + config.d_conv - 1
+def open_state(config: HybridConfig, rope: Rope, batch: int, context: int, steps: int, like: Tensor) -> State:
+    """Empty rows of `context + steps` positions, in the dtype and on the device of `like`."""
+    ring, capacity = 2 * steps + config.d_conv - 1, context + steps
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    exact = compute_dtype(torch.empty(0, dtype=dtype))
-
-    def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(batch, *shape, dtype=kind, device=device)
-
+    exact = compute_dtype(like)
     layers: list[KVCache | MambaState] = []
     for mixer in config.mixers:
         if mixer == "attention":
-            layers.append(KVCache(*(zeros(context + steps, groups, width) for _ in range(2))))
+            layers.append(KVCache(*(like.new_zeros(batch, capacity, groups, width) for _ in range(2))))
         else:
-            layers.append(
-                MambaState(
-                    state=zeros(heads, width, width, kind=exact),
-                    x=zeros(ring, groups, width),
-                    dt=zeros(ring, heads, kind=exact),
-                    b=zeros(ring, groups, width),
-                    inputs=zeros(ring, (2 * groups + heads) * width),
-                )
-            )
-    cursor = zeros(kind=torch.int32)
-    return State(layers, cursor, cursor.clone(), steps, context + steps, ring, exact)
+            state = like.new_zeros(batch, heads, width, width, dtype=exact)
+            layers.append(MambaState(state, like.new_zeros(batch, ring, (2 * groups + heads) * width + heads)))
+    cursor = like.new_zeros(batch, dtype=torch.int32)
+    cos, sin = rope(torch.arange(capacity, device=like.device).unsqueeze(0), like)
+    rotary = torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1)
+    return State(layers, cursor, cursor.clone(), steps, capacity, ring, exact, rotary)

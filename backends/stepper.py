@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
-from ..kernels.multistep import indices
 from ..kernels.scan.reference import compute_dtype
+from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
 from .model import HybridForCausalLM
-from .state import Advance, Fill, State, open_state
+from .state import State, open_state
 
 HEAD_SLICE = 1 << 24
 """Logits that `score` holds at a time."""
@@ -41,37 +41,34 @@ class HybridStepper:
     @torch.inference_mode()
     def open(self, batch: int, context: int, steps: int) -> State:
         """Takes the memory for `batch` rows of `context + steps` positions."""
-        weight = self.model.lm_head.weight
-        return open_state(self.config, batch, context, steps, weight.dtype, weight.device)
+        return open_state(self.config, self.model.model.rope, batch, context, steps, self.model.lm_head.weight)
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None = None) -> Tensor:
         """Runs prompts; ids [B, L], lengths [B], start [B] -> logits [B, V] at each last token. Zeros elsewhere."""
-        fill = self._fill(ids, lengths, state, start)
+        call = self._fill(ids, lengths, state, start)
         logits = ids.new_zeros(ids.shape[0], self.vocab_size, dtype=compute_dtype(self.model.lm_head.weight))
-        if fill is None:
+        if call is None:
             return logits
-        h = self.model.model.embed_tokens(ids[fill.rows])
+        h = self.model.model.embed_tokens(ids[call.rows])
         for layer, cache in zip(self._layers, state.layers, strict=True):
-            h = layer.run(h, cache, fill)
-        last = h[torch.arange(h.shape[0], device=h.device), fill.lengths - 1]
-        logits[fill.rows] = self._logits(last)
-        reached = (fill.start + fill.lengths).int()
-        state.end[fill.rows] = reached
-        state.settled[fill.rows] = reached
+            h = layer.run(h, cache, call)
+        last = h[torch.arange(h.shape[0], device=h.device), call.lengths - 1]
+        logits[call.rows] = self._logits(last)
+        state.end[call.rows] = state.settled[call.rows] = call.end.int()
         return logits
 
     @torch.inference_mode()
     def advance(self, ids: Tensor, start: Tensor, state: State, settle: bool = True) -> Tensor:
         """Runs ids [B, T] at `start` [B] -> logits [B, T, V]."""
-        call = self._advance(ids, start, state, settle)
-        h = self.model.model.embed_tokens(ids)
-        for layer, cache in zip(self._layers, state.layers, strict=True):
-            h = layer.run(h, cache, call)
+        calls = self._advance(ids.shape[1], start, state, settle)
+        h = self.model.model.embed_tokens(ids.flatten())
+        for name, layer, cache in zip(self.config.mixers, self._layers, state.layers, strict=True):
+            h = layer.run(h, cache, calls[name])
         if settle:
             state.settled.copy_(start)
         torch.add(start, ids.shape[1], out=state.end)
-        return self._logits(h)
+        return self._logits(h).view(*ids.shape, -1)
 
     @torch.inference_mode()
     def take(self, state: State, rows: Tensor) -> None:
@@ -110,7 +107,7 @@ class HybridStepper:
         numbers, tokens = sum(p.numel() for p in read), batch * steps
         exact = compute_dtype(self.model.lm_head.weight).itemsize
         cell = heads * width * width
-        slot = size * (4 * groups + heads) * width + exact * heads
+        slot = size * ((2 * groups + heads) * width + heads)
         kv_bytes = attention * 2 * groups * width * size * batch * (context + steps)
         return Cost(
             weight_bytes=sum(p.nbytes for p in read),
@@ -137,68 +134,31 @@ class HybridStepper:
         return F.linear(h.float(), weight.float())
 
     def _fill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None) -> Fill | None:
-        count = lengths.tolist()
-        if max(count, default=0) > ids.shape[1]:
-            raise MambabenchError(f"prefill: lengths up to {max(count)} but ids have {ids.shape[1]} columns")
+        longest = max(lengths.tolist(), default=0)
+        if longest > ids.shape[1]:
+            raise MambabenchError(f"prefill: lengths up to {longest} but ids have {ids.shape[1]} columns")
         rows = lengths.nonzero().squeeze(1)
         if not rows.numel():
             return None
-        device = ids.device
-        lengths, settled = lengths[rows].long(), state.settled[rows].long()
-        first = torch.zeros_like(lengths) if start is None else start[rows].long()
-        live = int((first + lengths).max())
-        if live > state.capacity:
-            raise MambabenchError(f"prefill: {live} positions do not fit in the {state.capacity} that open() took")
-        if start is not None and bool(((first < settled) | (first > state.end[rows])).any()):
+        reached = int((lengths if start is None else lengths + start)[rows].max())
+        if reached > state.capacity:
+            raise MambabenchError(f"prefill: {reached} positions do not fit in the {state.capacity} that open() took")
+        if start is not None and bool(((start < state.settled) | (start > state.end))[rows].any()):
             raise MambabenchError("prefill: start must lie between the settled position and the end of its row")
-        tokens = torch.arange(ids.shape[1], device=device)
-        positions = first.unsqueeze(1) + tokens
-        before = torch.arange(1 - self.config.d_conv, 0, device=device)
-        cos, sin = self.model.model.rope(positions, self.model.lm_head.weight)
-        mask = None
-        if start is not None:
-            mask = (torch.arange(live, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
-        flat = (tokens < lengths.unsqueeze(1)).nonzero(as_tuple=True)
-        return Fill(
-            rows=rows,
-            lengths=lengths,
-            start=first,
-            fresh=start is None,
-            flat=(flat[0], flat[1]),
-            positions=positions,
-            window=(first.unsqueeze(1) + before) % state.ring,
-            tail=((first + lengths).unsqueeze(1) + before) % state.ring,
-            ring=indices(settled, first, 0, state.ring, None if start is not None else 0, state.exact),
-            live=live,
-            mask=mask,
-            cos=cos,
-            sin=sin,
-        )
+        first = None if start is None else start[rows].long()
+        return fill(self.config, state, ids, rows, lengths[rows].long(), first)
 
-    def _advance(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Advance:
-        count, device = ids.shape[1], ids.device
+    def _advance(self, count: int, start: Tensor, state: State, settle: bool) -> dict[str, AttentionStep | MambaStep]:
+        """The indices for each kind of mixer that the model has."""
         live, longest, even = state.capacity, state.steps, False
-        if self.debug or device.type == "cpu":
+        if self.debug or start.device.type == "cpu":
             live, longest, even = self._check(count, start, state, settle)
-        positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
-        rows = torch.arange(ids.shape[0], device=device).unsqueeze(1)
-        around = torch.arange(1 - self.config.d_conv, count, device=device)
-        cos, sin = self.model.model.rope(positions, self.model.lm_head.weight)
-        mask = None
-        if count > 1 or not even:
-            repeat = self.config.num_attention_heads // self.config.num_key_value_heads
-            mask = torch.arange(live, device=device) <= positions.unsqueeze(-1)
-            mask = mask.repeat(1, repeat, 1).unsqueeze(1)
-        return Advance(
-            slots=(rows * state.capacity + positions).flatten(),
-            window=(rows * state.ring + (positions[:, :1] + around) % state.ring).flatten(),
-            ring=indices(state.settled, start, count, state.ring, longest, state.exact),
-            settle=settle,
-            live=live,
-            mask=mask,
-            cos=cos,
-            sin=sin,
-        )
+        calls: dict[str, AttentionStep | MambaStep] = {}
+        if "attention" in self.config.mixers:
+            calls["attention"] = attention_step(self.config, state, start, count, live, even)
+        if "mamba2" in self.config.mixers:
+            calls["mamba2"] = mamba_step(self.config, state, start, count, longest, settle)
+        return calls
 
     @staticmethod
     def _check(count: int, start: Tensor, state: State, settle: bool) -> tuple[int, int, bool]:

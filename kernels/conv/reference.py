@@ -2,8 +2,9 @@
 
     y_t = bias + sum_k weight[:, k] u_{t - W + 1 + k}        W taps
 
-`conv_loop` is the formula, the truth; `conv` does the same as W shifted multiply-adds, without a transposition.
-Sums are in fp32 (fp64 for fp64 inputs) and rounded to the inputs' dtype once.
+`conv_loop` is the formula, the truth; `conv` does the same as W shifted multiply-adds, without a transposition, and
+`conv_few` with fewer operations for a handful of tokens. Sums are in fp32 (fp64 for fp64 inputs) and rounded to the
+inputs' dtype once.
 """
 
 from __future__ import annotations
@@ -53,3 +54,12 @@ def conv(
     for tap in range(taps):
         y = torch.addcmul(y, exact[:, tap : tap + length], weight[:, tap])
     return y.to(u.dtype), _window_at(padded, taps, lengths)
+
+
+def conv_few(joined: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A few tokens that lie behind their window already: joined [B, W - 1 + L, E] -> y [B, L, E].
+
+    weight [E, W] and bias [E] are in the dtype of the sums, so that nothing but the result is cast.
+    """
+    products = joined.unfold(1, weight.shape[1], 1).transpose(2, 3) * weight.T  # [B, L, W, E]
+    return (products.sum(2) + bias).to(joined.dtype)

@@ -1,5 +1,5 @@
 """Several tokens from a state that can be taken back: the decoding step of a Mamba-2 layer."""
 
-from .reference import Indices, indices, multistep, multistep_loop, replay
+from .reference import multistep, multistep_loop, visible
 
-__all__ = ["Indices", "indices", "multistep", "multistep_loop", "replay"]
+__all__ = ["multistep", "multistep_loop", "visible"]

@@ -64,11 +64,14 @@ def break_window(model: HybridStepper) -> None:
     """Starts the convolution at the inputs before the end, wherever a call starts."""
     whole = model._advance
 
-    def advance(ids, start, state, settle):
-        call = whole(ids, start, state, settle)
-        rows = torch.arange(len(start)).unsqueeze(1) * state.ring
-        call.window = (rows + (state.end.long().unsqueeze(1) + torch.arange(-3, 0)) % state.ring).flatten()
-        return call
+    def advance(count, start, state, settle):
+        calls = whole(count, start, state, settle)
+        call = calls["mamba2"]
+        slots = call.read.view(call.batch, -1)
+        before = slots.shape[1] - count
+        rows = torch.arange(call.batch).unsqueeze(1) * state.ring
+        slots[:, :before] = rows + (state.end.long().unsqueeze(1) + torch.arange(-before, 0)) % state.ring
+        return calls
 
     model._advance = advance
 
@@ -81,8 +84,7 @@ def break_ring(model: HybridStepper) -> None:
         state = whole(batch, context, steps)
         state.ring = steps + 1
         for layer in mamba_layers(state):
-            for name in ("x", "dt", "b", "inputs"):
-                setattr(layer, name, getattr(layer, name)[:, : state.ring].clone())
+            layer.inputs = layer.inputs[:, : state.ring].clone()
         return state
 
     model.open = open_small
@@ -93,8 +95,10 @@ def break_rows(model: HybridStepper) -> None:
 
     @torch.inference_mode()
     def take(state, rows):
-        for tensor in (state.settled, state.end, *(t for layer in state.layers for t in layer.tensors()[:2])):
-            tensor.copy_(tensor[rows])
+        rings = [layer.inputs for layer in mamba_layers(state)]
+        for tensor in state.tensors():
+            if not any(tensor is ring for ring in rings):
+                tensor.copy_(tensor[rows])
 
     model.take = take
 

@@ -73,8 +73,7 @@ def test_traffic_and_arithmetic_are_those_of_one_advance(model, batch: int, cont
             # q k and p v: a multiplication and an addition for each head, position and channel.
             flops += 2 * 2 * batch * steps * heads * (context + steps) * width
         else:
-            slots = (layer.x, layer.dt, layer.b, layer.inputs)
-            read_and_written += 2 * layer.state.nbytes + 2 * steps * sum(ring[:, 0].nbytes for ring in slots)
+            read_and_written += 2 * layer.state.nbytes + 2 * steps * layer.inputs[:, 0].nbytes
             # Replayed and run anew: decay, input, and the product with C.
             flops += 8 * batch * steps * heads * width * width
     assert (cost.kv_bytes, cost.state_bytes, cost.flops) == (kv, read_and_written, flops)

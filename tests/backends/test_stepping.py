@@ -6,8 +6,10 @@ import pytest
 import torch
 from mambabench import MambabenchError
 from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
+from mambabench.backends.plugin import Mamba2HybridConfig
 from mambabench.backends.stepper import HybridStepper
 from mambabench.harness.conformance import check_backend
+from mambabench.kernels.multistep import multistep
 from transformers import LlamaForCausalLM
 
 BF16 = 0.02
@@ -33,6 +35,13 @@ def test_fp32_keeps_it_within_rounding(half: Path) -> None:
 
 def test_bf16_keeps_it_within_the_tolerance_at_which_faults_are_found(half: Path) -> None:
     check_backend("mamba2-hybrid", half, rounds=100, dtype="bfloat16", tolerance=BF16)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 6])
+def test_any_number_of_taps_keeps_the_stepping_contract(taps: int, llama: Path, tmp_path: Path) -> None:
+    backend = Mamba2HybridBackend(Mamba2HybridConfig(d_conv=taps, chunk=8))
+    backend.convert(llama, [2], tmp_path / "artifact", seed=0)
+    check_backend(backend, tmp_path / "artifact", rounds=60, seed=4)
 
 
 def test_shapes_need_not_depend_on_data(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +112,27 @@ def test_scores_are_the_model_s_log_probabilities(
     torch.testing.assert_close(scores.logprob, logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0])
     assert torch.equal(scores.greedy, logits.argmax(-1) == ids[:, 1:])
     assert scores.greedy[0, 4]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replay_sees_what_the_first_run_of_a_token_saw(
+    dtype: str, half: Path, hybrid_backend: Mamba2HybridBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(x, dt, A, B, *rest):
+        seen.append((x, dt, B))
+        return multistep(x, dt, A, B, *rest)
+
+    monkeypatch.setattr("mambabench.backends.mamba2.multistep", spy)
+    model, text = hybrid_backend.load(half, "cpu", dtype), torch.arange(10).repeat(2, 1)
+    state = model.open(2, 10, 4)
+    model.prefill(text[:, :6], ints(6, 5), state)
+    model.advance(text[:, 6:], ints(6, 5), state)
+    first, seen = seen[0], []
+    model.advance(text[:, :1], ints(10, 9), state)
+    for old, new in zip(first, seen[0], strict=True):
+        torch.testing.assert_close(new[:, :4], old[:, -4:], rtol=1e-6, atol=0)
 
 
 def test_a_call_outside_the_contract_is_refused(half: Path, hybrid_backend: Mamba2HybridBackend) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.kernels.conv import conv, conv_loop
+from mambabench.kernels.conv import conv, conv_few, conv_loop
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @given(st.integers(0, 1000), st.integers(1, 3), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.booleans())
@@ -25,6 +27,9 @@ def test_shifted_products_are_the_formula(
     want, want_window = conv_loop(u, weight, bias, window, lengths)
     got, got_window = conv(u, weight, bias, window, lengths)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    if window is not None:
+        few = conv_few(torch.cat((window, u), dim=1), weight, bias)
+        torch.testing.assert_close(few, want, rtol=1e-12, atol=1e-12)
     assert got_window.shape == (batch, taps - 1, channels)
     assert torch.equal(got_window, want_window)
 
@@ -50,8 +55,14 @@ def test_agrees_with_torch() -> None:
     torch.testing.assert_close(conv(u, weight, bias)[0], want[..., :17].transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", [conv, conv_loop])
-def test_bf16_sums_are_rounded_once(way: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+def joined(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, window: torch.Tensor) -> Pair:
+    """`conv_few` with the arguments and results of the others."""
+    both = torch.cat((window, u), dim=1)
+    return conv_few(both, weight.float(), bias.float()), both[:, -window.shape[1] :]
+
+
+@pytest.mark.parametrize("way", [conv, conv_loop, joined])
+def test_bf16_sums_are_rounded_once(way: Callable[..., Pair]) -> None:
     generator = torch.Generator().manual_seed(0)
     u, weight, bias, window = (
         torch.randn(*shape, generator=generator).bfloat16() for shape in ((4, 50, 64), (64, 4), (64,), (4, 3, 64))

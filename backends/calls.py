@@ -1,0 +1,136 @@
+"""The indices of one call of the stepping engine: made once, read by every layer of a kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.multistep import visible
+from .config import HybridConfig
+from .state import State
+
+
+@dataclass(slots=True)
+class AttentionStep:
+    """T tokens a row, for attention layers."""
+
+    batch: int
+    slots: Tensor
+    """int64 [B * T], of the caches, flat over B x S."""
+    live: int
+    """No row's positions reach beyond this many cache slots."""
+    mask: Tensor | None
+    """bool [B, 1, R * T, live]: the cache slots that a query may read, repeated for the R heads of a group. None where
+    each query reads them all."""
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(slots=True)
+class MambaStep:
+    """T tokens a row and the R before them, for Mamba layers. Those from `settled` on are replayed; earlier ones are
+    among them because rows differ, or because R must not depend on data."""
+
+    batch: int
+    count: int
+    """T."""
+    new: Tensor
+    """int64 [B * T], ring slots of the new tokens, flat over B x S."""
+    read: Tensor
+    """int64 [B * (W - 1 + R + T)], the same of the convolution's window, the R tokens and the new ones."""
+    live: Tensor | None
+    """[B, R + T, 1], 0 for a token before `settled`, else 1; in the dtype of the state. None where R = 0."""
+    mask: Tensor
+    """`visible(R, T)`."""
+    settle: bool
+
+
+@dataclass(slots=True)
+class Fill:
+    """Prompts of up to L tokens in the n rows that have any."""
+
+    rows: Tensor
+    """int64 [n]."""
+    lengths: Tensor
+    """int64 [n], at least 1."""
+    fresh: bool
+    """Every row begins anew: nothing of the state is read."""
+    end: Tensor
+    """int64 [n], positions reached."""
+    flat: tuple[Tensor, Tensor]
+    """int64 [M] row and token of every real token, both indices into the n x L block."""
+    positions: Tensor
+    """int64 [n, L]."""
+    live: int
+    """No row's positions reach beyond this many cache slots."""
+    mask: Tensor | None
+    """bool [n, 1, L, live], None if fresh."""
+    cos: Tensor
+    sin: Tensor
+    read: Tensor
+    """int64 [n, W - 1 + R], ring slots of the convolution's window and of the R tokens before `start`."""
+    replayed: Tensor
+    """[n, R, 1], 0 for a token before `settled`, else 1."""
+    tail: Tensor
+    """int64 [n, W - 1], ring slots of the convolution's window at the end."""
+
+
+def attention_step(
+    config: HybridConfig, state: State, start: Tensor, count: int, live: int, even: bool
+) -> AttentionStep:
+    """`count` tokens at `start` [B]; `even` says that all rows start at one position."""
+    batch, device = start.shape[0], start.device
+    positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
+    rows = torch.arange(batch, device=device).unsqueeze(1)
+    mask = None
+    if count > 1 or not even:
+        repeat = config.num_attention_heads // config.num_key_value_heads
+        mask = torch.arange(live, device=device) <= positions.unsqueeze(-1)
+        mask = mask.repeat(1, repeat, 1).unsqueeze(1)
+    cos, sin = state.rotary.index_select(0, positions.flatten()).unsqueeze(2).unbind(1)
+    return AttentionStep(batch, (rows * state.capacity + positions).flatten(), live, mask, cos, sin)
+
+
+def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, longest: int, settle: bool) -> MambaStep:
+    """`count` tokens at `start` [B] after the `longest` tokens before them."""
+    batch, device, window = start.shape[0], start.device, config.d_conv - 1
+    positions = start.long().unsqueeze(1) + torch.arange(-window - longest, count, device=device)
+    slots = torch.arange(batch, device=device).unsqueeze(1) * state.ring + positions % state.ring
+    live = None
+    if longest:
+        live = (positions[:, window:] >= state.settled.unsqueeze(1)).to(state.exact).unsqueeze(-1)
+    mask = visible(longest, count, state.exact, device)
+    return MambaStep(batch, count, slots[:, window + longest :].flatten(), slots.flatten(), live, mask, settle)
+
+
+def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths: Tensor, start: Tensor | None) -> Fill:
+    """Prompts ids [n, L] of `lengths` [n] tokens for `rows` [n], from `start` [n] on or from the beginning."""
+    device, window = ids.device, config.d_conv - 1
+    first = torch.zeros_like(lengths) if start is None else start
+    settled, end = state.settled[rows].long(), first + lengths
+    tokens = torch.arange(ids.shape[1], device=device)
+    positions = first.unsqueeze(1) + tokens
+    live, longest, mask = int(end.max()), 0, None
+    if start is not None:
+        longest = int((start - settled).max())
+        mask = (torch.arange(live, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
+    before = first.unsqueeze(1) + torch.arange(-window - longest, 0, device=device)
+    real = (tokens < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    cos, sin = state.rotary[positions.clamp(max=state.capacity - 1)].unsqueeze(3).unbind(2)
+    return Fill(
+        rows=rows,
+        lengths=lengths,
+        fresh=start is None,
+        end=end,
+        flat=(real[0], real[1]),
+        positions=positions,
+        live=live,
+        mask=mask,
+        cos=cos,
+        sin=sin,
+        read=before % state.ring,
+        replayed=(before[:, window:] >= settled.unsqueeze(1)).to(state.exact).unsqueeze(-1),
+        tail=(end.unsqueeze(1) + torch.arange(-window, 0, device=device)) % state.ring,
+    )
