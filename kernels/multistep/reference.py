@@ -39,6 +39,11 @@ def multistep_loop(
     return y
 
 
+def _cast(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """`tensor.to(kind)` without its overhead where there is nothing to do: at small sizes that is what a step costs."""
+    return tensor if tensor.dtype == kind else tensor.to(kind)
+
+
 def multistep(
     x: Tensor,
     dt: Tensor,
@@ -62,20 +67,20 @@ def multistep(
     batch, length, groups, width = x.shape
     count, heads, size = C.shape[1:]
     replayed = length - count
-    x, B, C = (t.to(state.dtype).transpose(1, 2) for t in (x, B, C))  # [B, G, R + T, …], C [B, H, T, N]
-    dt = dt.to(state.dtype).transpose(1, 2)  # [B, H, R + T]
-    decays = torch.cumsum(dt * A.to(dt.dtype).unsqueeze(-1), dim=-1)
+    x, B, C = (_cast(t, state.dtype).transpose(1, 2) for t in (x, B, C))  # x, B [B, G, R + T, …], C [B, H, T, N]
+    dt = _cast(dt, state.dtype)
+    decays = torch.cumsum(dt * _cast(A, dt.dtype), dim=1).transpose(1, 2)  # [B, H, R + T]
     rows = decays[..., -mask.shape[0] :]
-    weights = torch.exp(rows.unsqueeze(-1) - decays.unsqueeze(-2) + mask) * dt.unsqueeze(-2)  # [B, H, 1 + T, R + T]
+    weights = torch.exp(rows.unsqueeze(-1) - decays.unsqueeze(-2) + mask)  # [B, H, 1 + T, R + T]
+    weights = weights * dt.transpose(1, 2).unsqueeze(-2)
     carry = torch.exp(rows).unsqueeze(-1)
 
-    similar = C.reshape(batch, groups, -1, size) @ B.transpose(2, 3)
-    mixing = similar.view(batch, heads, count, length) * weights[:, :, -count:]
-    mixing.diagonal(replayed, 2, 3).add_(D.to(dt.dtype).unsqueeze(-1))
+    mixing = (C.reshape(batch, groups, -1, size) @ B.mT).view(batch, heads, count, length) * weights[:, :, -count:]
+    mixing.diagonal(replayed, 2, 3).add_(_cast(D, dt.dtype).unsqueeze(-1))
     y = (mixing.view(batch, groups, -1, length) @ x).view(batch, heads, count, width)
-    y = torch.addcmul(y, C @ state.transpose(2, 3), carry[:, :, -count:])
+    y = torch.addcmul(y, C @ state.mT, carry[:, :, -count:])
     if settle and replayed:
-        inputs = x.transpose(2, 3).unsqueeze(2) * weights[:, :, 0].view(batch, groups, -1, 1, length)
+        inputs = x.mT.unsqueeze(2) * weights[:, :, 0].view(batch, groups, -1, 1, length)
         added = (inputs.flatten(2, 3) @ B).view(state.shape)
         torch.addcmul(added, state, carry[:, :, :1], out=state)
     return y.transpose(1, 2)
