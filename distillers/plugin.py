@@ -29,8 +29,8 @@ class ListConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandinConfig:
     part: Literal["train", "unseen", "prompts", "tasks"] = "train"
-    """`train`; `unseen` and `prompts`: held-out documents, to be scored and to be continued; `tasks`: lm-eval tasks
-    over held-out items."""
+    """`train`; `unseen`: held-out documents, to be scored; `prompts`: the same with a beginning of 23 tokens from which
+    there is much to continue; `tasks`: lm-eval tasks over held-out items."""
     documents: int = 8000
     """Documents written (not for `tasks`), of 32 to 60 tokens each."""
     items: int = 200
@@ -88,7 +88,7 @@ class TrainTeacherConfig:
     that is usual for wide ones."""
     batch: int = 16
     """Windows per optimiser step."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Peak of the learning rate."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; it falls by a cosine to 0 afterwards."""

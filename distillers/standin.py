@@ -91,14 +91,22 @@ class Writer:
 
     def document(self) -> list[str]:
         """Facts, then in random order a question about each, a span with its copy, and up to two sentences."""
-        random = self.random
-        pairs = self.facts(random.randint(3, 4))
-        span = self.span(random.randint(4, 6))
+        return self._sections(self.random.randint(3, 4), self.random.randint(3, 5), copy_first=False)
+
+    def prompt(self) -> list[str]:
+        """A document whose first 23 tokens, with the begin token, are three facts and a span that is about to be
+        copied: a continuation has something to copy, to look up, and to choose freely."""
+        return self._sections(3, 5, copy_first=True)
+
+    def _sections(self, facts: int, span: int, copy_first: bool) -> list[str]:
+        pairs, beasts = self.facts(facts), self.span(span)
+        copy = ["copy", *beasts, "|", *beasts, "."]
         later = [["ask", *fact, "."] for fact in told(pairs)]
-        later.append(["copy", *span, "|", *span, "."])
-        later += [self.sentence() for _ in range(random.randint(0, 2))]
-        random.shuffle(later)
-        return [*noted(pairs), *(word for section in later for word in section)]
+        later += [self.sentence() for _ in range(self.random.randint(0, 2))]
+        later += [] if copy_first else [copy]
+        self.random.shuffle(later)
+        sections = [copy, *later] if copy_first else later
+        return [*noted(pairs), *(word for section in sections for word in section)]
 
     def lookup(self) -> dict[str, Any]:
         """An item: four facts, perhaps a sentence, and the beginning of a question; the choices are the things."""
@@ -182,7 +190,8 @@ class Standin:
         if part == "tasks":
             write_tasks(job.out, self.config.items, seed)
             return
-        documents = (Writer(part, index, seed).document() for index in range(self.config.documents))
+        writers = (Writer(part, index, seed) for index in range(self.config.documents))
+        documents = (writer.prompt() if part == "prompts" else writer.document() for writer in writers)
         write_lines(job.out / "data.jsonl", ({"text": " ".join(words)} for words in documents))
         tokenizer().save_pretrained(job.out / "tokenizer")
 

@@ -81,6 +81,13 @@ def test_every_question_and_copy_is_answered_by_the_text_before_it(part):
         assert spans[0] == spans[1]
 
 
+def test_prompts_end_where_a_span_is_about_to_be_copied():
+    for index in range(50):
+        words = ["<s>", *Writer("prompts", index, 0).prompt()]
+        assert len(set(words[18:23])) == 5
+        assert [words[17], words[23], *words[24:29]] == ["copy", "|", *words[18:23]]
+
+
 def test_items_have_four_choices_of_which_one_follows_from_the_context(write_standin):
     tasks = write_standin(part="tasks", items=60)
     labels = set()
