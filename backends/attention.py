@@ -65,7 +65,7 @@ class Attention(nn.Module):
         q = q.view(call.batch, -1, self.groups, self.heads // self.groups, self.width).permute(0, 2, 3, 1, 4)
         k, v = (t[:, : call.live].transpose(1, 2) for t in (cache.keys, cache.values))
         y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=call.mask)
-        y = y.view(call.batch, self.heads, -1, self.width).transpose(1, 2)
+        y = y.reshape(call.batch, self.heads, -1, self.width).transpose(1, 2)
         return self.o_proj(y.reshape(h.shape[0], -1))
 
 

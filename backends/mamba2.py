@@ -131,7 +131,7 @@ class Mamba2(nn.Module):
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype, z [..., H P]."""
         gated = y * F.silu(z.to(y.dtype)).view(y.shape)
-        normed = F.rms_norm(gated, (self.width,), None, self.eps).view(z.shape) * self.norm.weight.to(y.dtype)
+        normed = F.rms_norm(gated, (self.width,), None, self.eps).reshape(z.shape) * self.norm.weight.to(y.dtype)
         return self.out_proj(normed.to(z.dtype))
 
     def _conv(self, u: Tensor, window: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def multistep(
 
     mixing = (C.reshape(batch, groups, -1, size) @ B.mT).view(batch, heads, count, length) * weights[:, :, -count:]
     mixing.diagonal(replayed, 2, 3).add_(_cast(D, dt.dtype).unsqueeze(-1))
-    y = (mixing.view(batch, groups, -1, length) @ x).view(batch, heads, count, width)
+    y = (mixing.reshape(batch, groups, -1, length) @ x).view(batch, heads, count, width)
     y = torch.addcmul(y, C @ state.mT, carry[:, :, -count:])
     if settle and replayed:
         inputs = x.mT.unsqueeze(2) * weights[:, :, 0].view(batch, groups, -1, 1, length)
