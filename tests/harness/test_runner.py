@@ -414,6 +414,7 @@ def test_a_summary_is_one_line() -> None:
 def start_run(store: Store, trace: Path, *, do: str, seconds: float, count: int, runtime: Path) -> subprocess.Popen:
     """Another process that runs the steps k0, k1, … of the same store."""
     script = textwrap.dedent(f"""
+        import signal
         import sys
         from pathlib import Path
         from mambabench import Needs
@@ -425,6 +426,7 @@ def start_run(store: Store, trace: Path, *, do: str, seconds: float, count: int,
         from mambabench.harness.runner import run
         from mambabench.harness.steps import Step
         from mambabench.harness.store import Store
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
         config = {{"do": {do!r}, "trace": {str(trace)!r}, "seconds": {seconds}}}
         record = {record({"kind": "source", "name": "act"})!r}
         record["component"]["config"] = config
