@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..harness.documents import encode_document, read_documents
+from ..harness.documents import encode_ended, read_documents
 from ..harness.interfaces import Emit, Job, MambabenchError, Tokenizer
 from .losses import IGNORED
 
@@ -63,15 +63,11 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def read_windows(path: Path, tokenizer: Tokenizer, context: int) -> Windows:
     """Reads documents into windows; a text begins with the leading token and ends with the end token, if there is one.
 
-    Documents given as ids are taken as they are: one that was cut where its writer had not ended must not teach an end.
     Raises MambabenchError where nothing is left to learn.
     """
-    end = tokenizer.eos_token_id
     rows = []
     for document in read_documents(path):
-        ids, prompt = encode_document(document, tokenizer)
-        if document.ids is None and end is not None and ids[-1] != end:
-            ids.append(end)
+        ids, prompt = encode_ended(document, tokenizer)
         rows.append((ids, [IGNORED] * prompt + ids[prompt:]))
     return pack(rows, context, str(path))
 
