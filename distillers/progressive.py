@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..harness.interfaces import Job, MambabenchError
 from . import training
-from .losses import cross_entropy, forward_kl, shifted
+from .losses import Divergence, cross_entropy, divergence, shifted
 from .plugin import ProgressiveConfig
 
 
@@ -40,7 +40,7 @@ class DistillationTrainer(training.SummedLossTrainer):
         if self.weights["kl"]:
             with torch.no_grad():
                 teacher = self.teacher(input_ids=ids, use_cache=False).logits
-            parts["kl"] = forward_kl(student, teacher, targets, self.temperature)
+            parts["kl"] = divergence(student, teacher, targets, Divergence(temperature=self.temperature))
         return parts
 
 
