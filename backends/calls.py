@@ -45,6 +45,8 @@ class MambaStep:
     mask: Tensor
     """`visible(R, T)`."""
     settle: bool
+    turn: tuple[Tensor, Tensor] | None = None
+    """cos and sin [B, R + T, 1, P], where B and C are rotated."""
 
 
 @dataclass(slots=True)
@@ -75,6 +77,8 @@ class Fill:
     """[n, R, 1], 0 for a token before `settled`, else 1."""
     tail: Tensor
     """int64 [n, W - 1], ring slots of the convolution's window at the end."""
+    turn: tuple[Tensor, Tensor] | None = None
+    """cos and sin [n, R + L, 1, P], where B and C are rotated."""
 
 
 def attention_step(
@@ -102,7 +106,8 @@ def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, lo
     if longest:
         live = (positions[:, window:] >= state.settled.unsqueeze(1)).to(state.exact).unsqueeze(-1)
     mask = visible(longest, count, state.exact, device)
-    return MambaStep(batch, count, slots[:, window + longest :].flatten(), slots.flatten(), live, mask, settle)
+    turn = _turn(state, positions[:, window:]) if config.mamba_rope else None
+    return MambaStep(batch, count, slots[:, window + longest :].flatten(), slots.flatten(), live, mask, settle, turn)
 
 
 def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths: Tensor, start: Tensor | None) -> Fill:
@@ -133,4 +138,11 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
         read=before % state.ring,
         replayed=(before[:, window:] >= settled.unsqueeze(1)).to(state.exact).unsqueeze(-1),
         tail=(end.unsqueeze(1) + torch.arange(-window, 0, device=device)) % state.ring,
+        turn=_turn(state, torch.cat((before[:, window:], positions), dim=1)) if config.mamba_rope else None,
     )
+
+
+def _turn(state: State, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, L, 1, P] of positions [B, L]; those outside of a row stand for tokens that nothing reads."""
+    cos, sin = state.rotary[positions.clamp(0, state.capacity - 1)].unsqueeze(3).unbind(2)
+    return cos, sin

@@ -14,11 +14,15 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LAYER_TYPES = {"attention": "full_attention", "mamba2": "linear_attention"}
 """transformers' own name of each mixer: version 5.17 refuses `mamba2` in `layer_types` and renames `attention`."""
 
+CHOICES = {"mamba_activation": ("silu", "none"), "mamba_norm": ("gated", "none")}
+
 
 class HybridConfig(PreTrainedConfig):
     """Llama's fields, and `mixers`: one of `attention`, `mamba2` per layer (all attention if not given).
 
     Without `num_key_value_heads` there are as many as heads, without `head_dim` heads share the hidden size.
+    What the released Mamba2InLlama layers have is the default of `mamba_*`: SiLU behind the convolution, a gated norm,
+    a gate without bias, no rotation of B and C.
     """
 
     model_type = MODEL_TYPE
@@ -48,6 +52,10 @@ class HybridConfig(PreTrainedConfig):
     d_conv: int = 4
     chunk: int = 64
     mamba_norm_eps: float = 1e-5
+    mamba_activation: str = "silu"
+    mamba_norm: str = "gated"
+    mamba_gate_bias: bool = False
+    mamba_rope: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -67,6 +75,9 @@ class HybridConfig(PreTrainedConfig):
         for name in ("d_conv", "chunk"):
             if getattr(self, name) < 1:
                 raise Unsupported(f"{name}: must be at least 1, not {getattr(self, name)}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise Unsupported(f"{name}: {getattr(self, name)!r} is not served, only {' or '.join(known)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise Unsupported(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "

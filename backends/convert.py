@@ -6,6 +6,7 @@ hybrids of one teacher begin alike in the layers that they share.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ..harness.interfaces import Unsupported
 from . import checkpoint
 from .config import HybridConfig
 from .mamba2 import EXACT, Mamba2
+from .plugin import Mamba2HybridConfig
 
 
 def check_parent(parent: Path) -> HybridConfig:
@@ -48,7 +50,7 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, d_conv: int, chunk: int) -> None:
+def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, options: Mamba2HybridConfig) -> None:
     """Writes the hybrid of `parent` in which only the layers in `keep` have attention."""
     old = check_parent(parent)
     had = set(old.attention_layers)
@@ -59,12 +61,22 @@ def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, d_conv: int
             )
     if old.attention_bias:
         raise Unsupported(f"{parent}: attention_bias is set, and mamba2 has no place for the biases")
-    if len(had) < old.num_hidden_layers and d_conv != old.d_conv:
-        raise Unsupported(f"{parent}: its mamba2 layers have d_conv {old.d_conv}, so d_conv = {d_conv} cannot be added")
+    form = {
+        "d_conv": options.d_conv,
+        "mamba_activation": options.activation,
+        "mamba_norm": options.norm,
+        "mamba_gate_bias": options.gate == "open",
+        "mamba_rope": options.rope == "kept",
+    }
+    for name, value in form.items():
+        if len(had) < old.num_hidden_layers and value != getattr(old, name):
+            raise Unsupported(
+                f"{parent}: its mamba2 layers have {name} {getattr(old, name)}, so {name} = {value} cannot be added"
+            )
     fields = old.to_dict()
     kept = set(keep)
     fields["mixers"] = ["attention" if index in kept else "mamba2" for index in range(old.num_hidden_layers)]
-    fields |= {"d_conv": d_conv, "chunk": chunk}
+    fields |= {**form, "chunk": options.chunk}
     for name in ("model_type", "layer_types"):
         fields.pop(name)
     config = HybridConfig(**fields)
@@ -72,7 +84,7 @@ def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, d_conv: int
     source = {name: None for name in checkpoint.tensor_files(parent) if not checkpoint.IGNORED.search(name)}
     tensors = {name: tensor.clone() for name, tensor in checkpoint.read_tensors(parent, source)}
     for index in sorted(had - kept):
-        tensors |= _trade(config, tensors, index, seed)
+        tensors |= _trade(config, tensors, index, seed, options)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     checkpoint.fill(model, tensors)
@@ -80,13 +92,21 @@ def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, d_conv: int
     checkpoint.copy_side_files(parent, out)
 
 
-def _trade(config: HybridConfig, tensors: dict[str, Tensor], index: int, seed: int) -> dict[str, Tensor]:
+def _trade(
+    config: HybridConfig, tensors: dict[str, Tensor], index: int, seed: int, options: Mamba2HybridConfig
+) -> dict[str, Tensor]:
     """Takes layer `index`'s attention out of `tensors` and returns the Mamba-2 tensors that replace it."""
     old, new = f"model.layers.{index}.self_attn", f"model.layers.{index}.mamba"
     q, k, v, o = (tensors.pop(f"{old}.{name}_proj.weight") for name in "qkvo")
     mixer = Mamba2(config).to(torch.float32)
-    mixer.initialise(torch.Generator().manual_seed(seed * 1_000_003 + index))
-    mixer.inherit(q, k, v, o)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    mixer.initialise(generator)
+    if options.init == "random":
+        mixer.invent(generator)
+    else:
+        mixer.inherit(q / math.sqrt(config.head_dim) if options.q_scale == "attention" else q, k, v, o)
+    if options.conv == "identity":
+        mixer.pass_through()
     return {
         f"{new}.{name}": tensor if name in EXACT else tensor.to(q.dtype) for name, tensor in mixer.state_dict().items()
     }

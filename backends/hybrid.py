@@ -97,7 +97,7 @@ class Mamba2HybridBackend(TeacherBackend):
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
         """Layers outside `keep` become Mamba-2, initialised from the parent's attention."""
-        convert.convert(parent, keep, out, seed, self.options.d_conv, self.options.chunk)
+        convert.convert(parent, keep, out, seed, self.options)
 
 
 def as_hybrid(module: nn.Module) -> HybridForCausalLM:

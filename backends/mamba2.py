@@ -6,6 +6,7 @@ over x | B | C, and the output norm is gated and per head.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,10 +20,13 @@ from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
 from .calls import Fill, MambaStep
 from .config import HybridConfig
+from .rope import rotate
 from .state import MambaState
 
-EXACT = ("A_log", "D", "dt_bias")
+EXACT = ("A_log", "D", "dt_bias", "gate_bias")
 """Parameters that stay in fp32 in every precision below it."""
+OPEN = 1.2784645427610738
+"""SiLU of this is 1: a gate that lets everything through."""
 
 
 class HeadNorm(nn.Module):
@@ -31,6 +35,10 @@ class HeadNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+
+
+def _uniform(tensor: Tensor, low: float, high: float, generator: torch.Generator | None = None) -> None:
+    tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low)
 
 
 class Mamba2(nn.Module):
@@ -47,7 +55,9 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=exact))
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=exact))
         self.D = nn.Parameter(torch.empty(self.heads, dtype=exact))
-        self.norm = HeadNorm(self.inner)
+        self.gate_bias = nn.Parameter(torch.empty(self.inner, dtype=exact)) if config.mamba_gate_bias else None
+        self.norm = HeadNorm(self.inner) if config.mamba_norm == "gated" else None
+        self.active, self.turned = config.mamba_activation == "silu", config.mamba_rope
         self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=False)
         self._fixed_decay: Tensor | None = None
         self._taps: tuple[Tensor, Tensor]
@@ -72,11 +82,9 @@ class Mamba2(nn.Module):
 
         z and dt rows and the convolution: uniform within 1 / sqrt(fan in); dt log-uniform in [0.001, 0.1] through the
         bias; A uniform in [1, 16] per head; D and the norm one. The x, B and C rows and `out_proj` are left alone.
+        A gate that has a bias begins open: its rows are zero.
         """
-
-        def uniform(tensor: Tensor, low: float, high: float) -> None:
-            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low)
-
+        uniform = functools.partial(_uniform, generator=generator)
         bound = 1 / math.sqrt(self.in_proj.in_features)
         uniform(self.in_proj.weight[: self.inner], -bound, bound)
         uniform(self.in_proj.weight[self.inner + self.channels :], -bound, bound)
@@ -91,7 +99,11 @@ class Mamba2(nn.Module):
         uniform(decay, 1, 16)
         self.A_log.copy_(decay.log())
         self.D.fill_(1)
-        self.norm.weight.fill_(1)
+        if self.norm is not None:
+            self.norm.weight.fill_(1)
+        if self.gate_bias is not None:
+            self.in_proj.weight[: self.inner] = 0
+            self.gate_bias.fill_(OPEN)
 
     @torch.no_grad()
     def inherit(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
@@ -100,6 +112,21 @@ class Mamba2(nn.Module):
         for part, source in zip(rows.split((self.shared, self.shared, self.inner)), (v, k, q), strict=True):
             part.copy_(source)
         self.out_proj.weight.copy_(o)
+
+    @torch.no_grad()
+    def invent(self, generator: torch.Generator | None = None) -> None:
+        """What `inherit` sets, uniform within 1 / sqrt(fan in) instead."""
+        bound = 1 / math.sqrt(self.in_proj.in_features)
+        _uniform(self.in_proj.weight[self.inner : self.inner + self.channels], -bound, bound, generator)
+        bound = 1 / math.sqrt(self.inner)
+        _uniform(self.out_proj.weight, -bound, bound, generator)
+
+    @torch.no_grad()
+    def pass_through(self) -> None:
+        """Makes the convolution the identity: only the last tap, which is the token itself."""
+        self.conv1d.weight.zero_()
+        self.conv1d.weight[:, 0, -1] = 1
+        self.conv_bias.zero_()
 
     @property
     def conv_bias(self) -> Tensor:
@@ -119,10 +146,13 @@ class Mamba2(nn.Module):
         kind = compute_dtype(raw)
         return F.softplus(raw.to(kind) + self.dt_bias.to(kind))
 
-    def _heads(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolution outputs -> x [B, L, G, P], B [B, L, G, N], C [B, L, H, N], after SiLU."""
-        heads = F.silu(convolved).view(*convolved.shape[:2], -1, self.width)
-        return heads.split((self.groups, self.groups, self.heads), dim=2)
+    def _heads(self, convolved: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolution outputs -> x [B, L, G, P], B [B, L, G, N], C [B, L, H, N], after SiLU and rotation, if any."""
+        heads = (F.silu(convolved) if self.active else convolved).view(*convolved.shape[:2], -1, self.width)
+        x, b, c = heads.split((self.groups, self.groups, self.heads), dim=2)
+        if self.turned and turn is not None:
+            b, c = rotate(b, *turn), rotate(c, *turn)
+        return x, b, c
 
     def _decay(self, kind: torch.dtype) -> Tensor:
         """A [H], negative."""
@@ -130,7 +160,10 @@ class Mamba2(nn.Module):
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype, z [..., H P]."""
-        gated = y * F.silu(z.to(y.dtype)).view(y.shape)
+        gate = z.to(y.dtype) if self.gate_bias is None else z.to(y.dtype) + self.gate_bias.to(y.dtype)
+        gated = y * F.silu(gate).view(y.shape)
+        if self.norm is None:
+            return self.out_proj(gated.reshape(z.shape).to(z.dtype))
         normed = F.rms_norm(gated, (self.width,), None, self.eps).view(z.shape) * self.norm.weight.to(y.dtype)
         return self.out_proj(normed.to(z.dtype))
 
@@ -145,7 +178,7 @@ class Mamba2(nn.Module):
         dt = self._dt(raw)
         if keep is not None:
             u, dt = u * keep, dt * keep
-        x, b, c = self._heads(self._conv(u)[0])
+        x, b, c = self._heads(self._conv(u)[0], (cos, sin))
         y, _ = scan(x, dt, self._decay(dt.dtype), b, c, self.D, chunk=self.chunk)
         return self._out(y, z)
 
@@ -165,7 +198,7 @@ class Mamba2(nn.Module):
         dt = torch.cat((dt[:, :replayed] * fill.replayed, dt[:, replayed:]), dim=1)
         lengths = fill.lengths + replayed
         convolved, window = self._conv(u, window, lengths)
-        x, b, c = self._heads(convolved)
+        x, b, c = self._heads(convolved, fill.turn)
         y, cache.state[fill.rows] = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, lengths, self.chunk)
         cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.channels] = window
         return self._out(y[:, replayed:], z)
@@ -176,7 +209,7 @@ class Mamba2(nn.Module):
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         u, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
-        x, b, c = self._heads(conv_few(u, *self._taps))
+        x, b, c = self._heads(conv_few(u, *self._taps), call.turn)
         dt = self._dt(raw[:, -x.shape[1] :])
         if call.live is not None:
             dt = dt * call.live

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component
@@ -15,12 +16,26 @@ class TeacherConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mamba2HybridConfig:
-    """Options of new Mamba-2 layers."""
+    """Options of new Mamba-2 layers; the defaults are what the released recipe does."""
 
     d_conv: int = 4
     """Taps of the convolution."""
     chunk: int = 64
     """Tokens of a block of the parallel scan."""
+    init: Literal["attention", "random"] = "attention"
+    """Where x, B, C and the output projection begin: at the parent's V, K, Q and O, or at random weights."""
+    gate: Literal["random", "open"] = "random"
+    """`open`: z begins at a learnt bias that lets everything through. Such a model cannot be exported."""
+    conv: Literal["random", "identity"] = "random"
+    """`identity`: the convolution begins as one that passes each token on as it is."""
+    activation: Literal["silu", "none"] = "silu"
+    """Behind the convolution, of x, B and C."""
+    norm: Literal["gated", "none"] = "gated"
+    """Of the scan's output, per head, behind the gate."""
+    rope: Literal["dropped", "kept"] = "dropped"
+    """`kept`: B and C are rotated by their positions, as the attention's K and Q were."""
+    q_scale: Literal["one", "attention"] = "one"
+    """`attention`: the rows of C that come from Q are divided by the square root of the head's width."""
 
 
 @hookimpl
