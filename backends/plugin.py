@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..harness.hooks import hookimpl
-from ..harness.interfaces import Component
+from ..harness.interfaces import Component, DataRef, ModelRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,22 @@ class Mamba2HybridConfig:
     """`attention`: the rows of C that come from Q are divided by the square root of the head's width."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitFidelityConfig:
+    data: DataRef
+    teacher: ModelRef = "teacher"
+    """Whose attention and logits a model is held against."""
+    documents: int = 32
+    context: int = 256
+    """Tokens that are read of a document."""
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 1), ("context", 2), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
 @hookimpl
 def mambabench_components() -> list[Component]:
     """The components of this room."""
@@ -57,5 +73,13 @@ def mambabench_components() -> list[Component]:
             config=Mamba2HybridConfig,
             traits=frozenset({"rollback"}),
             summary="attention traded for Mamba-2, initialised from it",
+        ),
+        Component(
+            kind="suite",
+            name="init-fidelity",
+            target="mambabench.backends.fidelity:InitFidelity",
+            config=InitFidelityConfig,
+            traits=frozenset({"score"}),
+            summary="How near converted layers are to the attention that they replace, and the logits to the teacher's",
         ),
     ]

@@ -223,6 +223,7 @@ class Work:
             seed=self.seed,
             scratch=self.folder / "scratch",
             emit=self.recorder,
+            models=self._models(),
         )
 
     def _subject(self, artifact: Artifact, decoder: Mapping[str, Any] | None) -> Subject:
