@@ -85,7 +85,7 @@ def _chunk(
     dt: Tensor, inputs: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dt and inputs = dt x [B, Q, D], starts bool [B, Q], state [B, D, N] -> y [B, Q, D] without the skip, state."""
-    batch, length, groups, size = B.shape
+    batch, length, groups = B.shape[:3]
     decay = torch.exp(dt.unsqueeze(-1) * A)
     if starts is not None:
         decay = decay * ~starts[..., None, None]
