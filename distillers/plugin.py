@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef
+from .data_configs import DatasetConfig, MixConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +178,20 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.standin:Standin",
         config=StandinConfig,
         summary="a seeded look-up and copying language, with lm-eval tasks",
+    )
+    yield Component(
+        kind="source",
+        name="dataset",
+        target=f"{room}.dataset:DatasetSource",
+        config=DatasetConfig,
+        summary="texts, prompts with answers, chats or preferences from files, folders or the Hugging Face hub",
+    )
+    yield Component(
+        kind="source",
+        name="mix",
+        target=f"{room}.dataset:Mix",
+        config=MixConfig,
+        summary="several data as one, shuffled",
     )
     yield Component(
         kind="source",

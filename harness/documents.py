@@ -243,15 +243,16 @@ def _preference(record: Mapping[str, Any], where: str) -> Preference:
     if not {"prompt", "chosen", "rejected"} <= record.keys():
         raise MambabenchError(f"{where}: a preference is an object with {PREFERENCE}")
     if isinstance(record["prompt"], str):
-        return Preference(*(_text(record, key, where) for key in ("prompt", "chosen", "rejected")))
-    prompt = _messages(record["prompt"], f'{where}: "prompt"')
+        prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
+        return Preference(prompt, chosen, rejected)
+    messages = _messages(record["prompt"], f'{where}: "prompt"')
     answers = []
     for key in ("chosen", "rejected"):
         answer = _messages(record[key], f'{where}: "{key}"')
         if len(answer) != 1 or answer[0].role != ANSWER:
             raise MambabenchError(f'{where}: "{key}" must be one message of the {ANSWER}')
         answers.append(answer[0].content)
-    return Preference("", *answers, messages=prompt)
+    return Preference("", answers[0], answers[1], messages)
 
 
 def _text(record: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:

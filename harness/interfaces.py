@@ -223,7 +223,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Least traffic and arithmetic of one `advance`, for rooflines; and the memory that is held, for tables of sizes."""
+    """Least traffic and arithmetic of one `advance`, for rooflines, and the memory that is held, for tables."""
 
     weight_bytes: int
     kv_bytes: int

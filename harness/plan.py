@@ -205,12 +205,15 @@ class _Reader:
                 name=name, source=self.structurer.choice("source", {"use": source} | ({"part": part} if part else {}))
             )
         if value.startswith("hf:"):
-            raise ConfigError(
-                "", f"{show(value)}: data sets of the hub are not read by this version; name a .txt or .jsonl file"
+            return Data(
+                name=name,
+                source=self.structurer.choice("source", {"use": "dataset", "name": value.removeprefix("hf:")}),
             )
         file = (self.file.parent / Path(value).expanduser()).resolve()
         if not file.exists():
             raise ConfigError("", f"there is no file {file}")
+        if file.suffix == ".parquet" or file.name.endswith((".json", ".json.xz")):
+            return Data(name=name, source=self.structurer.choice("source", {"use": "dataset", "path": value}))
         return Data(name=name, file=file)
 
     def _models(self, table: Mapping[str, Any], stages: Mapping[str, Choice]) -> dict[str, Model]:

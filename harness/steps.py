@@ -261,6 +261,13 @@ class _Expander:
         self.open_data.pop()
         return {"step": key}
 
+    def _file(self, name: str, where: str) -> dict[str, Any]:
+        """A FileRef, for step.json."""
+        file = (self.plan.file.parent / Path(name).expanduser()).resolve()
+        if not file.exists():
+            raise ConfigError(where, f"there is no file {file}")
+        return {"file": str(file), "fingerprint": self.fingerprints.path(file)}
+
     def _model(self, name: str, where: str, seed: int) -> Made:
         assert self.teacher is not None
         if name != TEACHER and name not in self.plan.models:
@@ -357,16 +364,19 @@ class _Expander:
         parts = [*chosen, *_nested(chosen), *([backend] if backend else [])]
         decides: dict[str, Any] = {"kind": kind, "seed": seed, "inputs": dict(inputs or {}), **(salt or {})}
         for role, (place, component) in roles.items():
-            resolved: dict[str, Any] = {}
+            marks: dict[str, list[str]] = {}
             for path, section, name in references(component.config):
                 at = f"{place}.{path}" if place else path
                 if section == "data":
                     found = data[name] = self._data(name, at)
+                elif section == "files":
+                    found = data[name] = self._file(name, at)
                 else:
                     made = self._model(name, at, cell.seed or 0)
                     found = models[name] = {"step": made.key, "backend": self._record(made.backend)}
                     parts.append(made.backend)
-                resolved[path] = found.get("step") or found["fingerprint"]
+                marks.setdefault(path, []).append(found.get("step") or found["fingerprint"])
+            resolved = {path: found[0] if len(found) == 1 else found for path, found in marks.items()}
             decides[role] = self._decides(component, resolved)
         if backend is not None:
             decides["backend"] = self._decides(backend, {})
@@ -419,6 +429,9 @@ class _Expander:
             self.registry.find(choice.kind, choice.name).revision,
             plain(choice.config, defaults=False, replace=resolved),
         )
+        outside = getattr(choice.config, "fingerprint", None)
+        if outside is not None and (mark := outside()):
+            record["fingerprint"] = mark
         return {**record, "nested": nested} if nested else record
 
     def _module(self, choice: Choice) -> str:

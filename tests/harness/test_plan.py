@@ -86,7 +86,7 @@ def test_an_override_changes_one_key_and_the_plan_s_hash(planner, plan_text):
         ('path = "teacher"', "", "teacher: give either `path`"),
         ('path = "teacher"', 'train = ["tune"]', "stages.tune.use: 'toy-stage' trains a given model"),
         ('file = "text.txt"', 'file = "txt.txt"', "data.file: there is no file"),
-        ('file = "text.txt"', 'file = "hf:org/name"', "data.file: "),
+        ('file = "text.txt"', 'file = "hf:org/the name"', "data.file: 'org/the name' is no name of a data set"),
         ('part = "train"', 'part = "trian"', "data.text.part: "),
         ('part = "train"', 'prompts = "text"', "data.text.prompts: a circle of data: text -> text"),
         ('path = "teacher"', 'path = "org/name"', "(and nothing is fetched from a hub)"),
