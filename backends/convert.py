@@ -1,4 +1,4 @@
-"""From a teacher, or another student, to a hybrid: chosen layers trade their attention for Mamba-2.
+"""From a teacher, or another student, to a hybrid: chosen layers trade their attention for Mamba.
 
 Every other weight is taken as it is. A layer's new parameters depend on the seed and its index alone, so that two
 hybrids of one teacher begin alike in the layers that they share.
@@ -18,8 +18,9 @@ from torch import Tensor
 from ..harness.interfaces import Unsupported
 from . import checkpoint
 from .config import HybridConfig
-from .mamba2 import EXACT, Mamba2
-from .plugin import Mamba2HybridConfig
+from .mamba import EXACT
+from .mixers import MAMBAS
+from .plugin import Mamba2HybridConfig, MambaConfig
 
 
 def check_parent(parent: Path) -> HybridConfig:
@@ -50,7 +51,9 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, options: Mamba2HybridConfig) -> None:
+def convert(
+    parent: Path, keep: Sequence[int], out: Path, seed: int, options: Mamba2HybridConfig | MambaConfig
+) -> None:
     """Writes the hybrid of `parent` in which only the layers in `keep` have attention."""
     old = check_parent(parent)
     had = set(old.attention_layers)
@@ -59,26 +62,26 @@ def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, options: Ma
             raise Unsupported(
                 f"{parent}: layer {index} cannot keep attention, it has none; layers with it: {sorted(had)}"
             )
-    if old.attention_bias:
-        raise Unsupported(f"{parent}: attention_bias is set, and mamba2 has no place for the biases")
-    form = {
+    fields: dict[str, Any] = old.to_dict()
+    form: dict[str, object] = {
         "d_conv": options.d_conv,
         "mamba_activation": options.activation,
-        "mamba_norm": options.norm,
         "mamba_gate_bias": options.gate == "open",
         "mamba_rope": options.rope == "kept",
     }
+    if isinstance(options, Mamba2HybridConfig):
+        form |= {"mamba_norm": options.norm}
+        fields["chunk"] = options.chunk
     for name, value in form.items():
         if len(had) < old.num_hidden_layers and value != getattr(old, name):
             raise Unsupported(
-                f"{parent}: its mamba2 layers have {name} {getattr(old, name)}, so {name} = {value} cannot be added"
+                f"{parent}: its mamba layers have {name} {getattr(old, name)}, so {name} = {value} cannot be added"
             )
-    fields = old.to_dict()
     kept = set(keep)
-    fields["mixers"] = ["attention" if index in kept else "mamba2" for index in range(old.num_hidden_layers)]
-    fields |= {**form, "chunk": options.chunk}
-    for name in ("model_type", "layer_types"):
-        fields.pop(name)
+    for index in had - kept:
+        fields["mixers"][index] = mixer
+    fields |= form
+    fields.pop("model_type")
     config = HybridConfig(**fields)
     model = checkpoint.skeleton(config)
     source = {name: None for name in checkpoint.tensor_files(parent) if not checkpoint.IGNORED.search(name)}
@@ -95,16 +98,22 @@ def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, options: Ma
 def _trade(
     config: HybridConfig, tensors: dict[str, Tensor], index: int, seed: int, options: Mamba2HybridConfig
 ) -> dict[str, Tensor]:
-    """Takes layer `index`'s attention out of `tensors` and returns the Mamba-2 tensors that replace it."""
+    """Takes layer `index`'s attention out of `tensors` and returns the Mamba tensors that replace it. A scale of the
+    queries goes on what sets theirs last: the weight of their norm if they have one, else their projection."""
     old, new = f"model.layers.{index}.self_attn", f"model.layers.{index}.mamba"
-    q, k, v, o = (tensors.pop(f"{old}.{name}_proj.weight") for name in "qkvo")
-    mixer = Mamba2(config).to(torch.float32)
+    had = {name.removeprefix(f"{old}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{old}.")}
+    if options.q_scale == "attention":
+        for name in ["q_norm.weight"] if config.qk_norm else had.keys() & {"q_proj.weight", "q_proj.bias"}:
+            had[name] = had[name] / math.sqrt(config.head_dim)
+    q, k, v, o = (had[f"{name}_proj.weight"] for name in "qkvo")
+    mixer = MAMBAS[config.mixers[index]](config).to(torch.float32)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
     mixer.initialise(generator)
     if options.init == "random":
         mixer.invent(generator)
     else:
-        mixer.inherit(q / math.sqrt(config.head_dim) if options.q_scale == "attention" else q, k, v, o)
+        mixer.inherit(q, k, v, o)
+        mixer.inherit_rest(had)
     if options.conv == "identity":
         mixer.pass_through()
     return {

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
 from . import checkpoint, convert
-from .config import HybridConfig
+from .families import FAMILIES, from_family
 from .model import HybridForCausalLM
 from .plugin import Mamba2HybridConfig, TeacherConfig
 from .stepper import HybridStepper
@@ -103,9 +103,8 @@ class Mamba2HybridBackend(TeacherBackend):
 def as_hybrid(module: nn.Module) -> HybridForCausalLM:
     """A transformers Llama as an all-attention model that shares its weights."""
     config: Any = getattr(module, "config", None)
-    if config is None or config.model_type not in checkpoint.FAMILIES:
+    if config is None or config.model_type not in FAMILIES:
         raise MambabenchError(f"{type(module).__name__}: cannot be saved as a hybrid model")
-    fields = {key: value for key, value in config.to_dict().items() if key not in checkpoint.FOREIGN}
-    model = checkpoint.skeleton(HybridConfig(**fields))
+    model = checkpoint.skeleton(from_family(config.to_dict(), config.model_type))
     checkpoint.fill(model, {name: tensor.detach() for name, tensor in module.state_dict().items()})
     return model
