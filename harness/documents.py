@@ -47,10 +47,15 @@ class Document:
     prompt."""
 
     @property
+    def asks(self) -> bool:
+        """Whether it is a prompt with its answer, rather than a text or ids."""
+        return self.ids is None and bool(self.prompt or self.messages)
+
+    @property
     def item(self) -> str:
         """A hash of the content, by which two runs find the same document."""
         content = self.text if self.ids is None else json.dumps(self.ids)
-        if self.messages or (self.ids is None and self.prompt):
+        if self.asks:
             content = json.dumps([self.text, self.prompt, self.messages])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
