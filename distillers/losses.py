@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
+SMALLEST = 1e-12
+"""Of what is divided by."""
 
 DivergenceKind = Literal["forward", "reverse", "js"]
 
@@ -62,12 +64,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return token_cross_entropy(logits.flatten(0, 1), targets.flatten()).sum()
 
 
-def divergence(student: Tensor, teacher: Tensor, targets: Tensor, measure: Divergence) -> Tensor:
-    """Σ of a divergence, nat, over the positions that have a target. Logits [B, L, V], targets int64 [B, L]."""
-    counted = targets != IGNORED
-    return measure(student[counted], teacher[counted]).sum()
-
-
 def sequence_logprob(logits: Tensor, targets: Tensor) -> Tensor:
     """Σ log p(target) of each row, nat [B]. logits [B, L, V], targets int64 [B, L]; fp32 or better."""
     return -token_cross_entropy(logits.flatten(0, 1), targets.flatten()).view(targets.shape).sum(1)
@@ -92,6 +88,12 @@ def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
     """
     good, bad = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     return Preference(-F.logsigmoid(good - bad), good.detach(), bad.detach())
+
+
+def alignment(mixer: Tensor, attention: Tensor) -> Tensor:
+    """‖mixer - attention‖² / ‖attention‖² of each token, no unit, [N]. Both [N, E], outputs for the same input."""
+    mixer, attention = _exact(mixer), _exact(attention)
+    return (mixer - attention).square().sum(-1) / attention.square().sum(-1).clamp(min=SMALLEST)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ import math
 import resource
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -26,6 +27,7 @@ CHECKPOINT_EVERY = 30.0
 """Seconds between checkpoints, about: what a killed run loses at most."""
 BETA2 = 0.98
 """Adam's memory of squared gradients: the paper's, and the right one for hundreds of steps rather than millions."""
+Collator = Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
 SECONDS = "seconds.json"
 """Written last into a checkpoint."""
 
@@ -116,10 +118,31 @@ class Recipe:
     clip: float
     accumulation: int = 1
     weight_decay: float = 0.0
+    phases: int = 1
+    """Equal parts of the steps; in each of them the learning rate rises and falls anew."""
 
     def steps(self, windows: Windows) -> int:
         """Optimiser steps for the tokens wanted, rounded up."""
         return math.ceil(self.tokens / (self.batch * windows.lengths.double().mean().item()))
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a training took."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def pace(step: int, steps: int, recipe: Recipe) -> float:
+    """Share of the peak learning rate at a step: a rise, then a cosine to 0, in each phase."""
+    phase = min(step * recipe.phases // steps, recipe.phases - 1)
+    begin, end = (-(-steps * bound // recipe.phases) for bound in (phase, phase + 1))
+    warmup = round(recipe.warmup * (end - begin))
+    if step - begin < warmup:
+        return (step - begin) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - begin - warmup) / max(1, end - begin - warmup)))
 
 
 class SummedLossTrainer(Trainer):
@@ -130,24 +153,47 @@ class SummedLossTrainer(Trainer):
     divides only the losses of models that take no `num_items_in_batch`, would not divide by the parts at all.)
     """
 
+    unit = "token"
+    """What the losses are sums over."""
+
     def __init__(
-        self, job: Job, model: nn.Module, windows: Windows, recipe: Recipe, weights: Mapping[str, float]
+        self,
+        job: Job,
+        model: nn.Module,
+        data: Dataset[dict[str, Tensor]],
+        recipe: Recipe,
+        weights: Mapping[str, float],
+        steps: int,
+        *,
+        collator: Collator = collate,
+        before: Spent | None = None,
+        folder: str = "trainer",
     ) -> None:
-        """`weights` are those of the loss's parts, per token."""
+        """`weights` are those of the loss's parts, per token; `before` is what went before in the same stage;
+        checkpoints are in `folder` of the scratch folder."""
         if recipe.batch % recipe.accumulation:
             raise MambabenchError(f"batch = {recipe.batch} cannot be split into accumulation = {recipe.accumulation}")
-        steps = recipe.steps(windows)
-        self.weights = weights
+        if recipe.phases > steps:
+            raise MambabenchError(f"{steps} steps cannot be split into {recipe.phases} phases; raise tokens")
+        self.weights, self.recipe = weights, recipe
+        self.before = before or Spent()
         self.parts: dict[str, float] = dict.fromkeys(self.weights, 0.0)
         super().__init__(
             model=model,
-            args=_arguments(job, recipe, steps),
-            train_dataset=windows,
-            data_collator=collate,
-            callbacks=[_Records(job.emit, self.parts)],
+            args=_arguments(job, recipe, steps, folder),
+            train_dataset=data,
+            data_collator=collator,
+            callbacks=[_Records(job.emit, self.parts, self.before)],
         )
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' cosine schedule, anew in each phase."""
+        if self.lr_scheduler is None:
+            paced: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(paced, lambda step: pace(step, num_training_steps, self.recipe))
+        return self.lr_scheduler
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -173,8 +219,8 @@ class SummedLossTrainer(Trainer):
 class _Records(TrainerCallback):
     """Turns the Trainer's logs into records. Parts are summed over the steps since the last log."""
 
-    def __init__(self, emit: Emit, parts: dict[str, float]) -> None:
-        self.emit, self.parts, self.since = emit, parts, 0
+    def __init__(self, emit: Emit, parts: dict[str, float], before: Spent) -> None:
+        self.emit, self.parts, self.before, self.since = emit, parts, before, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -195,8 +241,8 @@ class _Records(TrainerCallback):
         steps, self.since = state.global_step - self.since, state.global_step
         self.emit(
             "loss",
-            step=state.global_step,
-            tokens=state.num_input_tokens_seen,
+            step=self.before.steps + state.global_step,
+            tokens=self.before.tokens + state.num_input_tokens_seen,
             loss=logs["loss"],
             lr=logs["learning_rate"],
             gradient_norm=logs["grad_norm"],
@@ -238,15 +284,13 @@ def whole_checkpoint(folder: Path) -> tuple[Path | None, float]:
     return newest.parent, float(json.loads(newest.read_text()))
 
 
-def _arguments(job: Job, recipe: Recipe, steps: int) -> TrainingArguments:
+def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(job.scratch / "trainer"),
+        output_dir=str(job.scratch / folder),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch // recipe.accumulation,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.lr,
-        warmup_steps=round(recipe.warmup * steps),
-        lr_scheduler_type="cosine",
         weight_decay=recipe.weight_decay,
         adam_beta2=BETA2,
         max_grad_norm=recipe.clip,
@@ -264,29 +308,40 @@ def _arguments(job: Job, recipe: Recipe, steps: int) -> TrainingArguments:
     )
 
 
-def run(trainer: SummedLossTrainer, job: Job) -> None:
-    """Trains, from the newest whole checkpoint in `job.scratch` if there is one, and emits what the training took."""
+def run(trainer: SummedLossTrainer, job: Job) -> Spent:
+    """Trains, from the newest whole checkpoint in the trainer's folder if there is one. Returns what it took, with all
+    that went before."""
     if job.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    checkpoint, spent = whole_checkpoint(job.scratch / "trainer")
-    checkpoints = _Checkpoints(spent)
+    checkpoint, seconds = whole_checkpoint(Path(str(trainer.args.output_dir)))
+    checkpoints = _Checkpoints(seconds)
     trainer.add_callback(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    before = trainer.before
+    return Spent(
+        before.steps + trainer.state.global_step,
+        before.tokens + int(trainer.state.num_input_tokens_seen),
+        before.seconds + checkpoints.seconds(),
+    )
+
+
+def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
+    """Emits what a whole stage took and trained, and what a token weighs in each part of its loss."""
     assert trainer.model is not None
     parameters = list(trainer.model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     gpus = 0 if job.device == "cpu" else trainer.accelerator.num_processes
     facts = [
-        ("training_tokens", trainer.state.num_input_tokens_seen, "tokens"),
-        ("training_steps", trainer.state.global_step, "steps"),
-        ("training_wall", checkpoints.seconds(), "s"),
-        ("training_gpu", checkpoints.seconds() * gpus, "s"),
+        ("training_tokens", spent.tokens, "tokens"),
+        ("training_steps", spent.steps, "steps"),
+        ("training_wall", spent.seconds, "s"),
+        ("training_gpu", spent.seconds * gpus, "s"),
         ("parameters", total, ""),
         ("trainable_share", trained / total, ""),
         ("peak_memory", _peak_bytes(job.device), "bytes"),
     ]
-    facts += [(f"weight_per_token_{name}", weight, "") for name, weight in trainer.weights.items()]
+    facts += [(f"weight_per_{trainer.unit}_{name}", weight, "") for name, weight in trainer.weights.items() if weight]
     for name, value, unit in facts:
         job.emit("fact", name=name, value=value, unit=unit)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from mambabench.distillers.losses import (
     IGNORED,
     Divergence,
+    alignment,
     cross_entropy,
-    divergence,
     dpo,
     sequence_logprob,
     shifted,
@@ -23,6 +23,11 @@ MEASURES = [
     Divergence(kind="js", beta=0.5),
     Divergence(kind="js", beta=0.2, temperature=2.0),
 ]
+
+
+def divergence(student, teacher, targets, measure):
+    counted = targets != IGNORED
+    return measure(student[counted], teacher[counted]).sum()
 
 
 def forward_kl(student, teacher, targets, temperature=1.0):
@@ -164,3 +169,10 @@ def test_dpo_equals_its_closed_form_and_starts_at_log_2():
     margin = 0.4 * ((chosen - rejected) - (ref_chosen - ref_rejected))
     torch.testing.assert_close(told.loss, torch.log1p(torch.exp(-margin)), rtol=1e-12, atol=0)
     torch.testing.assert_close(told.chosen_reward - told.rejected_reward, margin, rtol=1e-12, atol=1e-15)
+
+
+def test_alignment_is_the_relative_squared_error_of_each_token():
+    attention = exact(4, 6)
+    assert alignment(attention, attention).tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(alignment(1.5 * attention, attention), torch.full((4,), 0.25).double())
+    assert torch.autograd.gradcheck(lambda mixer: alignment(mixer, attention), (exact(4, 6, seed=1).requires_grad_(),))
