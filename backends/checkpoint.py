@@ -96,8 +96,12 @@ def skeleton(config: HybridConfig) -> HybridForCausalLM:
 
 def check(folder: Path, model: nn.Module, config: HybridConfig) -> None:
     """Compares the headers in `folder` with what `model` expects; the first difference is one error."""
+    check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, config)
+
+
+def check_shapes(folder: Path, expected: Mapping[str, tuple[int, ...]], config: HybridConfig) -> None:
+    """The same with the shapes that tensors should have, by name."""
     files, shapes = tensor_files(folder), tensor_shapes(folder)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     anywhere = f"{folder / 'model.safetensors'}"
     for name, shape in expected.items():
         if name not in files:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
-from . import checkpoint, convert
+from . import checkpoint, convert, released
 from .families import FAMILIES, from_family
 from .model import HybridForCausalLM
 from .plugin import Mamba2HybridConfig, TeacherConfig
@@ -28,17 +28,22 @@ class TeacherBackend:
         self.config = config
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
-        """Takes the folder over. `keep` must be empty or name every layer: a teacher is not changed."""
+        """Takes the folder over, a released hybrid's too. `keep` must be empty or name every layer: nothing is changed.
+        """
         layers = checkpoint.read_config(parent).num_hidden_layers
         if keep and sorted(keep) != list(range(layers)):
             raise Unsupported(
                 f"backend teacher: keeps attention in all {layers} layers, so keep = {list(keep)} cannot be"
             )
-        convert.adopt(parent, out)
+        if released.is_released(parent):
+            released.take(parent, out)
+        else:
+            convert.adopt(parent, out)
 
     def describe(self, artifact: Path) -> Mapping[str, Any]:
         """Sizes from the config and the tensors' headers. A tied head is counted once."""
-        config = checkpoint.read_config(artifact)
+        reads = released if released.is_released(artifact) else checkpoint
+        config = reads.read_config(artifact)
         shapes = {
             name: entry
             for name, entry in checkpoint.tensor_shapes(artifact).items()
