@@ -190,6 +190,26 @@ class _Expander:
             return self.chains[name, seed]
         assert self.teacher is not None
         model: Model = self.plan.models[name]
+        made = self._folder(name, seed, model) if model.path else self._converted(name, seed, model)
+        for stage in model.train:
+            made = self._train(name, stage, seed, made, model.backend)
+        self.chains[name, seed] = made
+        return made
+
+    def _folder(self, name: str, seed: int, model: Model) -> Made:
+        """A model that is a folder of weights: the same for every seed."""
+        assert model.path is not None
+        cell = Cell(label=f"{name}/convert@seed{seed}", key="", kind="convert", model=name, seed=seed)
+        mark = self.fingerprints.path(Path(model.path))
+        key = self._add(
+            "convert", model.backend, cell, backend=model.backend, extra={"path": model.path}, salt={"folder": mark}
+        )
+        return Made(key, model.backend)
+
+    def _converted(self, name: str, seed: int, model: Model) -> Made:
+        """A model made of another one, by a selection of its layers."""
+        assert self.teacher is not None
+        assert model.selector is not None, "the plan reader asks for keep or a path"
         parent = self._chain(model.start, seed) if model.start else self.teacher
         where = f"models.{name}"
         selection = self._add(
@@ -208,11 +228,7 @@ class _Expander:
             inputs={"parent": parent.key, "selection": selection},
             seed=seed,
         )
-        made = Made(key, model.backend)
-        for stage in model.train:
-            made = self._train(name, stage, seed, made, model.backend)
-        self.chains[name, seed] = made
-        return made
+        return Made(key, model.backend)
 
     def _train(self, name: str, stage: str, seed: int, parent: Made | None, backend: Choice) -> Made:
         choice = self.plan.stages[stage]

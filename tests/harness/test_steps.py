@@ -172,3 +172,22 @@ def test_a_fingerprint_follows_the_content_and_is_remembered(tmp_path):
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+
+
+def test_a_model_of_a_folder_is_one_step_for_all_seeds_and_reads_nothing_of_the_teacher(planner, plan_text):
+    (planner.folder / "baseline").mkdir()
+    (planner.folder / "baseline" / "config.json").write_text('{"other": 1}')
+    text = plan_text.replace(
+        "[decoders.plain]", '[models.baseline]\nuse = "toy"\npath = "baseline"\ntrain = ["tune"]\n[decoders.plain]'
+    )
+    steps = planner.steps(text)
+    keys = keys_by_label(steps)
+    made = steps.steps[keys["baseline/convert@seed0"]]
+    assert made.labels == ("baseline/convert@seed0", "baseline/convert@seed1")
+    assert made.inputs == {}
+    assert made.record["path"] == str(planner.folder / "baseline")
+    assert "baseline/select@seed0" not in keys
+    assert steps.steps[keys["baseline/tune@seed1"]].inputs["parent"] == made.key
+    assert "baseline/quick/speed@seed1" in keys
+    (planner.folder / "baseline" / "config.json").write_text('{"other": 22}')
+    assert keys_by_label(planner.steps(text))["baseline/convert@seed0"] != made.key
