@@ -15,7 +15,12 @@ LAYER_TYPES = {"attention": "full_attention", "mamba": "linear_attention", "mamb
 """transformers' own name of each mixer: version 5.17 refuses `mamba2` in `layer_types` and renames the others."""
 
 SLIDING = "sliding_attention"
-CHOICES = {"mamba_activation": ("silu", "none"), "mamba_norm": ("gated", "none")}
+CHOICES = {
+    "mamba_activation": ("silu", "none"),
+    "mamba_norm": ("gated", "none"),
+    "mamba_dt_bias": ("once", "twice"),
+    "mamba_sub_blocks": ("aligned", "released"),
+}
 
 
 class HybridConfig(PreTrainedConfig):
@@ -27,7 +32,8 @@ class HybridConfig(PreTrainedConfig):
     `sliding_window` tokens where `layer_types` says `sliding_attention`. Mamba layers have biases and norms too, where
     the attention that they stand for has them.
     What the released Mamba2InLlama layers have is the default of `mamba_*`: SiLU behind the convolution, a gated norm,
-    a gate without bias, no rotation of B and C.
+    a gate without bias, no rotation of B and C. Released Mamba-1 layers add the bias of dt twice and pair the
+    sub-blocks of heads in an order of their own (`mamba_dt_bias`, `mamba_sub_blocks`).
     """
 
     model_type = MODEL_TYPE
@@ -64,6 +70,8 @@ class HybridConfig(PreTrainedConfig):
     mamba_norm: str = "gated"
     mamba_gate_bias: bool = False
     mamba_rope: bool = False
+    mamba_dt_bias: str = "once"
+    mamba_sub_blocks: str = "aligned"
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,7 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def convert(
-    parent: Path, keep: Sequence[int], out: Path, seed: int, options: Mamba2HybridConfig | MambaConfig
-) -> None:
+def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, options: Mamba2HybridConfig | MambaConfig) -> None:
     """Writes the hybrid of `parent` in which only the layers in `keep` have attention."""
     old = check_parent(parent)
     had = set(old.attention_layers)
@@ -69,9 +68,11 @@ def convert(
         "mamba_gate_bias": options.gate == "open",
         "mamba_rope": options.rope == "kept",
     }
+    mixer = "mamba"
     if isinstance(options, Mamba2HybridConfig):
-        form |= {"mamba_norm": options.norm}
-        fields["chunk"] = options.chunk
+        mixer, form["mamba_norm"], fields["chunk"] = "mamba2", options.norm, options.chunk
+    else:
+        form |= {"mamba_dt_bias": options.dt_bias, "mamba_sub_blocks": options.sub_block_order}
     for name, value in form.items():
         if len(had) < old.num_hidden_layers and value != getattr(old, name):
             raise Unsupported(
@@ -96,7 +97,11 @@ def convert(
 
 
 def _trade(
-    config: HybridConfig, tensors: dict[str, Tensor], index: int, seed: int, options: Mamba2HybridConfig
+    config: HybridConfig,
+    tensors: dict[str, Tensor],
+    index: int,
+    seed: int,
+    options: Mamba2HybridConfig | MambaConfig,
 ) -> dict[str, Tensor]:
     """Takes layer `index`'s attention out of `tensors` and returns the Mamba tensors that replace it. A scale of the
     queries goes on what sets theirs last: the weight of their norm if they have one, else their projection."""

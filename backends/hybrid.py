@@ -1,4 +1,4 @@
-"""The built-in backends: `teacher` takes a Llama folder as it is, `mamba2-hybrid` trades attention for Mamba-2."""
+"""The built-in backends: `teacher` takes a Llama folder as it is, `mamba2-hybrid` and `mamba` trade attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
 from . import checkpoint, convert, released
 from .families import FAMILIES, from_family
 from .model import HybridForCausalLM
-from .plugin import Mamba2HybridConfig, TeacherConfig
+from .plugin import Mamba2HybridConfig, MambaConfig, TeacherConfig
 from .stepper import HybridStepper
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,11 +64,7 @@ class TeacherBackend:
 
     def load(self, artifact: Path, device: str, dtype: str) -> HybridStepper:
         """The stepping engine over the artifact's weights in `dtype`."""
-        if dtype not in DTYPES:
-            raise MambabenchError(f"dtype {dtype!r} is not served; known are {', '.join(DTYPES)}")
-        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-            raise MambabenchError(f"device {device!r}: torch finds no such device here; cpu is always there")
-        model = checkpoint.load(artifact, DTYPES[dtype], device)
+        model = checkpoint.load(artifact, torch_dtype(dtype, device), device)
         debug = bool(os.environ.get("MAMBABENCH_DEBUG"))
         return HybridStepper(model, self.tokenizer(artifact), debug)
 
@@ -85,13 +81,7 @@ class TeacherBackend:
 
     def tokenizer(self, artifact: Path) -> Tokenizer:
         """The artifact's tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(artifact, config=checkpoint.read_config(artifact))
-            return tokenizer
-        except (OSError, ValueError) as error:
-            raise MambabenchError(f"{artifact}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
+        return read_tokenizer(artifact, checkpoint.read_config(artifact))
 
 
 class Mamba2HybridBackend(TeacherBackend):
@@ -103,6 +93,37 @@ class Mamba2HybridBackend(TeacherBackend):
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
         """Layers outside `keep` become Mamba-2, initialised from the parent's attention."""
         convert.convert(parent, keep, out, seed, self.options)
+
+
+class MambaBackend(TeacherBackend):
+    """Hybrids of attention and Mamba-1, or Mamba-1 alone."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        self.options = config
+
+    def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
+        """Layers outside `keep` become Mamba-1, initialised from the parent's attention."""
+        convert.convert(parent, keep, out, seed, self.options)
+
+
+def torch_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of a name. Raises MambabenchError for one that is not served, and for a device that is not there."""
+    if dtype not in DTYPES:
+        raise MambabenchError(f"dtype {dtype!r} is not served; known are {', '.join(DTYPES)}")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise MambabenchError(f"device {device!r}: torch finds no such device here; cpu is always there")
+    return DTYPES[dtype]
+
+
+def read_tokenizer(folder: Path, config: Any) -> Tokenizer:
+    """The tokenizer of a folder whose config has been read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+        return tokenizer
+    except (OSError, ValueError) as error:
+        raise MambabenchError(f"{folder}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
 
 
 def as_hybrid(module: nn.Module) -> HybridForCausalLM:
