@@ -61,7 +61,7 @@ def read_config(folder: Path) -> HybridConfig:
     of_ssm = {"expand": 1, "d_state": size, "ngroups": heads, "repeat_kv_before_conv": mixer == "mamba"}
     for given, expected, prefix in ((raw, wanted, ""), (ssm, of_ssm, "ssm_cfg.")):
         for name, value in expected.items():
-            if given.get(name) not in (None, value) and (name != "d_state" or mixer == "mamba2"):
+            if given.get(name) not in (None, value):
                 raise Unsupported(
                     f"{path}: {prefix}{name} is {given[name]}; a layer in the place of this attention has {value}"
                 )
@@ -75,7 +75,7 @@ def read_config(folder: Path) -> HybridConfig:
     fields["mixers"] = ["attention" if index in kept else mixer for index in range(teacher.num_hidden_layers)]
     fields["d_conv"] = ssm.get("d_conv", 4)
     if mixer == "mamba":
-        fields |= {"d_state": ssm.get("d_state", size), "mamba_dt_bias": "twice", "mamba_sub_blocks": "released"}
+        fields |= {"mamba_dt_bias": "twice", "mamba_sub_blocks": "released"}
     fields.pop("model_type")
     try:
         return HybridConfig(**fields)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mambabench import Unsupported
-from mambabench.backends.hybrid import Mamba2HybridBackend
-from mambabench.backends.plugin import Mamba2HybridConfig
+from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend
+from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig
 from mambabench.backends.rope import Rope, rotate
 from mambabench.harness.conformance import check_backend
 from safetensors.torch import load_file
@@ -112,8 +112,34 @@ def test_random_initialisation_replaces_what_is_inherited_and_nothing_else(half:
 
 def test_a_layer_cannot_join_layers_of_another_form(half: Path, tmp_path: Path) -> None:
     for options, message in (
-        ({"norm": "none"}, "its mamba2 layers have mamba_norm gated, so mamba_norm = none cannot be added"),
-        ({"gate": "open"}, "its mamba2 layers have mamba_gate_bias False, so mamba_gate_bias = True cannot be added"),
+        ({"norm": "none"}, "its mamba layers have mamba_norm gated, so mamba_norm = none cannot be added"),
+        ({"gate": "open"}, "its mamba layers have mamba_gate_bias False, so mamba_gate_bias = True cannot be added"),
     ):
         with pytest.raises(Unsupported, match=message):
             Mamba2HybridBackend(Mamba2HybridConfig(**options)).convert(half, [1], tmp_path / "out", seed=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dt_bias": "twice"}, {"sub_block_order": "released"}, {"dt_bias": "twice", "sub_block_order": "released"}],
+)
+def test_every_quirk_of_mamba1_keeps_the_stepping_contract(
+    options: dict[str, str], make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    backend = MambaBackend(MambaConfig(**options))
+    backend.convert(make_llama(head_dim=32), [1, 3], tmp_path / "artifact", seed=0)
+    check_backend(backend, tmp_path / "artifact", rounds=30)
+
+
+def test_quirks_of_mamba1_are_in_the_model_and_change_no_weight(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    llama, tensors, logits = make_llama(head_dim=32), [], []
+    for number, options in enumerate(({}, {"dt_bias": "twice"}, {"sub_block_order": "released"})):
+        backend, out = MambaBackend(MambaConfig(**options)), tmp_path / str(number)
+        backend.convert(llama, [1, 3], out, seed=0)
+        tensors.append(load_file(out / "model.safetensors"))
+        logits.append(backend.module(out)(input_ids=torch.arange(20).unsqueeze(0)).logits)
+    for other in tensors[1:]:
+        assert all(torch.equal(tensors[0][name], other[name]) for name in tensors[0])
+    assert all((logits[0] - other).abs().max() > 1e-3 for other in logits[1:])

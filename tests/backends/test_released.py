@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from mambabench import MambabenchError, Unsupported
 from mambabench.backends import released
 from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
 from mambabench.backends.plugin import Mamba2HybridConfig
+from mambabench.harness.cli import cli
 from mambabench.harness.conformance import check_backend
 from safetensors.torch import load_file, save_file
 
@@ -40,7 +42,7 @@ MAMBA = {
     "out_proj.weight": (HIDDEN, INNER),
 }
 """Names and shapes of a layer, for heads of 32 that share one KV head, so that sub-blocks of 16 are paired wrongly."""
-KINDS = ["mamba2"]
+KINDS = ["mamba", "mamba2"]
 
 Make = Callable[..., Path]
 
@@ -129,7 +131,22 @@ def released_mamba2(t: dict[str, torch.Tensor], h: torch.Tensor) -> torch.Tensor
     return (y.flatten(1) * t["norm.weight"]) @ t["out_proj.weight"].T
 
 
-LAYERS = {"mamba2": released_mamba2}
+def released_mamba(t: dict[str, torch.Tensor], h: torch.Tensor) -> torch.Tensor:
+    """The same of Mamba-1: the bias of dt twice, sub-block i of the heads reads sub-block i // 2 of the KV head."""
+    x, z, b, c = (h @ t[f"{name}.weight"].T for name in ("in_proj_x", "in_proj_z", "B_proj", "C_proj"))
+    x, b = (part.view(-1, SHARED // 16, 16).repeat_interleave(HEADS, dim=1) for part in (x, b))
+    x, c = loop(x.flatten(1), t["conv1d.weight"], t["conv1d.bias"]), c.view(-1, INNER // 16, 16)
+    b, c = (part.repeat_interleave(16, dim=1) for part in (b, c))
+    dt = F.softplus(h @ t["dt_proj_down.weight"].T @ t["dt_proj.weight"].T + 2 * t["dt_proj.bias"])
+    state, rows = torch.zeros(INNER, 16, dtype=h.dtype), []
+    for s in range(len(h)):
+        step = dt[s, :, None]
+        state = (step * -t["A_log"].exp()).exp() * state + step * x[s, :, None] * b[s]
+        rows.append((state * c[s]).sum(-1) + t["D"] * x[s])
+    return (torch.stack(rows) * F.silu(z)) @ t["out_proj.weight"].T
+
+
+LAYERS = {"mamba": released_mamba, "mamba2": released_mamba2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,3 +222,16 @@ def test_a_model_without_mamba_layers_is_not_exported(
     teacher_backend.convert(llama, [], tmp_path / "teacher", seed=0)
     with pytest.raises(Unsupported, match="has no Mamba layers"):
         released.export(tmp_path / "teacher", tmp_path / "out")
+
+
+def test_the_command_writes_a_new_folder_and_no_other(
+    make: Make, teacher_backend: TeacherBackend, tmp_path: Path
+) -> None:
+    teacher_backend.convert(make("mamba2"), [], tmp_path / "in", seed=0)
+    runner = CliRunner()
+    done = runner.invoke(cli, ["export", str(tmp_path / "in"), str(tmp_path / "out"), "--teacher", "its teacher"])
+    assert done.exit_code == 0, done.output
+    assert released.read_config(tmp_path / "out").attention_layers == [1, 3]
+    again = runner.invoke(cli, ["export", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert isinstance(again.exception, MambabenchError)
+    assert "exists already; name a new folder" in str(again.exception)
