@@ -30,19 +30,16 @@ def mixers(model: nn.Module, kind: str) -> dict[int, nn.Module]:
 
 
 def replaced(student: nn.Module, teacher: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
-    """Layer -> (Mamba mixer, the attention that it replaced), of all converted layers.
+    """Layer -> (Mamba mixer, the attention that it replaced), of all layers where the teacher has attention.
 
-    Raises Unsupported where the two models are of different classes, since their mixers are called differently then,
-    and MambabenchError where the teacher has no attention.
+    Raises Unsupported where the two models are of different classes, since their mixers are called differently then.
     """
     if type(student) is not type(teacher):
         raise Unsupported(
             f"a {type(student).__name__} cannot borrow attention from a {type(teacher).__name__}; it needs one class"
         )
     new, old = mixers(student, "mamba"), mixers(teacher, "self_attn")
-    if missing := sorted(new.keys() - old.keys()):
-        raise MambabenchError(f"the teacher has no attention in layer {missing[0]}, which the student converted")
-    return {layer: (mixer, old[layer]) for layer, mixer in new.items()}
+    return {layer: (mixer, old[layer]) for layer, mixer in new.items() if layer in old}
 
 
 def lend(mixer: nn.Module, attention: nn.Module) -> None:

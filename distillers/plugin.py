@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..harness.hooks import hookimpl
-from ..harness.interfaces import Component, DataRef
+from ..harness.interfaces import Component, DataRef, ModelRef
 from .data_configs import DatasetConfig, MixConfig
 
 
@@ -25,6 +25,30 @@ class UniformConfig:
 class ListConfig:
     layers: tuple[int, ...]
     """Indices of the layers that keep attention, counted from 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KlGuidedConfig:
+    share: float
+    """Share of the layers that keep attention, 0 to 1."""
+    model: ModelRef
+    """A model of the plan that keeps no attention, trained or not: the one whose layers are restored for a trial."""
+    data: DataRef
+    """Text on which the model is held against the teacher."""
+    tokens: int = 50_000
+    """Tokens of that text."""
+    context: int = 128
+    """Longest window, in tokens."""
+    batch: int = 16
+    """Windows run side by side; changes the speed and nothing else."""
+    greedy: bool = False
+    """Restores the best layer for good and measures the others anew, until there are enough, instead of taking those
+    that gain most alone."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must be between 0 and 1")
+        _positive(self, "tokens", "context", "batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +82,10 @@ class PseudoLabelsConfig:
     batch: int = 32
     """Documents written side by side; changes the speed and nothing else."""
     prompts: DataRef = ""
-    """Data whose documents are continued, one after the other; empty: every document begins with the begin token."""
+    """Data whose documents are continued, one after the other; of chats and other prompts with answers, the prompts are
+    answered. Empty: every document begins with the begin token."""
     prompt_tokens: int = 32
-    """Longest prompt taken from a document of `prompts`, in tokens."""
+    """Longest prompt, in tokens: texts are cut there, prompts with answers left out where they are longer."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -277,6 +302,14 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.selectors:Listed",
         config=ListConfig,
         summary="keeps attention in the layers given",
+    )
+    yield Component(
+        kind="selector",
+        name="kl-guided",
+        target=f"{room}.kl_guided:KlGuided",
+        config=KlGuidedConfig,
+        traits=frozenset({"gpu"}),
+        summary="keeps attention where restoring it brings a converted model nearest to the teacher",
     )
     yield Component(
         kind="source",

@@ -69,7 +69,8 @@ class Component:
     """Requirements such as `"lm-eval>=0.4.9"`, checked from package metadata, without an import."""
     traits: frozenset[str] = frozenset()
     """What the planner may rely on. Suites: exactly one of `score`, `generate`, `pair`; `alone` for a quiet machine.
-    Decoders: `lossless`. Backends: `rollback`, `generate`. Distillers: `from-scratch` if they need no parent."""
+    Decoders: `lossless`. Backends: `rollback`, `generate`. Distillers: `from-scratch` if they need no parent.
+    Selectors: `gpu` if they run models."""
     summary: str = ""
     """One line for `mambabench list`."""
 

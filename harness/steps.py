@@ -416,11 +416,16 @@ class _Expander:
             "models": models,
             **(extra or {}),
         }
+        traits = self.registry.find(choice.kind, choice.name).traits
         self.out.steps[key] = Step(
             key=key,
             kind=kind,
             labels=(cell.label,),
-            needs=Needs(gpus=0 if kind == "select" else self.gpus, alone=alone, timeout_s=self.plan.limits.timeout),
+            needs=Needs(
+                gpus=self.gpus if kind != "select" or "gpu" in traits else 0,
+                alone=alone,
+                timeout_s=self.plan.limits.timeout,
+            ),
             record=record,
             modules=modules,
             lacking=tuple(
