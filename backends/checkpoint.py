@@ -46,7 +46,7 @@ def read_config(folder: Path) -> HybridConfig:
         raise MambabenchError(f"{folder}: no config.json; a model is a transformers folder")
     raw = _read_json(path)
     family = raw.get("model_type")
-    if family != MODEL_TYPE and family not in FAMILIES:
+    if not isinstance(family, str) or (family != MODEL_TYPE and family not in FAMILIES):
         raise Unsupported(f"{path}: model_type {family!r} is not served; known are {', '.join(FAMILIES)}")
     raw.pop("model_type")
     try:

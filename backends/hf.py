@@ -77,8 +77,9 @@ class HfBackend:
 
     def load(self, artifact: Path, device: str, dtype: str) -> HfStepper:
         """The model with its own loop, in `dtype`."""
-        model = _load(artifact, torch_dtype(dtype, device)).to(device)
-        return HfStepper(model, self.tokenizer(artifact), self.describe(artifact)["max_context"])
+        kind, context = torch_dtype(dtype, device), self.describe(artifact)["max_context"]
+        model: Any = _load(artifact, kind)
+        return HfStepper(model.to(device), self.tokenizer(artifact), context)
 
     def module(self, artifact: Path) -> PreTrainedModel:
         """The model for training, fp32, on CPU."""
@@ -134,7 +135,7 @@ class HfStepper:
         devices = [torch.device(self.device)] if self.device.startswith("cuda") else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(limits.seed)
-            self.model.generate(  # type: ignore[operator]
+            self.model.generate(
                 ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 generation_config=_request(limits),
@@ -231,14 +232,15 @@ def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Every tensor from safetensors; a tensor that the folder lacks is an error, never a random one."""
     checkpoint.tensor_files(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MambabenchError(f"{folder}: transformers cannot load this model ({reason})") from None
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
-            raise MambabenchError(f"{folder}: {kind.replace('_keys', '')} tensors: {sorted(map(str, info[kind]))[0]}")
-    loaded: PreTrainedModel = model
-    return loaded.eval()
+    model: PreTrainedModel = loaded[0]
+    for kind in ("missing", "mismatched"):
+        wrong = sorted(map(str, loaded[1][f"{kind}_keys"]))
+        if wrong:
+            raise MambabenchError(f"{folder}: {kind} tensors: {wrong[0]}")
+    return model.eval()
