@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Unsupported
-from . import checkpoint
+from . import checkpoint, released
 from .config import HybridConfig
 from .mamba import EXACT
 from .mixers import MAMBAS
@@ -26,22 +26,36 @@ from .plugin import Mamba2HybridConfig, MambaConfig
 
 def check_parent(parent: Path) -> HybridConfig:
     """Reads a parent's config and holds its tensors against it."""
+    if released.is_released(parent):
+        raise Unsupported(
+            f'{parent}: a released hybrid (it has {released.SETTINGS}) is taken whole, with use = "teacher"'
+        )
     config = checkpoint.read_config(parent)
     checkpoint.check(parent, checkpoint.skeleton(config), config)
     return config
 
 
 def adopt(parent: Path, out: Path) -> None:
-    """Takes a teacher's folder as it is: the weights are hard links (or copies), the config is ours."""
-    config = check_parent(parent)
+    """Takes a teacher's folder, or a released hybrid's, as it is: the weights are hard links (or copies), the config is
+    ours. Only released Mamba-1 layers are laid out anew."""
+    is_released = released.is_released(parent)
+    config = released.check(parent) if is_released else check_parent(parent)
     out.mkdir(parents=True, exist_ok=True)
+    if is_released and "mamba" in config.mixers:
+        released.write_fused(parent, config, out)
+    else:
+        link_weights(parent, out)
+    checkpoint.save_config(config, out)
+    checkpoint.copy_side_files(parent, out)
+
+
+def link_weights(parent: Path, out: Path) -> None:
+    """All shards, and their index."""
     for path in sorted(set(checkpoint.tensor_files(parent).values())):
         link(path, out / path.name)
     index = parent / "model.safetensors.index.json"
     if index.is_file():
         shutil.copyfile(index, out / index.name)
-    checkpoint.save_config(config, out)
-    checkpoint.copy_side_files(parent, out)
 
 
 def link(source: Path, target: Path) -> None:

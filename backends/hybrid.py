@@ -35,10 +35,7 @@ class TeacherBackend:
             raise Unsupported(
                 f"backend teacher: keeps attention in all {layers} layers, so keep = {list(keep)} cannot be"
             )
-        if released.is_released(parent):
-            released.take(parent, out)
-        else:
-            convert.adopt(parent, out)
+        convert.adopt(parent, out)
 
     def describe(self, artifact: Path) -> Mapping[str, Any]:
         """Sizes from the config and the tensors' headers. A tied head is counted once."""

@@ -83,19 +83,20 @@ def read_config(folder: Path) -> HybridConfig:
         raise Unsupported(f"{path}: {error}") from None
 
 
-def take(folder: Path, out: Path) -> None:
-    """Writes a released checkpoint as an artifact of ours: every tensor bit for bit, in our layout."""
+def check(folder: Path) -> HybridConfig:
+    """Reads the config and holds the tensors against it; the first difference is one error."""
     config = read_config(folder)
     ours = checkpoint.skeleton(config).state_dict()
-    shapes = {
-        name: tuple(t.shape) for name, tensor in ours.items() for name, t in unfused(name, tensor, config).items()
-    }
+    shapes = {name: tuple(t.shape) for whole in ours for name, t in unfused(whole, ours[whole], config).items()}
     checkpoint.check_shapes(folder, shapes, config)
-    tensors = fused(dict(checkpoint.read_tensors(folder, shapes)), config)
-    out.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def write_fused(folder: Path, config: HybridConfig, out: Path) -> None:
+    """Writes the tensors of a folder that `check` has passed in our layout, each number as it is."""
+    names = {name for name in checkpoint.tensor_files(folder) if not checkpoint.IGNORED.search(name)}
+    tensors = fused(dict(checkpoint.read_tensors(folder, dict.fromkeys(names))), config)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    checkpoint.save_config(config, out)
-    checkpoint.copy_side_files(folder, out)
 
 
 def export(artifact: Path, out: Path, teacher: str = "") -> None:
@@ -105,7 +106,7 @@ def export(artifact: Path, out: Path, teacher: str = "") -> None:
     settings = _settings(config, artifact)
     checkpoint.check(artifact, checkpoint.skeleton(config), config)
     names = [name for name in checkpoint.tensor_files(artifact) if not checkpoint.IGNORED.search(name)]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in checkpoint.read_tensors(artifact, dict.fromkeys(names)):
         tensors |= unfused(name, tensor, config)
     out.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,17 @@ def test_it_comes_in_and_goes_out_tensor_for_tensor(
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_it_is_no_parent_before_it_is_taken(
+    make: Make, teacher_backend: TeacherBackend, hybrid_backend: Mamba2HybridBackend, tmp_path: Path
+) -> None:
+    folder = make("mamba2")
+    with pytest.raises(Unsupported, match=r'it has mamba_config\.json\) is taken whole, with use = "teacher"'):
+        hybrid_backend.convert(folder, [3], tmp_path / "out", seed=0)
+    teacher_backend.convert(folder, [], tmp_path / "in", seed=0)
+    hybrid_backend.convert(tmp_path / "in", [3], tmp_path / "out", seed=0)
+    assert hybrid_backend.describe(tmp_path / "out")["attention_layers"] == [3]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_keeps_the_stepping_contract(kind: str, make: Make, teacher_backend: TeacherBackend, tmp_path: Path) -> None:
     teacher_backend.convert(make(kind), [], tmp_path / "in", seed=0)
