@@ -148,6 +148,7 @@ class _Expander:
         self.teacher: Made | None = None
         self.chains: dict[tuple[str, int], Made] = {}
         self.open_data: list[str] = []
+        self.open_models: list[str] = []
         self.skipped: set[int] = set()
 
     def run(self) -> Steps:
@@ -188,11 +189,14 @@ class _Expander:
     def _chain(self, name: str, seed: int) -> Made:
         if (name, seed) in self.chains:
             return self.chains[name, seed]
-        assert self.teacher is not None
+        if name in self.open_models:
+            raise ConfigError(f"models.{name}", f"a circle of models: {' -> '.join([*self.open_models, name])}")
+        self.open_models.append(name)
         model: Model = self.plan.models[name]
         made = self._folder(name, seed, model) if model.path else self._converted(name, seed, model)
         for stage in model.train:
             made = self._train(name, stage, seed, made, model.backend)
+        self.open_models.pop()
         self.chains[name, seed] = made
         return made
 
