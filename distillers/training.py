@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
+import os
 import resource
 import time
 from abc import abstractmethod
@@ -135,6 +136,20 @@ class Spent:
     seconds: float = 0.0
 
 
+def ranks() -> int:
+    """Processes that train together, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def averaged(values: Sequence[float], device: torch.device) -> list[float]:
+    """The mean over ranks of each value."""
+    if ranks() == 1:
+        return list(values)
+    summed = torch.tensor(values, device=device, dtype=torch.float64)
+    torch.distributed.all_reduce(summed)
+    return [float(value) / ranks() for value in summed]
+
+
 def pace(step: int, steps: int, recipe: Recipe) -> float:
     """Share of the peak learning rate at a step: a rise, then a cosine to 0, in each phase."""
     phase = min(step * recipe.phases // steps, recipe.phases - 1)
@@ -173,6 +188,10 @@ class SummedLossTrainer(Trainer):
         checkpoints are in `folder` of the scratch folder."""
         if recipe.batch % recipe.accumulation:
             raise MambabenchError(f"batch = {recipe.batch} cannot be split into accumulation = {recipe.accumulation}")
+        if recipe.batch // recipe.accumulation % ranks():
+            raise MambabenchError(
+                f"batch = {recipe.batch} with accumulation = {recipe.accumulation} cannot be split among {ranks()} GPUs"
+            )
         if recipe.phases > steps:
             raise MambabenchError(f"{steps} steps cannot be split into {recipe.phases} phases; raise tokens")
         self.weights, self.recipe = weights, recipe
@@ -210,7 +229,9 @@ class SummedLossTrainer(Trainer):
             raise ValueError("this trainer trains only; losses are summed over labels")
         # Ranks average their gradients, so each must bring its share of the sum times their number.
         scale = self.accelerator.num_processes / num_items_in_batch
-        parts = {name: value * scale for name, value in self.losses(model, inputs).items()}
+        # A model's own forward is under autocast already; what a loss runs beside it is not.
+        with self.accelerator.autocast():
+            parts = {name: value * scale for name, value in self.losses(model, inputs).items()}
         for name, value in parts.items():
             self.parts[name] += float(value.detach())
         return sum(self.weights[name] * value for name, value in parts.items())
@@ -239,6 +260,7 @@ class _Records(TrainerCallback):
         if "loss" not in logs or state.global_step == self.since:
             return
         steps, self.since = state.global_step - self.since, state.global_step
+        parts = dict(zip(self.parts, averaged(list(self.parts.values()), args.device), strict=True))
         self.emit(
             "loss",
             step=self.before.steps + state.global_step,
@@ -246,7 +268,7 @@ class _Records(TrainerCallback):
             loss=logs["loss"],
             lr=logs["learning_rate"],
             gradient_norm=logs["grad_norm"],
-            **{name: value / steps for name, value in self.parts.items()},
+            **{name: value / steps for name, value in parts.items()},
         )
         self.emit("progress", done=state.global_step, total=state.max_steps, unit="steps")
         self.parts.update(dict.fromkeys(self.parts, 0.0))
@@ -264,11 +286,14 @@ class _Checkpoints(TrainerCallback):
         return time.perf_counter() - self.begun
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.perf_counter() - self.last >= CHECKPOINT_EVERY and state.global_step < state.max_steps:
+        due = averaged([float(time.perf_counter() - self.last >= CHECKPOINT_EVERY)], args.device)[0] > 0
+        if due and state.global_step < state.max_steps:
             control.should_save = True
             self.last = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         unfinished = folder / f"{SECONDS}.partial"
         unfinished.write_text(json.dumps(self.seconds()))
@@ -288,7 +313,9 @@ def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArg
     return TrainingArguments(
         output_dir=str(job.scratch / folder),
         max_steps=steps,
-        per_device_train_batch_size=recipe.batch // recipe.accumulation,
+        per_device_train_batch_size=recipe.batch // recipe.accumulation // ranks(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.lr,
         weight_decay=recipe.weight_decay,

@@ -1,6 +1,7 @@
 """What the stages train, in which order, and that a killed one goes on."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -304,3 +305,24 @@ def test_mixers_are_found_by_their_place(hybrid):
     assert (sorted(mixers(module, "mamba")), sorted(mixers(module, "self_attn"))) == ([0], [1])
     numbers = choose_trained(module, ("mixers",), "half")
     assert numbers == sum(tensor.numel() for tensor in mixers(module, "mamba")[0].parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [0, 16])
+def test_stages_train_fp32_weights_under_bf16_on_a_gpu(start, text, pairs, pure, size):
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    stages = {
+        "together": (text, Progressive, ProgressiveConfig(data="data", tokens=1500, align_tokens=1500, slice=size)),
+        "stepwise": (text, Progressive, ProgressiveConfig(data="data", tokens=1500, schedule="stepwise", slice=size)),
+        "sft": (text, Sft, SftConfig(data="data", tokens=1500, kl=1.0, slice=size)),
+        "dpo": (pairs, Dpo, DpoConfig(data="data", epochs=4, slice=size)),
+    }
+    for name, (data, distiller, config) in stages.items():
+        job = start(name, data, parent=pure, device="cuda:0")
+        distiller(config).train(job)
+        assert changed(pure, job.out)
+        assert all(tensor.isfinite().all() for tensor in weights(pure, job.out).values())
+        assert all(tensor.dtype == torch.float32 for tensor in weights(pure, job.out).values())
+        assert job.emit.facts["training_gpu"] > 0
+        assert all(math.isfinite(value) for loss in job.emit.of("loss") for value in loss.values())
