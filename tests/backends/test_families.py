@@ -1,5 +1,6 @@
 """Each family of teachers gives the logits and the text that transformers' own model gives, and goes into a hybrid."""
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,21 @@ import pytest
 import torch
 from mambabench import Unsupported
 from mambabench.backends import checkpoint
-from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
-from mambabench.backends.plugin import Mamba2HybridConfig, TeacherConfig
+from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend, TeacherBackend
+from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig, TeacherConfig
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness.conformance import check_backend
 from mambabench.harness.interfaces import Limits, Prompt, silent
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from .test_model import ROPES, some_ids
 
@@ -154,13 +163,41 @@ def test_padding_changes_nothing_behind_a_window(
     torch.testing.assert_close(got[:, part], model(input_ids=ids).logits, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2-window", "qwen3-window"])
-@pytest.mark.parametrize("keep", [[0, 1, 2], [1]], ids=["teacher", "hybrid"])
-def test_stepping_is_full_recomputation(family: str, keep: list[int], make: Make, tmp_path: Path) -> None:
-    """Windows of 5 and 7 tokens under a context of 40, so that rollbacks reach over them."""
-    backend = TeacherBackend(TeacherConfig()) if len(keep) == 3 else Mamba2HybridBackend(Mamba2HybridConfig(chunk=8))
+HYBRIDS: dict[str, tuple[str, Any, list[int], int]] = {
+    "mistral": ("mistral", TeacherBackend(TeacherConfig()), [0, 1, 2], 60),
+    "mistral-mamba2": ("mistral", Mamba2HybridBackend(Mamba2HybridConfig(chunk=8)), [1], 200),
+    "qwen2-mamba": ("qwen2-window", MambaBackend(MambaConfig()), [0, 2], 60),
+    "qwen3-mamba2": ("qwen3-window", Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, rope="kept")), [2], 200),
+    "qwen3-mamba": ("qwen3-window", MambaBackend(MambaConfig()), [2], 60),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_stepping_is_full_recomputation(name: str, make: Make, tmp_path: Path) -> None:
+    """Windows of 5 and 7 tokens under a context of 40, so that rollbacks reach over them; biases, norms of heads."""
+    family, backend, keep, rounds = HYBRIDS[name]
     backend.convert(make(family), keep, tmp_path / "artifact", seed=0)
-    check_backend(backend, tmp_path / "artifact", rounds=120)
+    check_backend(backend, tmp_path / "artifact", rounds=rounds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_stepping_is_full_recomputation_on_a_gpu(name: str, make: Make, tmp_path: Path) -> None:
+    family, backend, keep, rounds = HYBRIDS[name]
+    backend.convert(make(family), keep, tmp_path / "artifact", seed=0)
+    check_backend(backend, tmp_path / "artifact", rounds=rounds, device="cuda:0")
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3-window"])
+def test_packed_documents_see_nothing_of_each_other_behind_a_window(
+    family: str, make: Make, teacher_backend: TeacherBackend
+) -> None:
+    model, lengths = teacher_backend.module(make(family)).double(), (9, 14, 3)
+    documents = [some_ids(1, length, seed=length) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    packed = model(input_ids=torch.cat(documents, dim=1), position_ids=positions).logits
+    apart = torch.cat([model(input_ids=document).logits for document in documents], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=1e-9, atol=1e-9)
 
 
 def test_a_hybrid_keeps_the_windows_of_the_layers_that_keep_attention(make: Make, tmp_path: Path) -> None:
@@ -217,16 +254,47 @@ def test_a_scale_of_the_queries_reaches_them(family: str, make: Make, tmp_path: 
     torch.testing.assert_close(queries[0], queries[1] * mixer.width**0.5)
 
 
-def test_a_config_that_leaves_keys_out_means_what_its_family_means(tmp_path: Path) -> None:
-    """As `config.json` of Mistral-7B did before head_dim and rope_parameters."""
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 2, "rope_theta": 1e6, "dtype": "bfloat16"}'
-    )
-    config = checkpoint.read_config(tmp_path)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 8, 2)
-    assert config.windows == [4096, 4096]
-    assert config.rope_parameters == {"rope_theta": 1e6, "rope_type": "default"}
-    assert config.max_position_embeddings == 131072
+CONFIGS = {
+    "mistral": {"num_hidden_layers": 2, "hidden_size": 64, "rope_theta": 1e6},
+    "llama": {"rope_scaling": {"type": "linear", "factor": 4.0}, "num_key_value_heads": 4},
+    "llama-3.1": {"rope_theta": 500000.0, "rope_scaling": ROPES["llama3"], "eos_token_id": [5, 6]},
+    "qwen2": {
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": 2,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+}
+
+SHARED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_of_old_or_with_keys_left_out_means_what_transformers_reads_in_it(name: str, tmp_path: Path) -> None:
+    """As `config.json` was before head_dim, rope_parameters and layer_types."""
+    raw = {"model_type": name.partition("-")[0], **CONFIGS[name]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours, reference = checkpoint.read_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    for field in SHARED:
+        assert getattr(ours, field) == getattr(reference, field), field
+    width = getattr(reference, "head_dim", None) or reference.hidden_size // reference.num_attention_heads
+    assert ours.head_dim == width
+    assert ours.windows == ([4096, 4096] if name == "mistral" else [0] * ours.num_hidden_layers)
 
 
 @pytest.mark.parametrize(
