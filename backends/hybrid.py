@@ -28,10 +28,11 @@ class TeacherBackend:
         self.config = config
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
-        """Takes the folder over, a released hybrid's too. `keep` must be empty or name every layer: nothing is changed.
-        """
-        layers = checkpoint.read_config(parent).num_hidden_layers
-        if keep and sorted(keep) != list(range(layers)):
+        """Takes the folder over, a released hybrid's too. `keep` must be empty, name every layer or those that have
+        attention: nothing is changed."""
+        sizes = self.describe(parent)
+        layers = sizes["layers"]
+        if keep and sorted(keep) not in (list(range(layers)), sizes["attention_layers"]):
             raise Unsupported(
                 f"backend teacher: keeps attention in all {layers} layers, so keep = {list(keep)} cannot be"
             )

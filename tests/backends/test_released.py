@@ -116,7 +116,7 @@ def test_it_is_no_parent_before_it_is_taken(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_keeps_the_stepping_contract(kind: str, make: Make, teacher_backend: TeacherBackend, tmp_path: Path) -> None:
-    teacher_backend.convert(make(kind), [], tmp_path / "in", seed=0)
+    teacher_backend.convert(make(kind), [1, 3], tmp_path / "in", seed=0)
     check_backend(teacher_backend, tmp_path / "in", rounds=40)
 
 
