@@ -7,11 +7,12 @@ layer can run the attention that it replaced, without a change to weights, names
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..harness.interfaces import MambabenchError, Unsupported
@@ -53,22 +54,27 @@ def give_back(mixer: nn.Module) -> None:
 
 
 @contextmanager
-def watched(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, tuple[tuple[Any, ...], Tensor]]]:
-    """Fills a mapping with the arguments and the output of each module's calls meanwhile, the last one's."""
-    seen: dict[int, tuple[tuple[Any, ...], Tensor]] = {}
+def compared(pairs: Mapping[int, tuple[nn.Module, nn.Module]]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Fills a mapping with what each mixer and its attention make of the same input, while the model goes on with the
+    attention's output: so all layers see the hidden states of the model as it was before."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def watch(layer: int) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            seen[layer] = (arguments, output)
+    def both(layer: int, own: Callable[..., Tensor], attention: nn.Module) -> Callable[..., Tensor]:
+        def forward(*arguments: Any) -> Tensor:
+            with torch.no_grad():
+                output: Tensor = attention(*arguments)
+            seen[layer] = own(*arguments), output
+            return output
 
-        return hook
+        return forward
 
-    handles = [module.register_forward_hook(watch(layer)) for layer, module in modules.items()]
+    for layer, (mixer, attention) in pairs.items():
+        mixer.forward = both(layer, mixer.forward, attention)
     try:
         yield seen
     finally:
-        for handle in handles:
-            handle.remove()
+        for mixer, _ in pairs.values():
+            give_back(mixer)
 
 
 def choose_trained(model: nn.Module, wanted: Sequence[str], name: str) -> int:

@@ -3,7 +3,7 @@
 The first stage of "The Mamba in the Llama" (section 3.2): cross entropy on text that the teacher wrote, and
 KL(teacher ‖ student) of each next-token distribution. Converted layers are trained together or join one set after the
 other; those that have not joined yet run the attention that they are to replace. Before all that, the mixers may learn
-to do what that attention does on the teacher's own hidden states.
+to do what that attention does on the hidden states of the model before its conversion.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..harness.interfaces import Job, MambabenchError
 from . import training
 from .distillation import READ, DistillationTrainer, load_frozen, recipe_of
 from .losses import IGNORED, alignment, shifted
-from .mixers import choose_trained, give_back, lend, mixers, replaced, watched
+from .mixers import choose_trained, compared, give_back, lend, mixers, replaced
 from .plugin import ProgressiveConfig
 
 ALIGNED = "aligned.pt"
@@ -104,7 +104,7 @@ class _Joining(TrainerCallback):
 
 
 class AlignmentTrainer(training.SummedLossTrainer):
-    """Each mixer alone learns the output of the attention that it replaces, on the teacher's hidden states."""
+    """Each mixer alone learns what the attention that it replaces does, on the hidden states of the model with it."""
 
     def __init__(
         self,
@@ -116,25 +116,17 @@ class AlignmentTrainer(training.SummedLossTrainer):
     ) -> None:
         super().__init__(job, model, windows, recipe, {"align": 1.0}, recipe.steps(windows), folder="align")
         self.pairs = replaced(model, teacher)
-        self.teacher = teacher.to(self.args.device)
+        teacher.to(self.args.device)
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         counted = shifted(inputs["labels"]) != IGNORED
         given = {name: inputs[name] for name in READ if name in inputs}
-        attention = {layer: old for layer, (_, old) in self.pairs.items()}
-        with torch.no_grad(), watched(attention) as seen:
-            self.teacher(**given, use_cache=False)
+        with compared(self.pairs) as seen:
+            model(**given, use_cache=False)
         total = torch.zeros((), device=counted.device)
-        for layer, (mixer, _) in self.pairs.items():
-            arguments, output = seen[layer]
-            exact = [_float(argument) for argument in arguments]
-            total = total + alignment(mixer(*exact)[counted], output[counted]).sum()
+        for mixer, attention in seen.values():
+            total = total + alignment(mixer[counted], attention[counted]).sum()
         return {"align": total / len(self.pairs)}
-
-
-def _float(argument: Any) -> Any:
-    """What a teacher in bf16 hands to its attention, for a mixer in fp32."""
-    return argument.float() if isinstance(argument, Tensor) and argument.dtype == torch.bfloat16 else argument
 
 
 def align(

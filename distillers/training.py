@@ -43,22 +43,30 @@ class Windows(Dataset[dict[str, Tensor]]):
     """int64 [N, context], `IGNORED` for prompts, padding and first tokens, which nothing predicts"""
     lengths: Tensor
     """int64 [N]"""
+    positions: Tensor
+    """int64 [N, context], from 0 in each document; padding continues the last"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index], "length": self.lengths[index]}
+        return {
+            "input_ids": self.ids[index],
+            "labels": self.labels[index],
+            "length": self.lengths[index],
+            "position_ids": self.positions[index],
+        }
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stacks windows, cut after the longest. The mask is for counting: causal models need none with padding at the
     right."""
-    batch = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels", "length")}
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     longest = int(batch["length"].max())
     return {
         "input_ids": batch["input_ids"][:, :longest],
         "labels": batch["labels"][:, :longest],
+        "position_ids": batch["position_ids"][:, :longest],
         "attention_mask": (torch.arange(longest) < batch["length"][:, None]).long(),
     }
 
@@ -79,7 +87,8 @@ def pack(documents: Iterable[tuple[list[int], list[int]]], context: int, name: s
     """Packs documents (ids and labels) into windows of `context` tokens.
 
     Longer documents are cut; what fits into a window stays whole, and the fullest window that has room takes the
-    longest piece first (best fit decreasing), so that little is padding. Documents of a window see those before them.
+    longest piece first (best fit decreasing), so that little is padding. Positions begin anew in each, by which a model
+    keeps the documents of a window apart.
     """
     pieces = []
     for ids, labels in documents:
@@ -90,7 +99,7 @@ def pack(documents: Iterable[tuple[list[int], list[int]]], context: int, name: s
     if not pieces:
         raise MambabenchError(f"{name}: no text to learn from")
     pieces.sort(key=lambda piece: -len(piece[0]))
-    rows: list[tuple[list[int], list[int]]] = []
+    rows: list[tuple[list[int], list[int], list[int]]] = []
     room: list[tuple[int, int]] = []
     for ids, labels in pieces:
         place = bisect.bisect_left(room, (len(ids), 0))
@@ -98,14 +107,20 @@ def pack(documents: Iterable[tuple[list[int], list[int]]], context: int, name: s
             left, row = room.pop(place)
             rows[row][0].extend(ids)
             rows[row][1].extend(labels)
+            rows[row][2].extend(range(len(ids)))
         else:
             left, row = context, len(rows)
-            rows.append((list(ids), list(labels)))
+            rows.append((list(ids), list(labels), list(range(len(ids)))))
         if left > len(ids):
             bisect.insort(room, (left - len(ids), row))
-    lengths = torch.tensor([len(ids) for ids, _ in rows])
-    padded = [(ids + [0] * (context - len(ids)), labels + [IGNORED] * (context - len(ids))) for ids, labels in rows]
-    return Windows(torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded]), lengths)
+    lengths = torch.tensor([len(ids) for ids, _, _ in rows])
+    for ids, labels, positions in rows:
+        padding, last = context - len(ids), positions[-1]
+        ids.extend([0] * padding)
+        labels.extend([IGNORED] * padding)
+        positions.extend(range(last + 1, last + 1 + padding))
+    tokens, targets, places = (torch.tensor(part) for part in zip(*rows, strict=True))
+    return Windows(tokens, targets, lengths, places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,7 +329,8 @@ def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArg
         output_dir=str(job.scratch / folder),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch // recipe.accumulation // ranks(),
-        ddp_find_unused_parameters=False,
+        # Layers that have not joined yet have no gradient.
+        ddp_find_unused_parameters=recipe.phases > 1,
         ddp_broadcast_buffers=False,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.lr,
