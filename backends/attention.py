@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.documents import Documents
 from .calls import AttentionStep, Fill
 from .config import HybridConfig
+from .norm import RMSNorm
 from .rope import rotate
 from .state import KVCache
 
@@ -15,14 +17,17 @@ from .state import KVCache
 class Attention(nn.Module):
     """Names and shapes of the projections are Llama's. H heads of width P read G key and value heads, R = H / G."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: HybridConfig, window: int = 0) -> None:
         super().__init__()
+        self.window = window
         self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, self.heads * self.width, bias=bias)
         self.k_proj = nn.Linear(hidden, self.groups * self.width, bias=bias)
         self.v_proj = nn.Linear(hidden, self.groups * self.width, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bool(config.attention_out_bias))
+        self.q_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
         self._fused: tuple[Tensor, Tensor | None] | None = None
 
     def fuse(self) -> None:
@@ -30,18 +35,38 @@ class Attention(nn.Module):
         self._fused = fuse_linears(self.q_proj, self.k_proj, self.v_proj)
 
     def project(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [..., E], cos and sin [..., 1, P] -> rotated queries [..., H, P], rotated keys and values [..., G, P]."""
+        """h [..., E], cos and sin [..., 1, P] -> rotated queries [..., H, P], rotated keys and values [..., G, P].
+
+        Norms of queries and keys, where the model has them, are over each head and stand before the rotation.
+        """
         if self._fused is None:
             projected = torch.cat((self.q_proj(h), self.k_proj(h), self.v_proj(h)), dim=-1)
         else:
             projected = F.linear(h, *self._fused)
         projected = projected.view(*h.shape[:-1], -1, self.width)
         turned, values = projected.split((self.heads + self.groups, self.groups), dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = turned.split((self.heads, self.groups), dim=-2)
+            turned = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=-2)
         queries, keys = rotate(turned, cos, sin).split((self.heads, self.groups), dim=-2)
         return queries, keys, values
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keep: Tensor | None) -> Tensor:
-        """A whole sequence. h [B, L, E]; mask bool [B, 1, L, L] (None: causal); keep is read by other mixers."""
+    def forward(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        keep: Tensor | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """A whole sequence. h [B, L, E]; mask bool [B, 1, L, L] (None: causal); other mixers read keep and documents,
+        which the mask has in it.
+
+        A sliding window is applied here: entry [t, s] is read only if t - s < window.
+        """
+        if self.window and self.window < h.shape[1]:
+            mask = within(self.window, h.shape[1], h.device, mask)
         q, k, v = (t.transpose(1, 2) for t in self.project(h, cos, sin))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -54,7 +79,8 @@ class Attention(nn.Module):
         if not fill.fresh:
             k, v = (t[fill.rows, : fill.live] for t in (cache.keys, cache.values))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=fill.mask, is_causal=fill.fresh, enable_gqa=True)
+        mask = fill.sliding if self.window and fill.sliding is not None else fill.mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def step(self, h: Tensor, cache: KVCache, call: AttentionStep) -> Tensor:
@@ -67,6 +93,13 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=call.mask)
         y = y.reshape(call.batch, self.heads, -1, self.width).transpose(1, 2)
         return self.o_proj(y.reshape(h.shape[0], -1))
+
+
+def within(window: int, length: int, device: torch.device, mask: Tensor | None) -> Tensor:
+    """bool [B or 1, 1, length, length]: what `mask` [B, 1, length, length] (None: causal) leaves of the last `window`
+    tokens of each."""
+    band = torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+    return band[None, None] if mask is None else mask & band
 
 
 def fuse_linears(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -45,6 +45,8 @@ class MambaStep:
     mask: Tensor
     """`visible(R, T)`."""
     settle: bool
+    turn: tuple[Tensor, Tensor] | None = None
+    """cos and sin [B, R + T, 1, P], where B and C are rotated."""
 
 
 @dataclass(slots=True)
@@ -75,19 +77,28 @@ class Fill:
     """[n, R, 1], 0 for a token before `settled`, else 1."""
     tail: Tensor
     """int64 [n, W - 1], ring slots of the convolution's window at the end."""
+    sliding: Tensor | None = None
+    """bool [n or 1, 1, L, live (fresh: L)], what layers with a sliding window read. None where that is `mask`."""
+    turn: tuple[Tensor, Tensor] | None = None
+    """cos and sin [n, R + L, 1, P], where B and C are rotated."""
 
 
 def attention_step(
-    config: HybridConfig, state: State, start: Tensor, count: int, live: int, even: bool
+    config: HybridConfig, state: State, start: Tensor, count: int, live: int, even: bool, window: int = 0
 ) -> AttentionStep:
-    """`count` tokens at `start` [B]; `even` says that all rows start at one position."""
+    """`count` tokens at `start` [B]; `even` says that all rows start at one position. With a window each token reads
+    the last `window` slots up to its own."""
     batch, device = start.shape[0], start.device
     positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
     rows = torch.arange(batch, device=device).unsqueeze(1)
     mask = None
-    if count > 1 or not even:
+    narrow = 0 < window < live
+    if count > 1 or not even or narrow:
         repeat = config.num_attention_heads // config.num_key_value_heads
-        mask = torch.arange(live, device=device) <= positions.unsqueeze(-1)
+        slots = torch.arange(live, device=device)
+        mask = slots <= positions.unsqueeze(-1)
+        if narrow:
+            mask &= slots > positions.unsqueeze(-1) - window
         mask = mask.repeat(1, repeat, 1).unsqueeze(1)
     cos, sin = state.rotary.index_select(0, positions.flatten()).unsqueeze(2).unbind(1)
     return AttentionStep(batch, (rows * state.capacity + positions).flatten(), live, mask, cos, sin)
@@ -102,7 +113,8 @@ def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, lo
     if longest:
         live = (positions[:, window:] >= state.settled.unsqueeze(1)).to(state.exact).unsqueeze(-1)
     mask = visible(longest, count, state.exact, device)
-    return MambaStep(batch, count, slots[:, window + longest :].flatten(), slots.flatten(), live, mask, settle)
+    turn = _turn(state, positions[:, window:]) if config.mamba_rope else None
+    return MambaStep(batch, count, slots[:, window + longest :].flatten(), slots.flatten(), live, mask, settle, turn)
 
 
 def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths: Tensor, start: Tensor | None) -> Fill:
@@ -116,6 +128,11 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
     if start is not None:
         longest = int((start - settled).max())
         mask = (torch.arange(live, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
+    sliding, reach = None, config.sliding_window or 0
+    slots = torch.arange(ids.shape[1] if start is None else live, device=device)
+    if "sliding" in config.calls and reach < slots.shape[0]:
+        queries = (tokens if start is None else positions).unsqueeze(-1)
+        sliding = ((slots <= queries) & (slots > queries - reach)).view(-1, 1, *queries.shape[-2:-1], slots.shape[0])
     before = first.unsqueeze(1) + torch.arange(-window - longest, 0, device=device)
     real = (tokens < lengths.unsqueeze(1)).nonzero(as_tuple=True)
     cos, sin = state.rotary[positions.clamp(max=state.capacity - 1)].unsqueeze(3).unbind(2)
@@ -128,9 +145,17 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
         positions=positions,
         live=live,
         mask=mask,
+        sliding=sliding,
         cos=cos,
         sin=sin,
         read=before % state.ring,
         replayed=(before[:, window:] >= settled.unsqueeze(1)).to(state.exact).unsqueeze(-1),
         tail=(end.unsqueeze(1) + torch.arange(-window, 0, device=device)) % state.ring,
+        turn=_turn(state, torch.cat((before[:, window:], positions), dim=1)) if config.mamba_rope else None,
     )
+
+
+def _turn(state: State, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, L, 1, P] of positions [B, L]; those outside of a row stand for tokens that nothing reads."""
+    cos, sin = state.rotary[positions.clamp(0, state.capacity - 1)].unsqueeze(3).unbind(2)
+    return cos, sin

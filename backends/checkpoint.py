@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,11 +21,10 @@ from transformers import GenerationConfig
 
 from ..harness.interfaces import MambabenchError, Unsupported
 from .config import MODEL_TYPE, HybridConfig
-from .mamba2 import EXACT
+from .families import FAMILIES, from_family
+from .mamba import EXACT
 from .model import HybridForCausalLM
 
-FAMILIES = ("llama",)
-"""Teachers' `model_type`s whose weights this model takes as they are."""
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -37,7 +37,6 @@ SIDE_FILES = (
 )
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers that old Llama checkpoints carry and nobody reads."""
-FOREIGN = ("architectures", "auto_map", "layer_types", "mixers", "model_type", "transformers_version", "use_cache")
 
 
 def read_config(folder: Path) -> HybridConfig:
@@ -47,16 +46,14 @@ def read_config(folder: Path) -> HybridConfig:
         raise MambabenchError(f"{folder}: no config.json; a model is a transformers folder")
     raw = _read_json(path)
     family = raw.get("model_type")
-    if family != MODEL_TYPE:
-        if family not in FAMILIES:
-            raise Unsupported(f"{path}: model_type {family!r} is not served; known are {', '.join(FAMILIES)}")
-        raw = {key: value for key, value in raw.items() if key not in FOREIGN}
-    raw.pop("model_type", None)
+    if not isinstance(family, str) or (family != MODEL_TYPE and family not in FAMILIES):
+        raise Unsupported(f"{path}: model_type {family!r} is not served; known are {', '.join(FAMILIES)}")
+    raw.pop("model_type")
     try:
-        return HybridConfig(**raw)
+        return HybridConfig(**raw) if family == MODEL_TYPE else from_family(raw, family)
     except Unsupported as error:
         raise Unsupported(f"{path}: {error}") from None
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise MambabenchError(f"{path}: describes no model ({type(error).__name__}: {reason})") from None
 
@@ -99,8 +96,12 @@ def skeleton(config: HybridConfig) -> HybridForCausalLM:
 
 def check(folder: Path, model: nn.Module, config: HybridConfig) -> None:
     """Compares the headers in `folder` with what `model` expects; the first difference is one error."""
+    check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, config)
+
+
+def check_shapes(folder: Path, expected: Mapping[str, tuple[int, ...]], config: HybridConfig) -> None:
+    """The same with the shapes that tensors should have, by name."""
     files, shapes = tensor_files(folder), tensor_shapes(folder)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     anywhere = f"{folder / 'model.safetensors'}"
     for name, shape in expected.items():
         if name not in files:

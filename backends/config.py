@@ -10,15 +10,30 @@ from transformers import PreTrainedConfig
 from ..harness.interfaces import Unsupported
 
 MODEL_TYPE = "mambabench_hybrid"
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-LAYER_TYPES = {"attention": "full_attention", "mamba2": "linear_attention"}
-"""transformers' own name of each mixer: version 5.17 refuses `mamba2` in `layer_types` and renames `attention`."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+LAYER_TYPES = {"attention": "full_attention", "mamba": "linear_attention", "mamba2": "linear_attention"}
+"""transformers' own name of each mixer: version 5.17 refuses `mamba2` in `layer_types` and renames the others."""
+
+SLIDING = "sliding_attention"
+CHOICES = {
+    "mamba_activation": ("silu", "none"),
+    "mamba_norm": ("gated", "none"),
+    "mamba_dt_bias": ("once", "twice"),
+    "mamba_sub_blocks": ("aligned", "released"),
+}
 
 
 class HybridConfig(PreTrainedConfig):
-    """Llama's fields, and `mixers`: one of `attention`, `mamba2` per layer (all attention if not given).
+    """Llama's fields, and `mixers`: one of `attention`, `mamba`, `mamba2` per layer (all attention if not given).
 
     Without `num_key_value_heads` there are as many as heads, without `head_dim` heads share the hidden size.
+    `attention_bias` is of the projections to queries, keys and values, `attention_out_bias` of the one behind them
+    (None: as `attention_bias`); `qk_norm` is Qwen3's norm of each query and key head. Attention reads the last
+    `sliding_window` tokens where `layer_types` says `sliding_attention`. Mamba layers have biases and norms too, where
+    the attention that they stand for has them.
+    What the released Mamba2InLlama layers have is the default of `mamba_*`: SiLU behind the convolution, a gated norm,
+    a gate without bias, no rotation of B and C. Released Mamba-1 layers add the bias of dt twice and pair the
+    sub-blocks of heads in an order of their own (`mamba_dt_bias`, `mamba_sub_blocks`).
     """
 
     model_type = MODEL_TYPE
@@ -42,12 +57,21 @@ class HybridConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    qk_norm: bool = False
+    sliding_window: int | None = None
     mlp_bias: bool = False
     mixers: list[str] = field(default_factory=list)
     layer_types: list[str] = field(default_factory=list)
     d_conv: int = 4
     chunk: int = 64
     mamba_norm_eps: float = 1e-5
+    mamba_activation: str = "silu"
+    mamba_norm: str = "gated"
+    mamba_gate_bias: bool = False
+    mamba_rope: bool = False
+    mamba_dt_bias: str = "once"
+    mamba_sub_blocks: str = "aligned"
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -57,16 +81,26 @@ class HybridConfig(PreTrainedConfig):
         unknown = sorted(set(self.mixers) - set(LAYER_TYPES))
         if unknown:
             raise Unsupported(f"mixers: no mixer is called {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
-        self.layer_types = [LAYER_TYPES[name] for name in self.mixers]
+        self.layer_types = self._layer_types(self.layer_types)
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         super().__post_init__(**kwargs)
         rope = (self.rope_parameters or {}).get("rope_type", "default")
         if rope not in ROPE_TYPES:
             raise Unsupported(f"rope_parameters: rope_type {rope!r} is not served; known are {', '.join(ROPE_TYPES)}")
+        turned = (self.rope_parameters or {}).get("partial_rotary_factor") or 1.0
+        if turned != 1:
+            raise Unsupported(f"rope_parameters: partial_rotary_factor {turned} is not served, only whole heads (1.0)")
         if self.hidden_act != "silu":
             raise Unsupported(f"hidden_act: {self.hidden_act!r} is not served, only 'silu'")
         for name in ("d_conv", "chunk"):
             if getattr(self, name) < 1:
                 raise Unsupported(f"{name}: must be at least 1, not {getattr(self, name)}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise Unsupported(f"{name}: {getattr(self, name)!r} is not served, only {' or '.join(known)}")
+        if "mamba" in self.mixers and self.head_dim % self.d_state:
+            raise Unsupported(f"head_dim: mamba layers have {self.d_state} states, which do not divide {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise Unsupported(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "
@@ -74,6 +108,35 @@ class HybridConfig(PreTrainedConfig):
             )
 
     @property
+    def d_state(self) -> int:
+        """States of each channel of a Mamba-1 layer, and the width of the sub-blocks that its heads are cut into."""
+        return min(16, self.head_dim)
+
+    @property
     def attention_layers(self) -> list[int]:
         """Indices of the layers with attention."""
         return [index for index, name in enumerate(self.mixers) if name == "attention"]
+
+    @property
+    def windows(self) -> list[int]:
+        """How many tokens, itself included, each layer's attention reads; 0 for all before, and where it has none."""
+        return [(self.sliding_window or 0) if kind == SLIDING else 0 for kind in self.layer_types]
+
+    @property
+    def calls(self) -> list[str]:
+        """Whose indices each layer reads in a call of the stepping engine: a mixer's, or `sliding`."""
+        return ["sliding" if window else name for name, window in zip(self.mixers, self.windows, strict=True)]
+
+    def _layer_types(self, given: list[str] | None) -> list[str]:
+        """transformers' name of each layer's mixer; attention slides where `given` says so."""
+        kinds = [LAYER_TYPES[name] for name in self.mixers]
+        if not given:
+            return kinds
+        if len(given) != len(kinds):
+            raise Unsupported(f"layer_types: {len(given)} entries for {len(kinds)} layers")
+        if SLIDING in given and not self.sliding_window:
+            raise Unsupported(f"layer_types: {SLIDING!r} without a sliding_window")
+        return [
+            SLIDING if old == SLIDING and kind == LAYER_TYPES["attention"] else kind
+            for old, kind in zip(given, kinds, strict=True)
+        ]

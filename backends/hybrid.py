@@ -1,4 +1,4 @@
-"""The built-in backends: `teacher` takes a Llama folder as it is, `mamba2-hybrid` trades attention for Mamba-2."""
+"""The built-in backends: `teacher` takes a Llama folder as it is, `mamba2-hybrid` and `mamba` trade attention."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
-from . import checkpoint, convert
-from .config import HybridConfig
+from . import checkpoint, convert, released
+from .families import FAMILIES, from_family
 from .model import HybridForCausalLM
-from .plugin import Mamba2HybridConfig, TeacherConfig
+from .plugin import Mamba2HybridConfig, MambaConfig, TeacherConfig
 from .stepper import HybridStepper
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,9 +28,11 @@ class TeacherBackend:
         self.config = config
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
-        """Takes the folder over. `keep` must be empty or name every layer: a teacher is not changed."""
-        layers = checkpoint.read_config(parent).num_hidden_layers
-        if keep and sorted(keep) != list(range(layers)):
+        """Takes the folder over, a released hybrid's too. `keep` must be empty, name every layer or those that have
+        attention: nothing is changed."""
+        sizes = self.describe(parent)
+        layers = sizes["layers"]
+        if keep and sorted(keep) not in (list(range(layers)), sizes["attention_layers"]):
             raise Unsupported(
                 f"backend teacher: keeps attention in all {layers} layers, so keep = {list(keep)} cannot be"
             )
@@ -38,7 +40,8 @@ class TeacherBackend:
 
     def describe(self, artifact: Path) -> Mapping[str, Any]:
         """Sizes from the config and the tensors' headers. A tied head is counted once."""
-        config = checkpoint.read_config(artifact)
+        reads = released if released.is_released(artifact) else checkpoint
+        config = reads.read_config(artifact)
         shapes = {
             name: entry
             for name, entry in checkpoint.tensor_shapes(artifact).items()
@@ -59,11 +62,7 @@ class TeacherBackend:
 
     def load(self, artifact: Path, device: str, dtype: str) -> HybridStepper:
         """The stepping engine over the artifact's weights in `dtype`."""
-        if dtype not in DTYPES:
-            raise MambabenchError(f"dtype {dtype!r} is not served; known are {', '.join(DTYPES)}")
-        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-            raise MambabenchError(f"device {device!r}: torch finds no such device here; cpu is always there")
-        model = checkpoint.load(artifact, DTYPES[dtype], device)
+        model = checkpoint.load(artifact, torch_dtype(dtype, device), device)
         debug = bool(os.environ.get("MAMBABENCH_DEBUG"))
         return HybridStepper(model, self.tokenizer(artifact), debug)
 
@@ -80,13 +79,7 @@ class TeacherBackend:
 
     def tokenizer(self, artifact: Path) -> Tokenizer:
         """The artifact's tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(artifact, config=checkpoint.read_config(artifact))
-            return tokenizer
-        except (OSError, ValueError) as error:
-            raise MambabenchError(f"{artifact}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
+        return read_tokenizer(artifact, checkpoint.read_config(artifact))
 
 
 class Mamba2HybridBackend(TeacherBackend):
@@ -97,15 +90,45 @@ class Mamba2HybridBackend(TeacherBackend):
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
         """Layers outside `keep` become Mamba-2, initialised from the parent's attention."""
-        convert.convert(parent, keep, out, seed, self.options.d_conv, self.options.chunk)
+        convert.convert(parent, keep, out, seed, self.options)
+
+
+class MambaBackend(TeacherBackend):
+    """Hybrids of attention and Mamba-1, or Mamba-1 alone."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        self.options = config
+
+    def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
+        """Layers outside `keep` become Mamba-1, initialised from the parent's attention."""
+        convert.convert(parent, keep, out, seed, self.options)
+
+
+def torch_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of a name. Raises MambabenchError for one that is not served, and for a device that is not there."""
+    if dtype not in DTYPES:
+        raise MambabenchError(f"dtype {dtype!r} is not served; known are {', '.join(DTYPES)}")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise MambabenchError(f"device {device!r}: torch finds no such device here; cpu is always there")
+    return DTYPES[dtype]
+
+
+def read_tokenizer(folder: Path, config: Any) -> Tokenizer:
+    """The tokenizer of a folder whose config has been read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+        return tokenizer
+    except (OSError, ValueError) as error:
+        raise MambabenchError(f"{folder}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
 
 
 def as_hybrid(module: nn.Module) -> HybridForCausalLM:
     """A transformers Llama as an all-attention model that shares its weights."""
     config: Any = getattr(module, "config", None)
-    if config is None or config.model_type not in checkpoint.FAMILIES:
+    if config is None or config.model_type not in FAMILIES:
         raise MambabenchError(f"{type(module).__name__}: cannot be saved as a hybrid model")
-    fields = {key: value for key, value in config.to_dict().items() if key not in checkpoint.FOREIGN}
-    model = checkpoint.skeleton(HybridConfig(**fields))
+    model = checkpoint.skeleton(from_family(config.to_dict(), config.model_type))
     checkpoint.fill(model, {name: tensor.detach() for name, tensor in module.state_dict().items()})
     return model

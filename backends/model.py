@@ -16,25 +16,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..harness.interfaces import Unsupported
-from .attention import fuse_linears
+from ..kernels.documents import Documents
+from .attention import Attention, fuse_linears
 from .calls import AttentionStep, Fill, MambaStep
 from .config import HybridConfig
-from .mamba2 import Mamba2
+from .mamba import Mamba
 from .mixers import MIXERS, PREFIXES
+from .norm import RMSNorm
 from .rope import Rope
 from .state import KVCache, MambaState
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 or better inside."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -66,7 +56,8 @@ class HybridLayer(GradientCheckpointingLayer):
         super().__init__()
         name = config.mixers[index]
         self.mixer_name = PREFIXES[name]
-        self.add_module(self.mixer_name, MIXERS[name](config))
+        window = config.windows[index]
+        self.add_module(self.mixer_name, Attention(config, window) if window else MIXERS[name](config))
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -76,8 +67,16 @@ class HybridLayer(GradientCheckpointingLayer):
         """The attention or Mamba module."""
         return self._modules[self.mixer_name]
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keep: Tensor | None) -> Tensor:
-        h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep)
+    def forward(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        keep: Tensor | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep, documents)
         return h + self.mlp(self.post_attention_layernorm(h))
 
     def run(self, h: Tensor, cache: KVCache | MambaState, call: AttentionStep | MambaStep | Fill) -> Tensor:
@@ -104,7 +103,7 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Mamba2):
+        if isinstance(module, Mamba):
             module.initialise()
 
 
@@ -129,10 +128,11 @@ class HybridModel(HybridPreTrainedModel):
         **_: Any,
     ) -> BaseModelOutput:
         """input_ids int64 [B, L] (or inputs_embeds [B, L, E]); attention_mask [B, L], 0 on padding at either side;
-        position_ids int64 [B, L], counted from the first real token if not given. Hidden states [B, L, E]."""
+        position_ids int64 [B, L], counted from the first real token if not given: one that does not continue the one
+        before starts a document, which sees nothing of those before it. Hidden states [B, L, E]."""
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = h.shape[1]
-        mask = keep = None
+        mask = keep = real = documents = None
         if attention_mask is not None and not bool(attention_mask.all()):
             if attention_mask.shape != h.shape[:2]:
                 raise Unsupported(
@@ -140,17 +140,34 @@ class HybridModel(HybridPreTrainedModel):
                 )
             real = attention_mask.bool()
             keep = real.unsqueeze(-1)
-            if position_ids is None:
-                position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
-            causal = torch.ones(length, length, dtype=torch.bool, device=h.device).tril()
-            itself = torch.eye(length, dtype=torch.bool, device=h.device)
-            mask = ((causal & real.unsqueeze(1)) | itself).unsqueeze(1)
-        if position_ids is None:
+        if position_ids is not None:
+            documents = Documents.of(position_ids.expand(h.shape[:2]), real)
+        elif real is not None:
+            position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
+        else:
             position_ids = torch.arange(length, device=h.device).unsqueeze(0)
+        if len(self.config.attention_layers):
+            mask = attention_mask_of(length, h.device, real, documents)
+        self.rope.check(position_ids)
         cos, sin = self.rope(position_ids, h)
         for layer in self.layers:
-            h = layer(h, cos, sin, mask, keep)
+            h = layer(h, cos, sin, mask, keep, documents)
         return BaseModelOutput(last_hidden_state=self.norm(h))
+
+
+def attention_mask_of(
+    length: int, device: torch.device, real: Tensor | None, documents: Documents | None
+) -> Tensor | None:
+    """bool [B, 1, L, L]: what each token may read. real bool [B, L] (padding reads itself). None where that is all
+    before it."""
+    if real is None and documents is None:
+        return None
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril().unsqueeze(0)
+    if documents is not None:
+        mask = mask & (documents.index.unsqueeze(1) == documents.index.unsqueeze(2))
+    if real is not None:
+        mask = (mask & real.unsqueeze(1)) | torch.eye(length, dtype=torch.bool, device=device)
+    return mask.unsqueeze(1)
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..harness.hooks import hookimpl
-from ..harness.interfaces import Component
+from ..harness.interfaces import Component, DataRef, ModelRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,12 +16,77 @@ class TeacherConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mamba2HybridConfig:
-    """Options of new Mamba-2 layers."""
+    """Options of new Mamba-2 layers; the defaults are what the released recipe does."""
 
     d_conv: int = 4
     """Taps of the convolution."""
     chunk: int = 64
     """Tokens of a block of the parallel scan."""
+    init: Literal["attention", "random"] = "attention"
+    """Where x, B, C and the output projection begin: at the parent's V, K, Q and O, or at random weights."""
+    gate: Literal["random", "open"] = "random"
+    """`open`: z begins at a learnt bias that lets everything through. Such a model cannot be exported."""
+    conv: Literal["random", "identity"] = "random"
+    """`identity`: the convolution begins as one that passes each token on as it is."""
+    activation: Literal["silu", "none"] = "silu"
+    """Behind the convolution, of x, B and C."""
+    norm: Literal["gated", "none"] = "gated"
+    """Of the scan's output, per head, behind the gate."""
+    rope: Literal["dropped", "kept"] = "dropped"
+    """`kept`: B and C are rotated by their positions, as the attention's K and Q were."""
+    q_scale: Literal["one", "attention"] = "one"
+    """`attention`: the rows of C that come from Q are divided by the square root of the head's width."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitFidelityConfig:
+    data: DataRef
+    teacher: ModelRef = "teacher"
+    """Whose attention and logits a model is held against."""
+    documents: int = 32
+    context: int = 256
+    """Tokens that are read of a document."""
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 1), ("context", 2), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaConfig:
+    """Options of new Mamba-1 layers; the defaults are what the released recipe does but for its two slips: dt's bias is
+    added once, and a head's sub-blocks are paired with those of the KV head that it attended to."""
+
+    d_conv: int = 4
+    """Taps of the convolution."""
+    init: Literal["attention", "random"] = "attention"
+    """Where x, B, C and the output projection begin: at the parent's V, K, Q and O, or at random weights."""
+    gate: Literal["random", "open"] = "random"
+    """`open`: z begins at a learnt bias that lets everything through. Such a model cannot be exported."""
+    conv: Literal["random", "identity"] = "random"
+    """`identity`: the convolution begins as one that passes each token on as it is."""
+    activation: Literal["silu", "none"] = "silu"
+    """Behind the convolution, of x."""
+    rope: Literal["dropped", "kept"] = "dropped"
+    """`kept`: B and C are rotated by their positions, as the attention's K and Q were."""
+    q_scale: Literal["one", "attention"] = "one"
+    """`attention`: the rows of C that come from Q are divided by the square root of the head's width."""
+    dt_bias: Literal["once", "twice"] = "once"
+    """How often the bias of dt is added; the released code adds it twice."""
+    sub_block_order: Literal["aligned", "released"] = "aligned"
+    """Which sub-blocks of heads read which of the KV heads: those that the attention paired, or the released order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfConfig:
+    """A model of transformers has no options: it is taken as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """A command's options are click's."""
 
 
 @hookimpl
@@ -33,7 +99,15 @@ def mambabench_components() -> list[Component]:
             target="mambabench.backends.hybrid:TeacherBackend",
             config=TeacherConfig,
             traits=frozenset({"rollback"}),
-            summary="a Llama folder as it is",
+            summary="a Llama, Mistral, Qwen2 or Qwen3 folder as it is",
+        ),
+        Component(
+            kind="backend",
+            name="hf",
+            target="mambabench.backends.hf:HfBackend",
+            config=HfConfig,
+            traits=frozenset({"generate"}),
+            summary="any causal model of transformers as it is, with its own generate",
         ),
         Component(
             kind="backend",
@@ -42,5 +116,28 @@ def mambabench_components() -> list[Component]:
             config=Mamba2HybridConfig,
             traits=frozenset({"rollback"}),
             summary="attention traded for Mamba-2, initialised from it",
+        ),
+        Component(
+            kind="backend",
+            name="mamba",
+            target="mambabench.backends.hybrid:MambaBackend",
+            config=MambaConfig,
+            traits=frozenset({"rollback"}),
+            summary="attention traded for Mamba-1, initialised from it",
+        ),
+        Component(
+            kind="suite",
+            name="init-fidelity",
+            target="mambabench.backends.fidelity:InitFidelity",
+            config=InitFidelityConfig,
+            traits=frozenset({"score"}),
+            summary="How near converted layers are to the attention that they replace, and the logits to the teacher's",
+        ),
+        Component(
+            kind="command",
+            name="export",
+            target="mambabench.backends.cli:export",
+            config=ExportConfig,
+            summary="Write a model in the format of released MambaInLlama checkpoints",
         ),
     ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..harness.interfaces import Unsupported
 from ..kernels.scan.reference import compute_dtype
 from .config import HybridConfig
 
@@ -29,6 +30,18 @@ class Rope:
         self.config = config
         self._cached: dict[torch.device, Tensor] = {}
         self._factor = 1.0
+
+    def check(self, reached: Tensor | int) -> None:
+        """Refuses what `dynamic` does beyond the original context, where the frequencies depend on how a text was cut
+        into calls. `reached`: positions int [B, L], or how many of them there are."""
+        if (self.config.rope_parameters or {}).get("rope_type") != "dynamic":
+            return
+        count = reached if isinstance(reached, int) else int(reached.max()) + 1
+        if count > self.config.max_position_embeddings:
+            raise Unsupported(
+                f"rope_type 'dynamic' is served up to its original context of {self.config.max_position_embeddings} "
+                f"tokens, not for {count}: beyond it the result depends on how the text was cut into calls"
+            )
 
     def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """positions int [B, L] -> cos, sin [B, L, 1, head_dim], exact, then in `like`'s dtype."""

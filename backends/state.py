@@ -25,16 +25,16 @@ class KVCache:
 
 @dataclass(slots=True)
 class MambaState:
-    """A Mamba-2 layer: the state at `settled`, and a ring of what is needed to go on from any later position.
+    """A Mamba layer: the state at `settled`, and a ring of what is needed to go on from any later position.
 
     The ring holds what the input projection made of each token, so that a replay makes from it what the first run of
     the token made. Position p lies in slot p mod S.
     """
 
     state: Tensor
-    """fp32 or fp64 [B, H, P, N]."""
+    """fp32 or fp64: Mamba-2 [B, H, P, N], Mamba-1 [B, D, N]."""
     inputs: Tensor
-    """[B, S, E + H]: the convolution's E inputs and the raw dt."""
+    """Mamba-2 [B, S, E + H]: the convolution's E inputs and the raw dt. Mamba-1 [B, S, 2 G P + D]: x, B, raw dt."""
 
     def tensors(self) -> list[Tensor]:
         return [self.state, self.inputs]
@@ -63,18 +63,28 @@ class State:
         return [self.settled, self.end, *(t for layer in self.layers for t in layer.tensors())]
 
 
+def recurrent(config: HybridConfig, mixer: str) -> tuple[tuple[int, ...], int]:
+    """The shape of a row's state in a Mamba layer, and the numbers that a token has in its ring."""
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if mixer == "mamba":
+        return (heads * width, config.d_state), (2 * groups + heads) * width
+    return (heads, width, width), (2 * groups + heads) * width + heads
+
+
 def open_state(config: HybridConfig, rope: Rope, batch: int, context: int, steps: int, like: Tensor) -> State:
     """Empty rows of `context + steps` positions, in the dtype and on the device of `like`."""
+    rope.check(context)
     ring, capacity = 2 * steps + config.d_conv - 1, context + steps
-    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    groups, width = config.num_key_value_heads, config.head_dim
     exact = compute_dtype(like)
     layers: list[KVCache | MambaState] = []
     for mixer in config.mixers:
         if mixer == "attention":
             layers.append(KVCache(*(like.new_zeros(batch, capacity, groups, width) for _ in range(2))))
         else:
-            state = like.new_zeros(batch, heads, width, width, dtype=exact)
-            layers.append(MambaState(state, like.new_zeros(batch, ring, (2 * groups + heads) * width + heads)))
+            shape, slot = recurrent(config, mixer)
+            state = like.new_zeros(batch, *shape, dtype=exact)
+            layers.append(MambaState(state, like.new_zeros(batch, ring, slot)))
     cursor = like.new_zeros(batch, dtype=torch.int32)
     cos, sin = rope(torch.arange(capacity, device=like.device).unsqueeze(0), like)
     rotary = torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1)

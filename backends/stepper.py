@@ -6,6 +6,8 @@ indices once, every layer reads them, and the two cursors move after the last la
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
 from .model import HybridForCausalLM
-from .state import State, open_state
+from .state import State, open_state, recurrent
 
 HEAD_SLICE = 1 << 24
 """Logits that `score` holds at a time."""
@@ -34,6 +36,7 @@ class HybridStepper:
         self.traits = frozenset({"rollback"})
         self.debug = debug
         """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
+        self._windows = [self.config.windows[index] for index in self.config.attention_layers]
         self._layers = list(model.model.layers)
         for layer in self._layers:
             layer.fuse()
@@ -63,7 +66,7 @@ class HybridStepper:
         """Runs ids [B, T] at `start` [B] -> logits [B, T, V]."""
         calls = self._advance(ids.shape[1], start, state, settle)
         h = self.model.model.embed_tokens(ids.flatten())
-        for name, layer, cache in zip(self.config.mixers, self._layers, state.layers, strict=True):
+        for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
             h = layer.run(h, cache, calls[name])
         if settle:
             state.settled.copy_(start)
@@ -98,7 +101,6 @@ class HybridStepper:
         reads a few rows of, and whole rings."""
         config, size = self.config, self.model.lm_head.weight.element_size()
         attention = len(config.attention_layers)
-        mamba = config.num_hidden_layers - attention
         heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         embedding = self.model.model.embed_tokens.weight
         held = {p.data_ptr(): p for p in self.model.parameters()}
@@ -106,19 +108,18 @@ class HybridStepper:
         read = [p for p in held.values() if tied or p is not embedding]
         numbers, tokens = sum(p.numel() for p in read), batch * steps
         exact = compute_dtype(self.model.lm_head.weight).itemsize
-        cell = heads * width * width
-        slot = size * ((2 * groups + heads) * width + heads)
-        kv_bytes = attention * 2 * groups * width * size * batch * (context + steps)
+        kinds = [recurrent(config, mixer) for mixer in config.mixers if mixer != "attention"]
+        cells, slots = sum(math.prod(shape) for shape, _ in kinds), size * sum(slot for _, slot in kinds)
+        reached = [min(context, window or context) + steps for window in self._windows]
+        slot_bytes = 2 * groups * width * size * batch
         return Cost(
             weight_bytes=sum(p.nbytes for p in read),
-            kv_bytes=kv_bytes,
-            state_bytes=mamba * batch * (2 * cell * exact + 2 * steps * slot),
-            flops=2 * numbers * tokens
-            + attention * 4 * tokens * (context + steps) * heads * width
-            + mamba * tokens * 8 * cell,
+            kv_bytes=slot_bytes * sum(reached),
+            state_bytes=batch * (2 * cells * exact + 2 * steps * slots),
+            flops=2 * numbers * tokens + 4 * tokens * sum(reached) * heads * width + tokens * 8 * cells,
             held_weight_bytes=sum(p.nbytes for p in held.values()),
-            held_kv_bytes=kv_bytes,
-            held_state_bytes=mamba * batch * (cell * exact + (2 * steps + config.d_conv - 1) * slot),
+            held_kv_bytes=slot_bytes * attention * (context + steps),
+            held_state_bytes=batch * (cells * exact + (2 * steps + config.d_conv - 1) * slots),
         )
 
     def _logits(self, h: Tensor) -> Tensor:
@@ -154,10 +155,11 @@ class HybridStepper:
         if self.debug or start.device.type == "cpu":
             live, longest, even = self._check(count, start, state, settle)
         calls: dict[str, AttentionStep | MambaStep] = {}
-        if "attention" in self.config.mixers:
-            calls["attention"] = attention_step(self.config, state, start, count, live, even)
-        if "mamba2" in self.config.mixers:
-            calls["mamba2"] = mamba_step(self.config, state, start, count, longest, settle)
+        for name, window in {"attention": 0, "sliding": self.config.sliding_window or 0}.items():
+            if name in self.config.calls:
+                calls[name] = attention_step(self.config, state, start, count, live, even, window)
+        if len(self.config.attention_layers) < self.config.num_hidden_layers:
+            calls["mamba"] = calls["mamba2"] = mamba_step(self.config, state, start, count, longest, settle)
         return calls
 
     @staticmethod

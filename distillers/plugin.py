@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..harness.hooks import hookimpl
-from ..harness.interfaces import Component, DataRef
+from ..harness.interfaces import Component, DataRef, ModelRef
+from .data_configs import DatasetConfig, MixConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +28,37 @@ class ListConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KlGuidedConfig:
+    share: float
+    """Share of the layers that keep attention, 0 to 1."""
+    model: ModelRef
+    """A model of the plan that keeps no attention, trained or not: the one whose layers are restored for a trial."""
+    data: DataRef
+    """Text on which the model is held against the teacher."""
+    tokens: int = 50_000
+    """Tokens of that text."""
+    context: int = 128
+    """Longest window, in tokens."""
+    batch: int = 16
+    """Windows run side by side; changes the speed and nothing else."""
+    greedy: bool = False
+    """Restores the best layer for good and measures the others anew, until there are enough, instead of taking those
+    that gain most alone."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; it must be between 0 and 1")
+        _positive(self, "tokens", "context", "batch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StandinConfig:
-    part: Literal["train", "unseen", "prompts", "tasks"] = "train"
+    part: Literal["train", "unseen", "prompts", "pairs", "tasks"] = "train"
     """`train`; `unseen`: held-out documents, to be scored; `prompts`: the same with a beginning of 23 tokens from which
-    there is much to continue; `tasks`: lm-eval tasks over held-out items."""
+    there is much to continue; `pairs`: questions of the training part with a right and a wrong answer; `tasks`: lm-eval
+    tasks over held-out items."""
     documents: int = 8000
-    """Documents written (not for `tasks`), of 32 to 60 tokens each."""
+    """Documents or pairs written (not for `tasks`), of 32 to 60 tokens each."""
     items: int = 200
     """Items of each task (only for `tasks`)."""
     seed: int = 0
@@ -57,9 +83,10 @@ class PseudoLabelsConfig:
     batch: int = 32
     """Documents written side by side; changes the speed and nothing else."""
     prompts: DataRef = ""
-    """Data whose documents are continued, one after the other; empty: every document begins with the begin token."""
+    """Data whose documents are continued, one after the other; of chats and other prompts with answers, the prompts are
+    answered. Empty: every document begins with the begin token."""
     prompt_tokens: int = 32
-    """Longest prompt taken from a document of `prompts`, in tokens."""
+    """Longest prompt, in tokens: texts are cut there, prompts with answers left out where they are longer."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,7 +130,9 @@ class TrainTeacherConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProgressiveConfig:
+class DistillationConfig:
+    """What the stages that train towards a teacher share; defaults are those of `progressive`."""
+
     data: DataRef
     """Text to learn from; the paper uses text that the teacher wrote (`pseudo-labels`)."""
     tokens: int
@@ -120,21 +149,109 @@ class ProgressiveConfig:
     """Share of the steps in which the learning rate rises; it falls by a cosine to 0 afterwards."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    weight_decay: float = 0.0
     ce: float = 1.0
     """Weight of the cross entropy, per token."""
     kl: float = 0.1
-    """Weight of KL(teacher || student), per token. (The paper's 0.1 is per sequence: some 200 per token.)"""
+    """Weight of the divergence from the teacher, per token. (The paper's 0.1 is per sequence: some 200 per token.)"""
+    kl_kind: Literal["forward", "reverse", "js"] = "forward"
+    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    js_beta: float = 0.5
+    """Weight of the teacher in the mixture of `js`: towards 0 it behaves as `forward`, towards 1 as `reverse`."""
     temperature: float = 1.0
-    """Softens both distributions of the KL, whose gradient is scaled back by its square."""
+    """Softens both distributions of the divergence, whose gradient is scaled back by its square."""
+    slice: int = 0
+    """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
+    0: those of all positions."""
+    train: tuple[str, ...] = ("mixers",)
+    """What is trained: `mixers` (the Mamba mixers), `all`, or globs over names of parameters (`*.layers.3.mlp.*`)."""
 
     def __post_init__(self) -> None:
         _positive(self, "tokens", "context", "batch", "accumulation", "lr", "clip", "temperature")
+        _not_negative(self, "ce", "kl", "slice", "weight_decay")
+        if not 0 < self.js_beta < 1:
+            raise ValueError(f"js_beta is {self.js_beta}; it must be between 0 and 1")
+        if not self.ce and not self.kl:
+            raise ValueError("ce and kl are both 0; one of them must be above 0")
+        if not self.train:
+            raise ValueError("train is empty; it must name what is trained")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressiveConfig(DistillationConfig):
+    align_tokens: int = 0
+    """Tokens of a first phase in which each mixer learns the output of the attention that it replaces. 0: none."""
+    schedule: Literal["together", "stepwise", "interleaved"] = "together"
+    """Converted layers train together, or join one set after the other, first to last or every other one first; the
+    steps are split evenly, with a learning rate that rises and falls in each part."""
+    sets: tuple[tuple[int, ...], ...] = ()
+    """Sets of layers that join together, in order; empty: each layer alone."""
+
+    def __post_init__(self) -> None:
+        DistillationConfig.__post_init__(self)
+        _not_negative(self, "align_tokens")
+        if self.sets and self.schedule == "together":
+            raise ValueError('sets needs schedule = "stepwise"')
+        if self.sets and self.schedule == "interleaved":
+            raise ValueError('sets gives an order of its own; say schedule = "stepwise"')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftConfig(DistillationConfig):
+    lr: float = 5e-4
+    """Peak of the learning rate."""
+    kl: float = 0.0
+    """Weight of the divergence from the teacher, per token."""
+    train: tuple[str, ...] = ("all",)
+    """What is trained: `all`, `mixers` (the Mamba mixers), or globs over names of parameters (`*.layers.3.mlp.*`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpoConfig:
+    data: DataRef
+    """Preferences: lines of `prompt`, `chosen` and `rejected`."""
+    epochs: float = 1.0
+    """How often each pair is seen."""
+    beta: float = 0.1
+    """How dearly leaving the reference is paid for; rewards are beta times log-ratios to it."""
+    reference: Literal["start", "teacher"] = "start"
+    """The student before this stage, as the released code has it, or the teacher, as the paper's equation 4."""
+    context: int = 512
+    """Longest text, prompt and answer, in tokens; what is longer is cut."""
+    batch: int = 16
+    """Pairs per optimiser step."""
+    accumulation: int = 1
+    """Parts in which a batch is computed, to save memory; the result is the same."""
+    lr: float = 5e-5
+    """Peak of the learning rate. (The paper has 5e-7 for 7 billion parameters.)"""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; it falls by a cosine to 0 afterwards."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    weight_decay: float = 0.0
+    slice: int = 0
+    """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
+    0: those of all positions."""
+    train: tuple[str, ...] = ("all",)
+    """What is trained: `all`, `mixers` (the Mamba mixers), or globs over names of parameters (`*.layers.3.mlp.*`)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "beta", "context", "batch", "accumulation", "lr", "clip")
+        _not_negative(self, "slice", "weight_decay")
+        if not self.train:
+            raise ValueError("train is empty; it must name what is trained")
 
 
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must not be below 0")
 
 
 @hookimpl
@@ -158,6 +275,22 @@ def mambabench_components() -> Iterable[Component]:
         summary="trains the new Mamba mixers on cross entropy and KL to the teacher, all else frozen",
     )
     yield Component(
+        kind="distiller",
+        name="sft",
+        target=f"{room}.sft:Sft",
+        config=SftConfig,
+        requires=("accelerate>=1.1",),
+        summary="trains all weights on cross entropy, KL to the teacher, or both",
+    )
+    yield Component(
+        kind="distiller",
+        name="dpo",
+        target=f"{room}.dpo:Dpo",
+        config=DpoConfig,
+        requires=("accelerate>=1.1",),
+        summary="trains all weights on preferences, against the student before or the teacher",
+    )
+    yield Component(
         kind="selector",
         name="uniform",
         target=f"{room}.selectors:Uniform",
@@ -172,11 +305,33 @@ def mambabench_components() -> Iterable[Component]:
         summary="keeps attention in the layers given",
     )
     yield Component(
+        kind="selector",
+        name="kl-guided",
+        target=f"{room}.kl_guided:KlGuided",
+        config=KlGuidedConfig,
+        traits=frozenset({"gpu"}),
+        summary="keeps attention where restoring it brings a converted model nearest to the teacher",
+    )
+    yield Component(
         kind="source",
         name="standin",
         target=f"{room}.standin:Standin",
         config=StandinConfig,
         summary="a seeded look-up and copying language, with lm-eval tasks",
+    )
+    yield Component(
+        kind="source",
+        name="dataset",
+        target=f"{room}.dataset:DatasetSource",
+        config=DatasetConfig,
+        summary="texts, prompts with answers, chats or preferences from files, folders or the Hugging Face hub",
+    )
+    yield Component(
+        kind="source",
+        name="mix",
+        target=f"{room}.dataset:Mix",
+        config=MixConfig,
+        summary="several data as one, shuffled",
     )
     yield Component(
         kind="source",

@@ -1,47 +1,30 @@
 """Trains the new Mamba mixers of a converted model towards its teacher, with everything else frozen.
 
 The first stage of "The Mamba in the Llama" (section 3.2): cross entropy on text that the teacher wrote, and
-KL(teacher ‖ student) of each next-token distribution. All converted layers are trained at once.
+KL(teacher ‖ student) of each next-token distribution. Converted layers are trained together or join one set after the
+other; those that have not joined yet run the attention that they are to replace. Before all that, the mixers may learn
+to do what that attention does on the hidden states of the model before its conversion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..harness.interfaces import Job, MambabenchError
 from . import training
-from .losses import cross_entropy, forward_kl, shifted
+from .distillation import READ, DistillationTrainer, load_frozen, recipe_of
+from .losses import IGNORED, alignment, shifted
+from .mixers import choose_trained, compared, give_back, lend, mixers, replaced
 from .plugin import ProgressiveConfig
 
-
-class DistillationTrainer(training.SummedLossTrainer):
-    """Cross entropy on the labels and forward KL to a teacher that is run beside the student."""
-
-    def __init__(
-        self,
-        job: Job,
-        model: nn.Module,
-        teacher: nn.Module,
-        windows: training.Windows,
-        recipe: training.Recipe,
-        config: ProgressiveConfig,
-    ) -> None:
-        super().__init__(job, model, windows, recipe, {"ce": config.ce, "kl": config.kl})
-        self.temperature = config.temperature
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-
-    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        ids, targets = inputs["input_ids"], shifted(inputs["labels"])
-        student = model(input_ids=ids, use_cache=False).logits
-        parts = {"ce": cross_entropy(student, targets)}
-        if self.weights["kl"]:
-            with torch.no_grad():
-                teacher = self.teacher(input_ids=ids, use_cache=False).logits
-            parts["kl"] = forward_kl(student, teacher, targets, self.temperature)
-        return parts
+ALIGNED = "aligned.pt"
+"""Mixers and cost of the finished first phase, in the scratch folder."""
 
 
 class Progressive:
@@ -57,27 +40,110 @@ class Progressive:
         tokenizer = job.parent.backend.tokenizer(job.parent.path)
         windows = training.read_windows(job.data[config.data], tokenizer, config.context)
         student = job.parent.backend.module(job.parent.path)
-        if not freeze_all_but_mixers(student):
-            raise MambabenchError(f"progressive: {job.parent.name} has no Mamba mixers, so there is nothing to train")
-        recipe = training.Recipe(
-            tokens=config.tokens,
-            batch=config.batch,
-            lr=config.lr,
-            warmup=config.warmup,
-            clip=config.clip,
-            accumulation=config.accumulation,
-        )
-        teacher = job.teacher.backend.module(job.teacher.path)
-        if job.device != "cpu":
-            teacher = teacher.to(torch.bfloat16)
-        training.run(DistillationTrainer(job, student, teacher, windows, recipe, config), job)
+        choose_trained(student, ("mixers",), f"progressive: {job.parent.name}")
+        joining = join(config.schedule, sorted(mixers(student, "mamba")), config.sets)
+        teacher = load_frozen(job.teacher, job.device)
+        before = align(job, student, teacher, windows, config)
+        choose_trained(student, config.train, f"progressive: {job.parent.name}")
+        recipe = recipe_of(config, phases=len(joining))
+        trainer = DistillationTrainer(job, student, teacher, windows, recipe, config, before)
+        if len(joining) > 1:
+            trainer.add_callback(_Joining(student, teacher, joining))
+        training.report(trainer, job, training.run(trainer, job))
         job.backend.save(student, job.out, like=job.parent.path)
 
 
-def freeze_all_but_mixers(model: nn.Module) -> int:
-    """Leaves only the parameters of Mamba mixers (`….mamba.…`) to be trained; returns how many numbers those are."""
-    trained = 0
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".mamba." in name)
-        trained += parameter.numel() if parameter.requires_grad else 0
-    return trained
+def join(schedule: str, layers: Sequence[int], sets: Sequence[Sequence[int]]) -> list[frozenset[int]]:
+    """The layers that join in each phase, of the converted `layers`; those that no set names are there from the start.
+
+    Without `sets` each layer is one: in order if `stepwise`, every other one first if `interleaved` (the order of the
+    released `mamba2_llama_stepwise` recipe). Raises MambabenchError for a layer that is not converted, or named twice.
+
+    >>> [sorted(part) for part in join("interleaved", [0, 1, 2, 4], ())], len(join("together", [0, 1], ()))
+    ([[0], [2], [1], [4]], 1)
+    """
+    if schedule == "together":
+        return [frozenset(layers)]
+    if not sets:
+        order = layers if schedule == "stepwise" else [*layers[::2], *layers[1::2]]
+        return [frozenset([layer]) for layer in order]
+    named = [layer for part in sets for layer in part]
+    for layer in named:
+        if layer not in layers:
+            raise MambabenchError(f"sets: layer {layer} is not converted; converted are {list(layers)}")
+        if named.count(layer) > 1:
+            raise MambabenchError(f"sets: layer {layer} is named twice")
+    first, *later = map(frozenset, sets)
+    return [first | (set(layers) - set(named)), *later]
+
+
+class _Joining(TrainerCallback):
+    """Lends the teacher's attention to the layers that have not joined yet; the step number decides, so that a resumed
+    training goes on alike."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, joining: Sequence[frozenset[int]]) -> None:
+        self.pairs, self.joining = replaced(student, teacher), joining
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        phases = len(self.joining)
+        phase = min(state.global_step * phases // state.max_steps, phases - 1)
+        joined = frozenset().union(*self.joining[: phase + 1])
+        for layer, (mixer, attention) in self.pairs.items():
+            if layer in joined:
+                give_back(mixer)
+            else:
+                lend(mixer, attention)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for mixer, _ in self.pairs.values():
+            give_back(mixer)
+
+
+class AlignmentTrainer(training.SummedLossTrainer):
+    """Each mixer alone learns what the attention that it replaces does, on the hidden states of the model with it."""
+
+    def __init__(
+        self,
+        job: Job,
+        model: nn.Module,
+        teacher: nn.Module,
+        windows: training.Windows,
+        recipe: training.Recipe,
+    ) -> None:
+        super().__init__(job, model, windows, recipe, {"align": 1.0}, recipe.steps(windows), folder="align")
+        self.pairs = replaced(model, teacher)
+        teacher.to(self.args.device)
+
+    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        counted = shifted(inputs["labels"]) != IGNORED
+        given = {name: inputs[name] for name in READ if name in inputs}
+        with compared(self.pairs) as seen:
+            model(**given, use_cache=False)
+        total = torch.zeros((), device=counted.device)
+        for mixer, attention in seen.values():
+            total = total + alignment(mixer[counted], attention[counted]).sum()
+        return {"align": total / len(self.pairs)}
+
+
+def align(
+    job: Job, student: nn.Module, teacher: nn.Module, windows: training.Windows, config: ProgressiveConfig
+) -> training.Spent:
+    """The first phase, if `align_tokens` asks for one; returns what it took. A finished one is not run again."""
+    if not config.align_tokens:
+        return training.Spent()
+    finished = job.scratch / ALIGNED
+    if finished.is_file():
+        kept = torch.load(finished, weights_only=True)
+        student.load_state_dict(kept["mixers"], strict=False)
+        return training.Spent(**kept["spent"])
+    recipe = replace(recipe_of(config), tokens=config.align_tokens)
+    spent = training.run(AlignmentTrainer(job, student, teacher, windows, recipe), job)
+    learnt = {name: value.detach().cpu() for name, value in student.named_parameters() if value.requires_grad}
+    unfinished = finished.with_suffix(".partial")
+    torch.save({"mixers": learnt, "spent": asdict(spent)}, unfinished)
+    unfinished.replace(finished)
+    return spent

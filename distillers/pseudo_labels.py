@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..harness.documents import encode_document, leading_token, read_documents
-from ..harness.interfaces import Decoder, Job, Limits, MambabenchError, Prompt, Stepper, silent
+from ..harness.documents import Document, encode_document, leading_token, read_documents
+from ..harness.interfaces import Decoder, Job, Limits, MambabenchError, Prompt, Stepper, Tokenizer, silent
 from ..harness.plugins import make, registry
 from .plugin import PseudoLabelsConfig
 
@@ -59,10 +59,10 @@ class PseudoLabels:
         tokenizer, config = model.tokenizer, self.config
         if config.prompts:
             path = job.data[config.prompts]
-            needed = itertools.islice(read_documents(path), config.first + config.documents)
-            beginnings = [encode_document(document, tokenizer)[0][: config.prompt_tokens] for document in needed]
+            found = (beginning(document, tokenizer, config.prompt_tokens) for document in read_documents(path))
+            beginnings = list(itertools.islice(filter(None, found), config.first + config.documents))
             if not beginnings:
-                raise MambabenchError(f"{path}: no documents to continue")
+                raise MambabenchError(f"{path}: no documents to continue, none with a prompt short enough")
         else:
             begin = leading_token(tokenizer)
             if begin is None:
@@ -92,6 +92,15 @@ class PseudoLabels:
             text = model.tokenizer.decode(ids, skip_special_tokens=True)
             documents.append({"text": text, "ids": ids, "prompt": len(prompt.ids)})
         return documents
+
+
+def beginning(document: Document, tokenizer: Tokenizer, longest: int) -> list[int]:
+    """The first ids of a text, or the whole prompt of a question; none where that is too long, since a question that is
+    cut, or lacks the words by which a chat template hands over, would not be answered."""
+    ids, context = encode_document(document, tokenizer)
+    if not document.asks:
+        return ids[:longest]
+    return ids[:context] if context <= longest else []
 
 
 def keep_whole_lines(path: Path) -> int:

@@ -26,6 +26,17 @@ def spread(layers: int, share: float) -> list[int]:
     return [-(-layers * (place + 1) // count) - 1 for place in range(count)]
 
 
+def spread_some(job: Job, share: float, selector: str) -> list[int]:
+    """`spread` over the parent's layers. Raises MambabenchError where a share above 0 comes to no layer."""
+    layers = depth(job)
+    keep = spread(layers, share)
+    if share and not keep:
+        raise MambabenchError(
+            f"selector {selector}: a share of {share:g} of {layers} layers keeps none; say 0 if that is meant"
+        )
+    return keep
+
+
 class Uniform:
     """The selector `uniform`."""
 
@@ -33,13 +44,7 @@ class Uniform:
         self.config = config
 
     def select(self, job: Job) -> list[int]:
-        depth, share = _depth(job), self.config.share
-        keep = spread(depth, share)
-        if share and not keep:
-            raise MambabenchError(
-                f"selector uniform: a share of {share:g} of {depth} layers keeps none; say 0 if that is meant"
-            )
-        return keep
+        return spread_some(job, self.config.share, "uniform")
 
 
 class Listed:
@@ -50,16 +55,17 @@ class Listed:
 
     def select(self, job: Job) -> list[int]:
         """Raises MambabenchError for a layer that the parent does not have, or that is listed twice."""
-        depth = _depth(job)
+        layers = depth(job)
         keep = sorted(self.config.layers)
-        if wrong := [layer for layer in keep if not 0 <= layer < depth]:
-            raise MambabenchError(f"selector list: there is no layer {wrong[0]}; layers are 0 to {depth - 1}")
+        if wrong := [layer for layer in keep if not 0 <= layer < layers]:
+            raise MambabenchError(f"selector list: there is no layer {wrong[0]}; layers are 0 to {layers - 1}")
         if len(set(keep)) < len(keep):
             raise MambabenchError(f"selector list: a layer is listed twice in {list(self.config.layers)}")
         return keep
 
 
-def _depth(job: Job) -> int:
+def depth(job: Job) -> int:
+    """How many layers the parent has."""
     if job.parent is None or job.backend is None:
         raise MambabenchError("a selector needs a parent model")
     return int(job.backend.describe(job.parent.path)["layers"])

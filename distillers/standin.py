@@ -65,7 +65,7 @@ class Writer:
 
     def __init__(self, part: str, index: int, seed: int) -> None:
         self.random = random.Random(f"{seed}/{part}/{index}")
-        self.held = part != "train"
+        self.held = part not in ("train", "pairs")
 
     def facts(self, count: int) -> list[str]:
         """`count` facts about different names: name, thing, name, thing, …; every fragment belongs to this part."""
@@ -132,6 +132,12 @@ class Writer:
                 wrong.append(text)
         return self._item([*noted(pairs), *self._perhaps_sentence(), "copy", *span, "|"], " ".join(span), wrong)
 
+    def pair(self) -> dict[str, str]:
+        """A preference: an item of either kind, its answer, and one of its wrong choices."""
+        item = self.random.choice((self.lookup, self.copy))()
+        wrong = self.random.choice([choice for choice in item["choices"] if choice != item["answer"]])
+        return {"prompt": item["context"] + " ", "chosen": item["answer"] + " .", "rejected": wrong + " ."}
+
     def _perhaps_sentence(self) -> list[str]:
         return self.sentence() if self.random.random() < 0.5 else []
 
@@ -185,10 +191,13 @@ class Standin:
         self.config = config
 
     def write(self, job: Job) -> None:
-        """Writes `data.jsonl` and `tokenizer/`, or for the part `tasks` lm-eval's YAML files with their items."""
+        """Writes `data.jsonl` and `tokenizer/`; `pairs` without it, `tasks` as lm-eval's YAML with their items."""
         part, seed = self.config.part, self.config.seed
         if part == "tasks":
             write_tasks(job.out, self.config.items, seed)
+            return
+        if part == "pairs":
+            write_lines(job.out / "data.jsonl", (Writer(part, i, seed).pair() for i in range(self.config.documents)))
             return
         writers = (Writer(part, index, seed) for index in range(self.config.documents))
         documents = (writer.prompt() if part == "prompts" else writer.document() for writer in writers)

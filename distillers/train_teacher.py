@@ -62,7 +62,8 @@ class TrainTeacher:
             clip=config.clip,
             weight_decay=config.weight_decay,
         )
-        training.run(CrossEntropyTrainer(job, model, windows, recipe, {"ce": 1.0}), job)
+        trainer = CrossEntropyTrainer(job, model, windows, recipe, {"ce": 1.0}, recipe.steps(windows))
+        training.report(trainer, job, training.run(trainer, job))
         folder = job.scratch / "teacher"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

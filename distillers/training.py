@@ -5,20 +5,22 @@ from __future__ import annotations
 import bisect
 import json
 import math
+import os
 import resource
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..harness.documents import encode_document, read_documents
+from ..harness.documents import encode_ended, read_documents
 from ..harness.interfaces import Emit, Job, MambabenchError, Tokenizer
 from .losses import IGNORED
 
@@ -26,6 +28,7 @@ CHECKPOINT_EVERY = 30.0
 """Seconds between checkpoints, about: what a killed run loses at most."""
 BETA2 = 0.98
 """Adam's memory of squared gradients: the paper's, and the right one for hundreds of steps rather than millions."""
+Collator = Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
 SECONDS = "seconds.json"
 """Written last into a checkpoint."""
 
@@ -40,22 +43,30 @@ class Windows(Dataset[dict[str, Tensor]]):
     """int64 [N, context], `IGNORED` for prompts, padding and first tokens, which nothing predicts"""
     lengths: Tensor
     """int64 [N]"""
+    positions: Tensor
+    """int64 [N, context], from 0 in each document; padding continues the last"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index], "length": self.lengths[index]}
+        return {
+            "input_ids": self.ids[index],
+            "labels": self.labels[index],
+            "length": self.lengths[index],
+            "position_ids": self.positions[index],
+        }
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stacks windows, cut after the longest. The mask is for counting: causal models need none with padding at the
     right."""
-    batch = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels", "length")}
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     longest = int(batch["length"].max())
     return {
         "input_ids": batch["input_ids"][:, :longest],
         "labels": batch["labels"][:, :longest],
+        "position_ids": batch["position_ids"][:, :longest],
         "attention_mask": (torch.arange(longest) < batch["length"][:, None]).long(),
     }
 
@@ -63,15 +74,11 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def read_windows(path: Path, tokenizer: Tokenizer, context: int) -> Windows:
     """Reads documents into windows; a text begins with the leading token and ends with the end token, if there is one.
 
-    Documents given as ids are taken as they are: one that was cut where its writer had not ended must not teach an end.
     Raises MambabenchError where nothing is left to learn.
     """
-    end = tokenizer.eos_token_id
     rows = []
     for document in read_documents(path):
-        ids, prompt = encode_document(document, tokenizer)
-        if document.ids is None and end is not None and ids[-1] != end:
-            ids.append(end)
+        ids, prompt = encode_ended(document, tokenizer)
         rows.append((ids, [IGNORED] * prompt + ids[prompt:]))
     return pack(rows, context, str(path))
 
@@ -80,7 +87,8 @@ def pack(documents: Iterable[tuple[list[int], list[int]]], context: int, name: s
     """Packs documents (ids and labels) into windows of `context` tokens.
 
     Longer documents are cut; what fits into a window stays whole, and the fullest window that has room takes the
-    longest piece first (best fit decreasing), so that little is padding. Documents of a window see those before them.
+    longest piece first (best fit decreasing), so that little is padding. Positions begin anew in each, by which a model
+    keeps the documents of a window apart.
     """
     pieces = []
     for ids, labels in documents:
@@ -91,7 +99,7 @@ def pack(documents: Iterable[tuple[list[int], list[int]]], context: int, name: s
     if not pieces:
         raise MambabenchError(f"{name}: no text to learn from")
     pieces.sort(key=lambda piece: -len(piece[0]))
-    rows: list[tuple[list[int], list[int]]] = []
+    rows: list[tuple[list[int], list[int], list[int]]] = []
     room: list[tuple[int, int]] = []
     for ids, labels in pieces:
         place = bisect.bisect_left(room, (len(ids), 0))
@@ -99,14 +107,20 @@ def pack(documents: Iterable[tuple[list[int], list[int]]], context: int, name: s
             left, row = room.pop(place)
             rows[row][0].extend(ids)
             rows[row][1].extend(labels)
+            rows[row][2].extend(range(len(ids)))
         else:
             left, row = context, len(rows)
-            rows.append((list(ids), list(labels)))
+            rows.append((list(ids), list(labels), list(range(len(ids)))))
         if left > len(ids):
             bisect.insort(room, (left - len(ids), row))
-    lengths = torch.tensor([len(ids) for ids, _ in rows])
-    padded = [(ids + [0] * (context - len(ids)), labels + [IGNORED] * (context - len(ids))) for ids, labels in rows]
-    return Windows(torch.tensor([ids for ids, _ in padded]), torch.tensor([labels for _, labels in padded]), lengths)
+    lengths = torch.tensor([len(ids) for ids, _, _ in rows])
+    for ids, labels, positions in rows:
+        padding, last = context - len(ids), positions[-1]
+        ids.extend([0] * padding)
+        labels.extend([IGNORED] * padding)
+        positions.extend(range(last + 1, last + 1 + padding))
+    tokens, targets, places = (torch.tensor(part) for part in zip(*rows, strict=True))
+    return Windows(tokens, targets, lengths, places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,10 +134,45 @@ class Recipe:
     clip: float
     accumulation: int = 1
     weight_decay: float = 0.0
+    phases: int = 1
+    """Equal parts of the steps; in each of them the learning rate rises and falls anew."""
 
     def steps(self, windows: Windows) -> int:
         """Optimiser steps for the tokens wanted, rounded up."""
         return math.ceil(self.tokens / (self.batch * windows.lengths.double().mean().item()))
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a training took."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def ranks() -> int:
+    """Processes that train together, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def averaged(values: Sequence[float], device: torch.device) -> list[float]:
+    """The mean over ranks of each value."""
+    if ranks() == 1:
+        return list(values)
+    summed = torch.tensor(values, device=device, dtype=torch.float64)
+    torch.distributed.all_reduce(summed)
+    return [float(value) / ranks() for value in summed]
+
+
+def pace(step: int, steps: int, recipe: Recipe) -> float:
+    """Share of the peak learning rate at a step: a rise, then a cosine to 0, in each phase."""
+    phase = min(step * recipe.phases // steps, recipe.phases - 1)
+    begin, end = (-(-steps * bound // recipe.phases) for bound in (phase, phase + 1))
+    warmup = round(recipe.warmup * (end - begin))
+    if step - begin < warmup:
+        return (step - begin) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - begin - warmup) / max(1, end - begin - warmup)))
 
 
 class SummedLossTrainer(Trainer):
@@ -134,24 +183,51 @@ class SummedLossTrainer(Trainer):
     divides only the losses of models that take no `num_items_in_batch`, would not divide by the parts at all.)
     """
 
+    unit = "token"
+    """What the losses are sums over."""
+
     def __init__(
-        self, job: Job, model: nn.Module, windows: Windows, recipe: Recipe, weights: Mapping[str, float]
+        self,
+        job: Job,
+        model: nn.Module,
+        data: Dataset[dict[str, Tensor]],
+        recipe: Recipe,
+        weights: Mapping[str, float],
+        steps: int,
+        *,
+        collator: Collator = collate,
+        before: Spent | None = None,
+        folder: str = "trainer",
     ) -> None:
-        """`weights` are those of the loss's parts, per token."""
+        """`weights` are those of the loss's parts, per token; `before` is what went before in the same stage;
+        checkpoints are in `folder` of the scratch folder."""
         if recipe.batch % recipe.accumulation:
             raise MambabenchError(f"batch = {recipe.batch} cannot be split into accumulation = {recipe.accumulation}")
-        steps = recipe.steps(windows)
-        self.weights = weights
+        if recipe.batch // recipe.accumulation % ranks():
+            raise MambabenchError(
+                f"batch = {recipe.batch} with accumulation = {recipe.accumulation} cannot be split among {ranks()} GPUs"
+            )
+        if recipe.phases > steps:
+            raise MambabenchError(f"{steps} steps cannot be split into {recipe.phases} phases; raise tokens")
+        self.weights, self.recipe = weights, recipe
+        self.before = before or Spent()
         self.parts: dict[str, float] = dict.fromkeys(self.weights, 0.0)
         super().__init__(
             model=model,
-            args=_arguments(job, recipe, steps),
-            train_dataset=windows,
-            data_collator=collate,
-            callbacks=[_Records(job.emit, self.parts)],
+            args=_arguments(job, recipe, steps, folder),
+            train_dataset=data,
+            data_collator=collator,
+            callbacks=[_Records(job.emit, self.parts, self.before)],
         )
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' cosine schedule, anew in each phase."""
+        if self.lr_scheduler is None:
+            paced: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(paced, lambda step: pace(step, num_training_steps, self.recipe))
+        return self.lr_scheduler
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -168,7 +244,9 @@ class SummedLossTrainer(Trainer):
             raise ValueError("this trainer trains only; losses are summed over labels")
         # Ranks average their gradients, so each must bring its share of the sum times their number.
         scale = self.accelerator.num_processes / num_items_in_batch
-        parts = {name: value * scale for name, value in self.losses(model, inputs).items()}
+        # A model's own forward is under autocast already; what a loss runs beside it is not.
+        with self.accelerator.autocast():
+            parts = {name: value * scale for name, value in self.losses(model, inputs).items()}
         for name, value in parts.items():
             self.parts[name] += float(value.detach())
         return sum(self.weights[name] * value for name, value in parts.items())
@@ -177,8 +255,8 @@ class SummedLossTrainer(Trainer):
 class _Records(TrainerCallback):
     """Turns the Trainer's logs into records. Parts are summed over the steps since the last log."""
 
-    def __init__(self, emit: Emit, parts: dict[str, float]) -> None:
-        self.emit, self.parts, self.since = emit, parts, 0
+    def __init__(self, emit: Emit, parts: dict[str, float], before: Spent) -> None:
+        self.emit, self.parts, self.before, self.since = emit, parts, before, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,14 +275,15 @@ class _Records(TrainerCallback):
         if "loss" not in logs or state.global_step == self.since:
             return
         steps, self.since = state.global_step - self.since, state.global_step
+        parts = dict(zip(self.parts, averaged(list(self.parts.values()), args.device), strict=True))
         self.emit(
             "loss",
-            step=state.global_step,
-            tokens=state.num_input_tokens_seen,
+            step=self.before.steps + state.global_step,
+            tokens=self.before.tokens + state.num_input_tokens_seen,
             loss=logs["loss"],
             lr=logs["learning_rate"],
             gradient_norm=logs["grad_norm"],
-            **{name: value / steps for name, value in self.parts.items()},
+            **{name: value / steps for name, value in parts.items()},
         )
         self.emit("progress", done=state.global_step, total=state.max_steps, unit="steps")
         self.parts.update(dict.fromkeys(self.parts, 0.0))
@@ -222,11 +301,14 @@ class _Checkpoints(TrainerCallback):
         return time.perf_counter() - self.begun
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.perf_counter() - self.last >= CHECKPOINT_EVERY and state.global_step < state.max_steps:
+        due = averaged([float(time.perf_counter() - self.last >= CHECKPOINT_EVERY)], args.device)[0] > 0
+        if due and state.global_step < state.max_steps:
             control.should_save = True
             self.last = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         unfinished = folder / f"{SECONDS}.partial"
         unfinished.write_text(json.dumps(self.seconds()))
@@ -242,15 +324,16 @@ def whole_checkpoint(folder: Path) -> tuple[Path | None, float]:
     return newest.parent, float(json.loads(newest.read_text()))
 
 
-def _arguments(job: Job, recipe: Recipe, steps: int) -> TrainingArguments:
+def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(job.scratch / "trainer"),
+        output_dir=str(job.scratch / folder),
         max_steps=steps,
-        per_device_train_batch_size=recipe.batch // recipe.accumulation,
+        per_device_train_batch_size=recipe.batch // recipe.accumulation // ranks(),
+        # Layers that have not joined yet have no gradient.
+        ddp_find_unused_parameters=recipe.phases > 1,
+        ddp_broadcast_buffers=False,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.lr,
-        warmup_steps=round(recipe.warmup * steps),
-        lr_scheduler_type="cosine",
         weight_decay=recipe.weight_decay,
         adam_beta2=BETA2,
         max_grad_norm=recipe.clip,
@@ -268,29 +351,40 @@ def _arguments(job: Job, recipe: Recipe, steps: int) -> TrainingArguments:
     )
 
 
-def run(trainer: SummedLossTrainer, job: Job) -> None:
-    """Trains, from the newest whole checkpoint in `job.scratch` if there is one, and emits what the training took."""
+def run(trainer: SummedLossTrainer, job: Job) -> Spent:
+    """Trains, from the newest whole checkpoint in the trainer's folder if there is one. Returns what it took, with all
+    that went before."""
     if job.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    checkpoint, spent = whole_checkpoint(job.scratch / "trainer")
-    checkpoints = _Checkpoints(spent)
+    checkpoint, seconds = whole_checkpoint(Path(str(trainer.args.output_dir)))
+    checkpoints = _Checkpoints(seconds)
     trainer.add_callback(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    before = trainer.before
+    return Spent(
+        before.steps + trainer.state.global_step,
+        before.tokens + int(trainer.state.num_input_tokens_seen),
+        before.seconds + checkpoints.seconds(),
+    )
+
+
+def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
+    """Emits what a whole stage took and trained, and what a token weighs in each part of its loss."""
     assert trainer.model is not None
     parameters = list(trainer.model.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     gpus = 0 if job.device == "cpu" else trainer.accelerator.num_processes
     facts = [
-        ("training_tokens", trainer.state.num_input_tokens_seen, "tokens"),
-        ("training_steps", trainer.state.global_step, "steps"),
-        ("training_wall", checkpoints.seconds(), "s"),
-        ("training_gpu", checkpoints.seconds() * gpus, "s"),
+        ("training_tokens", spent.tokens, "tokens"),
+        ("training_steps", spent.steps, "steps"),
+        ("training_wall", spent.seconds, "s"),
+        ("training_gpu", spent.seconds * gpus, "s"),
         ("parameters", total, ""),
         ("trainable_share", trained / total, ""),
         ("peak_memory", _peak_bytes(job.device), "bytes"),
     ]
-    facts += [(f"weight_per_token_{name}", weight, "") for name, weight in trainer.weights.items()]
+    facts += [(f"weight_per_{trainer.unit}_{name}", weight, "") for name, weight in trainer.weights.items() if weight]
     for name, value, unit in facts:
         job.emit("fact", name=name, value=value, unit=unit)
 

@@ -188,7 +188,7 @@ class Work:
             parent = Path(self.step["path"])
             if not parent.is_dir():
                 raise MambabenchError(f"{parent}: there is no such folder (nothing is fetched from a hub)")
-            keep = list(range(backend.describe(parent)["layers"]))
+            keep = list(backend.describe(parent)["attention_layers"])
         else:
             parent = self.store.artifact(self.step["inputs"]["parent"])
             keep = read_json(self.store.artifact(self.step["inputs"]["selection"]) / "layers.json")["keep"]
@@ -223,6 +223,7 @@ class Work:
             seed=self.seed,
             scratch=self.folder / "scratch",
             emit=self.recorder,
+            models=self._models(),
         )
 
     def _subject(self, artifact: Artifact, decoder: Mapping[str, Any] | None) -> Subject:

@@ -185,7 +185,7 @@ def _first(error: BaseException) -> ConfigError:
 
 
 def references(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """The names of `[data]` and `[models]` entries in a config: (path of the field, section, name)."""
+    """The names of `[data]` and `[models]` entries and of files in a config: (path of the field, section, name)."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for item in dataclasses.fields(config):
         value, path = getattr(config, item.name), f"{prefix}{item.name}"
@@ -193,14 +193,15 @@ def references(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
             yield from references(value.config, f"{path}.")
             continue
         section = _section(hints[item.name])
-        if section and isinstance(value, str) and value:
-            yield path, section, value
+        if section:
+            names = value if isinstance(value, tuple) else (value,)
+            yield from ((path, section, name) for name in names if isinstance(name, str) and name)
 
 
 def _section(hint: Any) -> str | None:
     if get_origin(hint) is Annotated:
         return next((mark.section for mark in hint.__metadata__ if isinstance(mark, Reference)), None)
-    if get_origin(hint) in (typing.Union, types.UnionType):
+    if get_origin(hint) in (typing.Union, types.UnionType, tuple):
         return next((found for arg in get_args(hint) if (found := _section(arg))), None)
     return None
 

@@ -1,7 +1,7 @@
 """Reads the documents of a data entry, for suites and distillers alike, without torch.
 
 docs/records.md has the formats: a folder that a source wrote, a text file or a JSON-lines file, the files compressed
-with xz or not.
+with xz or not. Other files and columns are made into these by the source `dataset`.
 """
 
 from __future__ import annotations
@@ -10,31 +10,77 @@ import hashlib
 import io
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
-from .interfaces import MambabenchError, Tokenizer
+from .interfaces import MambabenchError, Tokenizer, Unsupported
 
 SEPARATOR = "<|endoftext|>"
 FORMATS = "a folder with data.jsonl, .txt, .jsonl, .txt.xz or .jsonl.xz"
+DOCUMENT = '"text", "ids", "messages", or "prompt" and "completion"'
+PREFERENCE = '"prompt", "chosen" and "rejected"'
+ROLES = ("system", "user", "assistant", "tool")
+ANSWER = "assistant"
+
+
+class Message(NamedTuple):
+    """One turn of a chat."""
+
+    role: str
+    """One of `ROLES`."""
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: its text, or its token ids, or both (then the ids count)."""
+    """One document: its text, or its token ids (then these count), or a chat (then that counts)."""
 
     text: str
     ids: tuple[int, ...] | None = None
     prompt: int = 0
-    """So many of the first ids are a prompt: context, neither learnt nor scored."""
+    """So many of the first ids (without ids: characters of the text) are a prompt: context, neither learnt nor scored.
+    """
+    messages: tuple[Message, ...] = ()
+    """A chat, written by the tokenizer's chat template. The last message, an answer, is learnt; the others are the
+    prompt."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is a prompt with its answer, rather than a text or ids."""
+        return self.ids is None and bool(self.prompt or self.messages)
 
     @property
     def item(self) -> str:
         """A hash of the content, by which two runs find the same document."""
         content = self.text if self.ids is None else json.dumps(self.ids)
+        if self.asks:
+            content = json.dumps([self.text, self.prompt, self.messages])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with a better and a worse continuation."""
+
+    prompt: str
+    """Empty for a chat."""
+    chosen: str
+    rejected: str
+    messages: tuple[Message, ...] = ()
+    """The prompt of a chat; then both continuations are answers in it."""
+
+    def documents(self) -> tuple[Document, Document]:
+        """The chosen and the rejected continuation as documents, for `encode_ended`.
+
+        >>> Preference("1+1=", "2", "3").documents()[0]
+        Document(text='1+1=2', ids=None, prompt=4, messages=())
+        """
+        return self._document(self.chosen), self._document(self.rejected)
+
+    def _document(self, answer: str) -> Document:
+        return _chat((*self.messages, Message(ANSWER, answer))) if self.messages else _continued(self.prompt, answer)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
@@ -45,14 +91,30 @@ def read_documents(path: Path) -> Iterator[Document]:
     file = path / "data.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise MambabenchError(f"{file}: no such file (data is {FORMATS})")
-    suffixes = file.suffixes[-2:] if file.suffix == ".xz" else file.suffixes[-1:]
-    with _open(file) as stream:
-        if suffixes[:1] == [".jsonl"]:
-            yield from _read_jsonl(stream, file)
-        elif suffixes[:1] == [".txt"]:
+    kind = _kind(file)
+    if kind == ".jsonl":
+        for record, where in _read_jsonl(file):
+            yield _document(record, where)
+    elif kind == ".txt":
+        with _open(file) as stream:
             yield from _read_text(stream)
-        else:
-            raise MambabenchError(f"{file}: unknown kind of data (data is {FORMATS})")
+    else:
+        raise MambabenchError(f"{file}: unknown kind of data (data is {FORMATS})")
+
+
+def read_preferences(path: Path) -> Iterator[Preference]:
+    """Yields the preferences of a JSON-lines file or of a source's folder, in order.
+
+    A line is `{"prompt", "chosen", "rejected"}`, each a text, or each a list of messages (`role`, `content`) with one
+    answer in `chosen` and `rejected`. Raises `MambabenchError` naming file and line for anything else.
+    """
+    file = path / "data.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise MambabenchError(f"{file}: no such file")
+    if _kind(file) != ".jsonl":
+        raise MambabenchError(f"{file}: preferences are lines of JSON with {PREFERENCE}")
+    for record, where in _read_jsonl(file):
+        yield _preference(record, where)
 
 
 def leading_token(tokenizer: Tokenizer) -> int | None:
@@ -64,23 +126,71 @@ def leading_token(tokenizer: Tokenizer) -> int | None:
 def encode_document(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
     """Token ids of a document behind one leading token, and how many of them are context only.
 
-    Without a leading token the first token of the text is context. Ids that begin with it keep it once.
+    Without a leading token the first token of the text is context. Ids that begin with it keep it once. Prompt and
+    continuation are tokenized apart, as they are when a model continues the prompt. Before a chat only a
+    beginning-of-text is put; how else it begins is its template's affair.
 
     >>> class Letters:
     ...     bos_token_id, eos_token_id = None, 0
     ...     def encode(self, text, add_special_tokens=True): return [ord(c) - 96 for c in text]
     >>> encode_document(Document("abc"), Letters())
     ([0, 1, 2, 3], 1)
+    >>> encode_document(Document("abc", prompt=2), Letters())
+    ([0, 1, 2, 3], 3)
     >>> encode_document(Document("", ids=(0, 1, 2, 3), prompt=2), Letters())
     ([0, 1, 2, 3], 2)
     """
-    ids = list(document.ids) if document.ids is not None else tokenizer.encode(document.text, add_special_tokens=False)
     lead = leading_token(tokenizer)
-    context = document.prompt
+    if document.ids is not None:
+        ids, context = list(document.ids), document.prompt
+    else:
+        before, after = document.text[: document.prompt], document.text[document.prompt :]
+        if document.messages:
+            before, after = write_chat(document.messages, tokenizer)
+            lead = tokenizer.bos_token_id
+        ids = tokenizer.encode(before, add_special_tokens=False) if before else []
+        context = len(ids)
+        ids = [*ids, *tokenizer.encode(after, add_special_tokens=False)]
     if lead is not None and ids[:1] != [lead]:
         ids = [lead, *ids]
         context += 1
     return ids, min(max(context, 1), len(ids))
+
+
+def encode_ended(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """As `encode_document`, with the end token behind a text, if there is one: what a model is to learn.
+
+    Ids are taken as they are: a document that was cut where its writer had not ended must not teach an end. A chat ends
+    as its template says.
+    """
+    ids, context = encode_document(document, tokenizer)
+    end = tokenizer.eos_token_id
+    if document.ids is None and not document.messages and end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    return ids, context
+
+
+def write_chat(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple[str, str]:
+    """A chat as the tokenizer's chat template writes it: up to where its last answer begins, and that answer.
+
+    Raises `Unsupported` for a tokenizer without a chat template.
+    """
+    apply: Any = getattr(tokenizer, "apply_chat_template", None)
+    if apply is None or not getattr(tokenizer, "chat_template", None):
+        raise Unsupported(
+            'the tokenizer has no chat template; `{ use = "dataset", chat = "plain" }` writes chats without one'
+        )
+    turns = [message._asdict() for message in messages]
+    before = str(apply(turns[:-1], tokenize=False, add_generation_prompt=True))
+    whole = str(apply(turns, tokenize=False))
+    if not whole.startswith(before):
+        raise Unsupported("the tokenizer's chat template writes a prompt otherwise once its answer follows")
+    return before, whole[len(before) :]
+
+
+def _kind(file: Path) -> str:
+    suffixes = file.suffixes[-2:] if file.suffix == ".xz" else file.suffixes[-1:]
+    return suffixes[0] if suffixes else ""
 
 
 def _open(file: Path) -> TextIO:
@@ -102,25 +212,77 @@ def _read_text(stream: TextIO) -> Iterator[Document]:
         yield Document(text)
 
 
-def _read_jsonl(stream: TextIO, file: Path) -> Iterator[Document]:
-    for number, line in enumerate(stream, 1):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MambabenchError(f"{file}:{number}: not JSON: {error.msg}") from None
-        yield _document(record, f"{file}:{number}")
+def _read_jsonl(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    with _open(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.isspace():
+                continue
+            where = f"{file}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise MambabenchError(f"{where}: not JSON: {error.msg}") from None
+            if not isinstance(record, dict):
+                raise MambabenchError(f"{where}: a document is an object with {DOCUMENT}")
+            yield record, where
 
 
-def _document(record: object, where: str) -> Document:
-    if not isinstance(record, dict) or not ({"text", "ids"} & record.keys()):
-        raise MambabenchError(f'{where}: a document is an object with "text" or "ids"')
-    text, ids, prompt = record.get("text", ""), record.get("ids"), record.get("prompt", 0)
-    if not isinstance(text, str):
-        raise MambabenchError(f'{where}: "text" must be a string')
+def _document(record: Mapping[str, Any], where: str) -> Document:
+    if "chosen" in record and "rejected" in record:
+        raise MambabenchError(f"{where}: a preference, where documents with {DOCUMENT} are read")
+    if "messages" in record:
+        return _chat(_messages(record["messages"], f'{where}: "messages"'), where)
+    if "completion" in record:
+        return _continued(_text(record, "prompt", where), _text(record, "completion", where))
+    if not {"text", "ids"} & record.keys():
+        raise MambabenchError(f"{where}: a document is an object with {DOCUMENT}")
+    text, ids, prompt = _text(record, "text", where, default=""), record.get("ids"), record.get("prompt", 0)
     if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
         raise MambabenchError(f'{where}: "ids" must be a list of token ids')
     if type(prompt) is not int or not 0 <= prompt <= len(ids or ()):
         raise MambabenchError(f'{where}: "prompt" must be a number of ids, from 0 to {len(ids or ())}')
     return Document(text, None if ids is None else tuple(ids), prompt)
+
+
+def _preference(record: Mapping[str, Any], where: str) -> Preference:
+    if not {"prompt", "chosen", "rejected"} <= record.keys():
+        raise MambabenchError(f"{where}: a preference is an object with {PREFERENCE}")
+    if isinstance(record["prompt"], str):
+        prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
+        return Preference(prompt, chosen, rejected)
+    messages = _messages(record["prompt"], f'{where}: "prompt"')
+    answers = []
+    for key in ("chosen", "rejected"):
+        answer = _messages(record[key], f'{where}: "{key}"')
+        if len(answer) != 1 or answer[0].role != ANSWER:
+            raise MambabenchError(f'{where}: "{key}" must be one message of the {ANSWER}')
+        answers.append(answer[0].content)
+    return Preference("", answers[0], answers[1], messages)
+
+
+def _text(record: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    text = record.get(key, default)
+    if not isinstance(text, str):
+        raise MambabenchError(f'{where}: "{key}" must be a string')
+    return text
+
+
+def _messages(value: object, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise MambabenchError(f"{where} must be a list of messages")
+    messages = []
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str) or turn.get("role") not in ROLES:
+            raise MambabenchError(f'{where}: a message has a "content" and a "role": {", ".join(ROLES)}')
+        messages.append(Message(turn["role"], turn["content"]))
+    return tuple(messages)
+
+
+def _chat(messages: tuple[Message, ...], where: str = "") -> Document:
+    if len(messages) < 2 or messages[-1].role != ANSWER:
+        raise MambabenchError(f"{where}: a chat to learn from has a message and ends with one of the {ANSWER}")
+    return Document("\n\n".join(message.content for message in messages), messages=messages)
+
+
+def _continued(prompt: str, completion: str) -> Document:
+    return Document(prompt + completion, prompt=len(prompt))

@@ -58,8 +58,10 @@ class Component:
     uses it. For a command, the target is a click command itself and is not called."""
     config: type
     """A frozen dataclass. Plans are checked against it; unknown keys are errors. Fields annotated `DataRef` or
-    `ModelRef` name an entry of the plan's `[data]` or `[models]` and become inputs of the step; fields annotated
-    `Annotated[Choice, ChoiceOf(kind)]` name a component of another kind."""
+    `ModelRef` name an entry of the plan's `[data]` or `[models]` and become inputs of the step, as do files and folders
+    in fields annotated `FileRef`, seen from the plan's folder; fields annotated `Annotated[Choice, ChoiceOf(kind)]`
+    name a component of another kind. Where the result depends on something else outside of the plan, a method
+    `fingerprint()` returns a text that stands for it in keys."""
     revision: int = 1
     """Raised when results made by older versions stop being comparable."""
     api: int = API
@@ -67,16 +69,17 @@ class Component:
     """Requirements such as `"lm-eval>=0.4.9"`, checked from package metadata, without an import."""
     traits: frozenset[str] = frozenset()
     """What the planner may rely on. Suites: exactly one of `score`, `generate`, `pair`; `alone` for a quiet machine.
-    Decoders: `lossless`. Backends: `rollback`, `generate`. Distillers: `from-scratch` if they need no parent."""
+    Decoders: `lossless`. Backends: `rollback`, `generate`. Distillers: `from-scratch` if they need no parent.
+    Selectors: `gpu` if they run models."""
     summary: str = ""
     """One line for `mambabench list`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Marks a config field as the name of an entry in a section of the plan."""
+    """Marks a config field as the name of an entry in a section of the plan, or as the path of a file or folder."""
 
-    section: Literal["data", "models"]
+    section: Literal["data", "models", "files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class ChoiceOf:
 
 DataRef = Annotated[str, Reference("data")]
 ModelRef = Annotated[str, Reference("models")]
+FileRef = Annotated[str, Reference("files")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +224,7 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Least traffic and arithmetic of one `advance`, for rooflines; and the memory that is held, for tables of sizes."""
+    """Least traffic and arithmetic of one `advance`, for rooflines, and the memory that is held, for tables."""
 
     weight_bytes: int
     kv_bytes: int
@@ -329,7 +333,8 @@ class Job:
     device: str
     """`cpu` or `cuda:0` (the child sees only its leased GPUs)."""
     data: Mapping[str, Path]
-    """What each `DataRef` of the config resolved to: a file, or the folder that a source wrote. Keyed by the name."""
+    """What each `DataRef` and `FileRef` of the config resolved to: a file, or the folder that a source wrote. Keyed by
+    what stands in the config."""
     models: Mapping[str, Artifact]
     """What each `ModelRef` resolved to, keyed by the name."""
     teacher: Artifact | None
@@ -438,6 +443,8 @@ class Bench:
     seed: int
     scratch: Path
     emit: Emit
+    models: Mapping[str, Artifact] = field(default_factory=dict)
+    """What each `ModelRef` of the suite's config resolved to, keyed by the name."""
 
 
 class Suite(Protocol):

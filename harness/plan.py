@@ -18,7 +18,7 @@ from .plugins import Registry, suggest
 
 SCHEMA = 1
 _SECTIONS = ("schema", "name", "seeds", "teacher", "data", "stages", "models", "decoders", "suites", "skip", "limits")
-_MODEL_KEYS = ("keep", "train", "start")
+_MODEL_KEYS = ("keep", "train", "start", "path")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -44,9 +44,12 @@ class Data:
 class Model:
     name: str
     backend: Choice
-    selector: Choice
+    selector: Choice | None
+    """None for a model that is taken from `path` as it is."""
     train: tuple[str, ...]
     start: str | None
+    path: str | None = None
+    """An absolute folder of weights, in place of a parent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,13 +183,11 @@ class _Reader:
         backend = self.structurer.choice("backend", {"use": "teacher", **options})
         if (path is None) == (not train):
             raise ConfigError("", "give either `path`, the teacher's folder, or `train`, the stages that make one")
-        if path is not None:
-            if not isinstance(path, str):
-                raise ConfigError("path", f"expected a folder in quotes, got {show(path)}")
-            path = self._folder(path)
-        return Teacher(backend=backend, path=path, train=train)
+        return Teacher(backend=backend, path=None if path is None else self._folder(path), train=train)
 
-    def _folder(self, path: str) -> str:
+    def _folder(self, path: Any) -> str:
+        if not isinstance(path, str):
+            raise ConfigError("path", f"expected a folder in quotes, got {show(path)}")
         folder = (self.file.parent / Path(path).expanduser()).resolve()
         if not folder.is_dir():
             raise ConfigError("path", f"there is no folder {folder} (and nothing is fetched from a hub)")
@@ -205,12 +206,15 @@ class _Reader:
                 name=name, source=self.structurer.choice("source", {"use": source} | ({"part": part} if part else {}))
             )
         if value.startswith("hf:"):
-            raise ConfigError(
-                "", f"{show(value)}: data sets of the hub are not read by this version; name a .txt or .jsonl file"
+            return Data(
+                name=name,
+                source=self.structurer.choice("source", {"use": "dataset", "name": value.removeprefix("hf:")}),
             )
         file = (self.file.parent / Path(value).expanduser()).resolve()
         if not file.exists():
             raise ConfigError("", f"there is no file {file}")
+        if file.suffix == ".parquet" or file.name.endswith((".json", ".json.xz")):
+            return Data(name=name, source=self.structurer.choice("source", {"use": "dataset", "path": value}))
         return Data(name=name, file=file)
 
     def _models(self, table: Mapping[str, Any], stages: Mapping[str, Choice]) -> dict[str, Model]:
@@ -233,9 +237,13 @@ class _Reader:
             if "like" in raw[like]:
                 raise ConfigError("like", f"{like!r} is itself like another model; name the original")
             options = {**copy.deepcopy(raw[like]), **options}
-        if "keep" not in options:
+        path = options.pop("path", None)
+        for key in ("keep", "start"):
+            if path is not None and key in options:
+                raise ConfigError(key, "this key cannot stand beside `path`, whose folder is taken as it is")
+        if path is None and "keep" not in options:
             raise ConfigError("keep", "this key is missing: the share of attention to keep, or a list of layers")
-        keep, train, start = options.pop("keep"), options.pop("train", []), options.pop("start", None)
+        keep, train, start = options.pop("keep", None), options.pop("train", []), options.pop("start", None)
         if start is not None and not isinstance(start, str):
             raise ConfigError("start", f"expected the name of a model, got {show(start)}")
         try:
@@ -248,9 +256,10 @@ class _Reader:
         return Model(
             name=_name("", name),
             backend=backend,
-            selector=_at("keep", "", lambda: self._keep(keep)),
+            selector=_at("keep", "", lambda: self._keep(keep)) if path is None else None,
             train=_train(train, stages),
             start=start,
+            path=None if path is None else self._folder(path),
         )
 
     def _keep(self, keep: Any) -> Choice:

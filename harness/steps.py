@@ -148,6 +148,7 @@ class _Expander:
         self.teacher: Made | None = None
         self.chains: dict[tuple[str, int], Made] = {}
         self.open_data: list[str] = []
+        self.open_models: list[str] = []
         self.skipped: set[int] = set()
 
     def run(self) -> Steps:
@@ -188,8 +189,31 @@ class _Expander:
     def _chain(self, name: str, seed: int) -> Made:
         if (name, seed) in self.chains:
             return self.chains[name, seed]
-        assert self.teacher is not None
+        if name in self.open_models:
+            raise ConfigError(f"models.{name}", f"a circle of models: {' -> '.join([*self.open_models, name])}")
+        self.open_models.append(name)
         model: Model = self.plan.models[name]
+        made = self._folder(name, seed, model) if model.path else self._converted(name, seed, model)
+        for stage in model.train:
+            made = self._train(name, stage, seed, made, model.backend)
+        self.open_models.pop()
+        self.chains[name, seed] = made
+        return made
+
+    def _folder(self, name: str, seed: int, model: Model) -> Made:
+        """A model that is a folder of weights: the same for every seed."""
+        assert model.path is not None
+        cell = Cell(label=f"{name}/convert@seed{seed}", key="", kind="convert", model=name, seed=seed)
+        mark = self.fingerprints.path(Path(model.path))
+        key = self._add(
+            "convert", model.backend, cell, backend=model.backend, extra={"path": model.path}, salt={"folder": mark}
+        )
+        return Made(key, model.backend)
+
+    def _converted(self, name: str, seed: int, model: Model) -> Made:
+        """A model made of another one, by a selection of its layers."""
+        assert self.teacher is not None
+        assert model.selector is not None, "the plan reader asks for keep or a path"
         parent = self._chain(model.start, seed) if model.start else self.teacher
         where = f"models.{name}"
         selection = self._add(
@@ -208,11 +232,7 @@ class _Expander:
             inputs={"parent": parent.key, "selection": selection},
             seed=seed,
         )
-        made = Made(key, model.backend)
-        for stage in model.train:
-            made = self._train(name, stage, seed, made, model.backend)
-        self.chains[name, seed] = made
-        return made
+        return Made(key, model.backend)
 
     def _train(self, name: str, stage: str, seed: int, parent: Made | None, backend: Choice) -> Made:
         choice = self.plan.stages[stage]
@@ -260,6 +280,13 @@ class _Expander:
         )
         self.open_data.pop()
         return {"step": key}
+
+    def _file(self, name: str, where: str) -> dict[str, Any]:
+        """A FileRef, for step.json."""
+        file = (self.plan.file.parent / Path(name).expanduser()).resolve()
+        if not file.exists():
+            raise ConfigError(where, f"there is no file {file}")
+        return {"file": str(file), "fingerprint": self.fingerprints.path(file)}
 
     def _model(self, name: str, where: str, seed: int) -> Made:
         assert self.teacher is not None
@@ -357,16 +384,19 @@ class _Expander:
         parts = [*chosen, *_nested(chosen), *([backend] if backend else [])]
         decides: dict[str, Any] = {"kind": kind, "seed": seed, "inputs": dict(inputs or {}), **(salt or {})}
         for role, (place, component) in roles.items():
-            resolved: dict[str, Any] = {}
+            marks: dict[str, list[str]] = {}
             for path, section, name in references(component.config):
                 at = f"{place}.{path}" if place else path
                 if section == "data":
                     found = data[name] = self._data(name, at)
+                elif section == "files":
+                    found = data[name] = self._file(name, at)
                 else:
                     made = self._model(name, at, cell.seed or 0)
                     found = models[name] = {"step": made.key, "backend": self._record(made.backend)}
                     parts.append(made.backend)
-                resolved[path] = found.get("step") or found["fingerprint"]
+                marks.setdefault(path, []).append(found.get("step") or found["fingerprint"])
+            resolved = {path: found[0] if len(found) == 1 else found for path, found in marks.items()}
             decides[role] = self._decides(component, resolved)
         if backend is not None:
             decides["backend"] = self._decides(backend, {})
@@ -390,11 +420,16 @@ class _Expander:
             "models": models,
             **(extra or {}),
         }
+        traits = self.registry.find(choice.kind, choice.name).traits
         self.out.steps[key] = Step(
             key=key,
             kind=kind,
             labels=(cell.label,),
-            needs=Needs(gpus=0 if kind == "select" else self.gpus, alone=alone, timeout_s=self.plan.limits.timeout),
+            needs=Needs(
+                gpus=self.gpus if kind != "select" or "gpu" in traits else 0,
+                alone=alone,
+                timeout_s=self.plan.limits.timeout,
+            ),
             record=record,
             modules=modules,
             lacking=tuple(
@@ -419,6 +454,9 @@ class _Expander:
             self.registry.find(choice.kind, choice.name).revision,
             plain(choice.config, defaults=False, replace=resolved),
         )
+        outside = getattr(choice.config, "fingerprint", None)
+        if outside is not None and (mark := outside()):
+            record["fingerprint"] = mark
         return {**record, "nested": nested} if nested else record
 
     def _module(self, choice: Choice) -> str:

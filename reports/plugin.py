@@ -13,6 +13,8 @@ TABLES = (
     ("speed", "speed:Speed", "Latency, throughput, speed-up and memory per decoder"),
     ("acceptance", "acceptance:Acceptance", "Accepted lengths of speculative decoding, by position"),
     ("losslessness", "losslessness:Losslessness", "Texts and tokens that are those of plain decoding"),
+    ("init-fidelity", "fidelity:Fidelity", "How near converted models are to their teacher, before and after training"),
+    ("init-fidelity-layers", "fidelity:FidelityLayers", "The same of each converted layer"),
     ("cost", "cost:Cost", "What each stage of training took"),
     ("steps", "cost:Steps", "Every label with its state"),
 )

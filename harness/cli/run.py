@@ -36,9 +36,15 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("plan")
 @_plan_options
-def show_plan(file: Path, store: Path | None, overrides: tuple[str, ...], only: str | None, gpus: str | None) -> None:
+@click.option("--needs", "asked", is_flag=True, help="Estimate data, GPU memory and GPU-hours instead.")
+def show_plan(
+    file: Path, store: Path | None, overrides: tuple[str, ...], only: str | None, gpus: str | None, asked: bool
+) -> None:
     """Check a plan and show its steps: label, state, reason."""
     plan, steps = _expand(file, overrides, only, _gpus(gpus))
+    if asked:
+        _echo_needs(plan, steps)
+        return
     folder = store or _default_store(plan)
     at = Store.open(folder) if (folder / "run.json").is_file() else None
     _warn_of_broken()
@@ -120,7 +126,7 @@ def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict
                 {
                     "name": model.name,
                     "backend": model.backend.name,
-                    "keep": _keep(model.selector.config),
+                    "keep": _keep(model.selector.config) if model.selector else "as it is",
                     "train": list(model.train),
                     "teacher": False,
                 }
@@ -215,6 +221,14 @@ def _cell_row(cell: dict[str, Any], at: Store) -> tuple[str, ...]:
     if cell["why"]:
         return cell["label"], "skipped", cell["why"]
     return cell["label"], *_state(at, cell["key"])
+
+
+def _echo_needs(plan: Plan, steps: Steps) -> None:
+    from ..needs import BASIS, needs
+
+    found = needs(plan, steps)
+    echo_columns(("step", "tokens", "GiB a GPU", "GPU-hours", "data"), [need.row() for need in found])
+    click.echo(f"\n{sum(need.hours or 0.0 for need in found):,.0f} GPU-hours in all. {BASIS}")
 
 
 def _echo_step(cell: dict[str, Any], at: Store) -> None:

@@ -83,8 +83,8 @@ def scored_bytes(document: Document, ids: Sequence[int], context: int, tokenizer
 
     The text of some tokens alone would lack the space before them, and special tokens are no text.
     """
-    if document.ids is None:
-        return len(document.text.encode())
+    if document.ids is None and not document.messages:
+        return len(document.text[document.prompt :].encode())
     # A character that the context's end cuts into is scored.
     before = tokenizer.decode(ids[:context], skip_special_tokens=True).rstrip("\ufffd")
     return len(tokenizer.decode(ids, skip_special_tokens=True).encode()) - len(before.encode())

@@ -1,5 +1,6 @@
-"""Several tokens from a state that can be taken back: the decoding step of a Mamba-2 layer."""
+"""Several tokens from a state that can be taken back: the decoding step of a Mamba-2 and of a Mamba-1 layer."""
 
 from .reference import multistep, multistep_loop, visible
+from .selective import selective_multistep, selective_multistep_loop
 
-__all__ = ["multistep", "multistep_loop", "visible"]
+__all__ = ["multistep", "multistep_loop", "selective_multistep", "selective_multistep_loop", "visible"]

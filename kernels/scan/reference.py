@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..documents import Documents
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -46,6 +48,7 @@ def scan_loop(
     D: Tensor | None = None,
     state: Tensor | None = None,
     lengths: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token at a time. Shapes as in `scan`."""
     kind = compute_dtype(x)
@@ -57,6 +60,8 @@ def scan_loop(
     state = x.new_zeros(batch, heads, width, size) if state is None else state.to(kind)
     outputs = []
     for t in range(length):
+        if documents is not None:
+            state = state.masked_fill(documents.starts[:, t, None, None, None], 0)
         decay = torch.exp(dt[:, t] * A)[..., None, None]
         state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
         y = (state * C[:, t, :, None, :]).sum(-1)
@@ -76,6 +81,26 @@ def exact(function: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
+class _Same(NamedTuple):
+    """Which tokens of K chunks of Q are of one document: `within` [B, 1, K, Q, Q] with each other, `last` with the
+    chunk's last, `before` with the token before the chunk ([B, 1, 1, K, Q] both)."""
+
+    within: Tensor
+    last: Tensor
+    before: Tensor
+
+
+def _same_document(documents: Documents | None, pad: int, chunk: int) -> _Same | None:
+    """Padding behind the row belongs to its last document, what stands before it to its first."""
+    if documents is None:
+        return None
+    index = documents.index
+    index = torch.cat((index, index[:, -1:].expand(-1, pad)), dim=1).view(index.shape[0], 1, 1, -1, chunk)
+    ends = index[..., -1:]
+    reached = torch.cat((index[..., :1, :1], ends[..., :-1, :]), dim=-2)
+    return _Same(index.unsqueeze(-1).squeeze(1) == index.unsqueeze(-2).squeeze(1), index == ends, index == reached)
+
+
 @exact
 def scan(
     x: Tensor,
@@ -87,12 +112,14 @@ def scan(
     state: Tensor | None = None,
     lengths: Tensor | None = None,
     chunk: int = 64,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The chunked scan.
 
     x [B, L, G, P], dt [B, L, H] (after softplus), A [H] (negative), B [B, L, G, N], C [B, L, H, N], D [H],
     state [B, H, P, N] (zero if not given), lengths int [B] (tokens at or after them leave the state alone; their
-    outputs are meaningless). Head h reads group h // (H / G).
+    outputs are meaningless). Head h reads group h // (H / G). With documents nothing passes from one to the next; the
+    state given belongs to the first.
     Returns y [B, L, H, P] and the final state [B, H, P, N], in fp32 (fp64 for fp64 inputs).
     """
     kind = compute_dtype(x)
@@ -117,13 +144,19 @@ def scan(
     decays = torch.cumsum(steps * A.view(groups, repeat, 1, 1), dim=-1)
 
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
+    same = _same_document(documents, pad, chunk)
+    if same is not None:
+        later = later | ~same.within.unsqueeze(1)
     between = (decays.unsqueeze(-1) - decays.unsqueeze(-2)).masked_fill(later, float("-inf")).exp()
     mixing = (Cs @ Bs.unsqueeze(2).transpose(-1, -2)) * between * steps.unsqueeze(-2)
     y = mixing @ xs.unsqueeze(2)
 
     to_end = torch.exp(decays[..., -1:] - decays) * steps
+    since, whole = torch.exp(decays), torch.exp(decays[..., -1])
+    if same is not None:
+        to_end, since, whole = to_end * same.last, since * same.before, whole * same.before[..., -1]
     added = (xs.unsqueeze(2) * to_end.unsqueeze(-1)).transpose(-1, -2) @ Bs.unsqueeze(2)
-    whole = torch.exp(decays[..., -1])[..., None, None]
+    whole = whole[..., None, None]
     now = x.new_zeros(batch, groups, repeat, width, size)
     if state is not None:
         now = state.to(kind).view(batch, groups, repeat, width, size)
@@ -133,7 +166,7 @@ def scan(
         now = whole[:, :, :, index] * now + added[:, :, :, index]
     if count:
         carried = torch.stack(before, dim=3)
-        y = y + torch.exp(decays).unsqueeze(-1) * (Cs @ carried.transpose(-1, -2))
+        y = y + since.unsqueeze(-1) * (Cs @ carried.transpose(-1, -2))
 
     y = y.permute(0, 3, 4, 1, 2, 5).reshape(batch, count * chunk, heads, width)[:, :length]
     if D is not None:

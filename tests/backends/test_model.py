@@ -55,12 +55,28 @@ def test_a_real_teacher_has_its_reference_logits(shared: Path, teacher_backend: 
         torch.testing.assert_close(got, torch.from_numpy(reference["logits"]), rtol=0, atol=1e-4)
 
 
-def test_rope_that_depends_on_the_length_is_refused(
+def test_rope_that_depends_on_the_length_is_served_where_it_does_not(
     make_llama: Callable[..., Path], teacher_backend: TeacherBackend
 ) -> None:
-    folder = make_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    with pytest.raises(Unsupported, match="rope_type 'dynamic' is not served; known are default, linear, llama3, yarn"):
-        teacher_backend.module(folder)
+    """Up to the original context, `dynamic` is the plain rotation; beyond it, every way to run the model refuses."""
+    folder = make_llama(
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, max_position_embeddings=32
+    )
+    module, ids = teacher_backend.module(folder), some_ids(2, 33)
+    want = LlamaForCausalLM.from_pretrained(folder)(input_ids=ids[:, :32]).logits
+    torch.testing.assert_close(module(input_ids=ids[:, :32]).logits, want, rtol=0, atol=1e-4)
+    model = teacher_backend.load(folder, "cpu", "float32")
+    model.open(1, 32, 5)
+    lengths = torch.full((2,), 34, dtype=torch.int32)
+    for call in (
+        lambda: module(input_ids=ids),
+        lambda: model.open(1, 33, 1),
+        lambda: model.score(some_ids(2, 34), lengths),
+    ):
+        with pytest.raises(
+            Unsupported, match="'dynamic' is served up to its original context of 32 tokens, not for 33"
+        ):
+            call()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

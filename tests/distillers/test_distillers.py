@@ -6,8 +6,9 @@ import pytest
 import torch
 from mambabench.distillers.plugin import ProgressiveConfig, PseudoLabelsConfig, TrainTeacherConfig
 from mambabench.distillers.progressive import Progressive
-from mambabench.distillers.pseudo_labels import WRITTEN, PseudoLabels
+from mambabench.distillers.pseudo_labels import WRITTEN, PseudoLabels, beginning
 from mambabench.distillers.train_teacher import TrainTeacher
+from mambabench.harness.documents import read_documents
 from mambabench.harness.interfaces import MambabenchError
 
 SMALL = {"layers": 2, "hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 16, "batch": 4}
@@ -102,6 +103,37 @@ def test_pseudo_labels_continue_given_documents(make_job, write_standin, teacher
     beginnings = [json.loads(line)["text"].split()[:5] for line in (text / "data.jsonl").read_text().splitlines()]
     assert [document["prompt"] for document in documents] == [6, 6, 6]
     assert [document["text"].split()[:5] for document in documents] == [*beginnings, beginnings[0]]
+
+
+def test_pseudo_labels_answer_whole_prompts_and_leave_out_long_ones(make_job, teacher, tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    records = [
+        {"prompt": "ask anna", "completion": " tea"},
+        {"prompt": "ask anna tea , " * 20, "completion": " tea"},
+        {"prompt": "ask ben tea", "completion": " ,"},
+    ]
+    seeds.write_text("".join(json.dumps(record) + "\n" for record in records))
+    documents = written(make_job, "job", teacher, data={"seeds": seeds}, documents=3, prompts="seeds", prompt_tokens=6)
+    assert [document["prompt"] for document in documents] == [3, 4, 3]
+    words = teacher.backend.tokenizer(teacher.path)
+    prompts = [words.decode(document["ids"][1 : document["prompt"]]) for document in documents]
+    assert prompts == [
+        words.decode(words.encode(text, add_special_tokens=False)) for text in ("ask anna", "ask ben tea", "ask anna")
+    ]
+
+
+def test_a_chat_is_answered_behind_its_template(teacher, tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    chat = [{"role": "user", "content": "ask anna"}, {"role": "assistant", "content": "tea"}]
+    seeds.write_text(json.dumps({"messages": chat}) + "\n")
+    words = teacher.backend.tokenizer(teacher.path)
+    words.chat_template = (
+        "{% for turn in messages %}{{ ', ' if turn.role == 'assistant' }}{{ turn.content }} {% endfor %}"
+        "{{ ', ' if add_generation_prompt }}"
+    )
+    (document,) = read_documents(seeds)
+    assert words.decode(beginning(document, words, 9)) == "<s> ask anna ,"
+    assert beginning(document, words, 3) == []
 
 
 def test_the_length_of_a_pseudo_label_does_not_depend_on_those_beside_it(make_job, teacher, tmp_path):

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mambabench.distillers import training
+from mambabench.distillers.distillation import DistillationTrainer
 from mambabench.distillers.losses import IGNORED
+from mambabench.distillers.mixers import choose_trained
 from mambabench.distillers.plugin import ProgressiveConfig
-from mambabench.distillers.progressive import DistillationTrainer, freeze_all_but_mixers
 from mambabench.distillers.training import Recipe, collate, pack, read_windows, whole_checkpoint
 from mambabench.harness.interfaces import MambabenchError
 from transformers import TrainerCallback
@@ -95,7 +96,7 @@ class Gradients(TrainerCallback):
 def distil(job, hybrid, teacher, windows, steps, **options):
     config = ProgressiveConfig(data="text", tokens=1, kl=0.5, **options)
     student = hybrid.backend.module(hybrid.path)
-    freeze_all_but_mixers(student)
+    choose_trained(student, ("mixers",), "half")
     tokens = int((steps - 0.5) * config.batch * windows.lengths.double().mean().item())
     recipe = Recipe(tokens=tokens, batch=config.batch, lr=1e-3, warmup=0, clip=1e9, accumulation=config.accumulation)
     module = teacher.backend.module(teacher.path)
@@ -132,7 +133,7 @@ def test_one_step_at_batch_8_equals_2_of_4_accumulated(make_job, hybrid, teacher
 def test_the_loss_that_is_logged_is_the_weighted_sum_of_its_parts(make_job, hybrid, teacher, windows):
     job = make_job()
     _, trainer = distil(job, hybrid, teacher, windows, steps=6, batch=4)
-    training.run(trainer, job)
+    training.report(trainer, job, training.run(trainer, job))
     losses = job.emit.of("loss")
     assert [loss["step"] for loss in losses] == [1, 2, 3, 4, 5, 6]
     for loss in losses:
@@ -190,7 +191,7 @@ def test_a_killed_training_resumes_to_the_same_weights(make_job, hybrid, teacher
     assert checkpoint.name == "checkpoint-4"
     assert seconds > 0
     resumed, trainer = distil(job, hybrid, teacher, windows, steps=7, batch=5)
-    training.run(trainer, job)
+    training.report(trainer, job, training.run(trainer, job))
     assert [loss["step"] for loss in job.emit.of("loss")] == [1, 2, 3, 4, 5, 6, 7]
     assert job.emit.facts["training_wall"] > seconds
     for (name, one), two in zip(whole.named_parameters(), resumed.parameters(), strict=True):

@@ -1,5 +1,7 @@
 """Plans: what is accepted, and one line for every mistake."""
 
+import re
+
 import pytest
 from mambabench import MambabenchError
 
@@ -86,7 +88,7 @@ def test_an_override_changes_one_key_and_the_plan_s_hash(planner, plan_text):
         ('path = "teacher"', "", "teacher: give either `path`"),
         ('path = "teacher"', 'train = ["tune"]', "stages.tune.use: 'toy-stage' trains a given model"),
         ('file = "text.txt"', 'file = "txt.txt"', "data.file: there is no file"),
-        ('file = "text.txt"', 'file = "hf:org/name"', "data.file: "),
+        ('file = "text.txt"', 'file = "hf:org/the name"', "data.file: 'org/the name' is no name of a data set"),
         ('part = "train"', 'part = "trian"', "data.text.part: "),
         ('part = "train"', 'prompts = "text"', "data.text.prompts: a circle of data: text -> text"),
         ('path = "teacher"', 'path = "org/name"', "(and nothing is fetched from a hub)"),
@@ -134,3 +136,19 @@ def test_a_broken_plug_in_s_traceback_is_shown_only_where_a_component_is_unknown
     planner.steps()
     with pytest.raises(MambabenchError, match="RuntimeError: out of order"):
         planner.steps(plan_text.replace("toy-lossy", "from-bad"))
+
+
+def test_a_model_may_be_a_folder_of_weights_in_place_of_a_parent(planner, plan_text):
+    text = plan_text.replace("[decoders.plain]", '[models.baseline]\nuse = "toy"\npath = "teacher"\n[decoders.plain]')
+    model = planner.read(text).models["baseline"]
+    assert (model.path, model.selector, model.start) == (str(planner.folder / "teacher"), None, None)
+    for line, message in (
+        ("keep = 0", "models.baseline.keep: this key cannot stand beside `path`, whose folder is taken as it is"),
+        ('start = "half"', "models.baseline.start: this key cannot stand beside `path`"),
+        ("pth = 1", "models.baseline.pth: unknown key; did you mean 'path'?"),
+    ):
+        with pytest.raises(MambabenchError, match=re.escape(message)):
+            planner.read(text.replace('path = "teacher"\n[dec', f'path = "teacher"\n{line}\n[dec'))
+    for path, message in (("3", "expected a folder in quotes, got 3"), ('"nowhere"', "there is no folder")):
+        with pytest.raises(MambabenchError, match=f"models.baseline.path: {message}"):
+            planner.read(text.replace('path = "teacher"\n[dec', f"path = {path}\n[dec"))

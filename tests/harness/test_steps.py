@@ -1,5 +1,7 @@
 """Steps and keys: what is shared, what changes a key and what does not."""
 
+import pytest
+from mambabench.harness.interfaces import MambabenchError
 from mambabench.harness.keys import Fingerprints, digest
 from mambabench.harness.steps import expand
 
@@ -172,3 +174,40 @@ def test_a_fingerprint_follows_the_content_and_is_remembered(tmp_path):
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+
+
+def test_a_model_of_a_folder_is_one_step_for_all_seeds_and_reads_nothing_of_the_teacher(planner, plan_text):
+    (planner.folder / "baseline").mkdir()
+    (planner.folder / "baseline" / "config.json").write_text('{"other": 1}')
+    text = plan_text.replace(
+        "[decoders.plain]", '[models.baseline]\nuse = "toy"\npath = "baseline"\ntrain = ["tune"]\n[decoders.plain]'
+    )
+    steps = planner.steps(text)
+    keys = keys_by_label(steps)
+    made = steps.steps[keys["baseline/convert@seed0"]]
+    assert made.labels == ("baseline/convert@seed0", "baseline/convert@seed1")
+    assert made.inputs == {}
+    assert made.record["path"] == str(planner.folder / "baseline")
+    assert "baseline/select@seed0" not in keys
+    assert steps.steps[keys["baseline/tune@seed1"]].inputs["parent"] == made.key
+    assert "baseline/quick/speed@seed1" in keys
+    (planner.folder / "baseline" / "config.json").write_text('{"other": 22}')
+    assert keys_by_label(planner.steps(text))["baseline/convert@seed0"] != made.key
+
+
+TRIED = ("keep = 0\nstart", 'keep = { use = "toy-trial", model = "other" }\nstart')
+
+
+def test_a_selector_may_try_another_model_and_takes_a_gpu_if_it_says_so(planner, plan_text):
+    plan = planner.read(plan_text.replace(*TRIED))
+    steps = expand(plan, planner.registry, Fingerprints(planner.folder / "cache.json"), {}, gpus=1)
+    keys = keys_by_label(steps)
+    tried, plain = steps.steps[keys["next/select@seed1"]], steps.steps[keys["half/select@seed1"]]
+    assert tried.record["models"]["other"]["step"] == keys["other/align@seed1"]
+    assert (tried.needs.gpus, plain.needs.gpus) == (1, 0)
+
+
+def test_a_selector_that_tries_the_model_it_selects_for_is_a_circle(planner, plan_text):
+    text = plan_text.replace(TRIED[0], TRIED[1].replace("other", "next"))
+    with pytest.raises(MambabenchError, match=r"models\.next: a circle of models: next -> next"):
+        planner.steps(text)

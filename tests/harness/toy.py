@@ -24,6 +24,11 @@ class ToySelector:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToyTrial:
+    model: ModelRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToySource:
     part: Literal["train", "test"] = "train"
     prompts: DataRef | None = None
@@ -67,6 +72,7 @@ def component(kind: str, name: str, config: type, *traits: str, **more: object) 
 COMPONENTS = [
     component("backend", "toy", ToyBackend),
     component("selector", "toy-selector", ToySelector),
+    component("selector", "toy-trial", ToyTrial, "gpu"),
     component("source", "toy-source", ToySource),
     component("source", "toy-teacher-source", ToySource, "teacher"),
     component("distiller", "toy-stage", ToyStage),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.kernels.conv import conv, conv_few, conv_loop
+from mambabench.kernels.conv import conv, conv_few, conv_loop, window_at
+from mambabench.kernels.documents import Documents
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,6 +33,25 @@ def test_shifted_products_are_the_formula(
         torch.testing.assert_close(few, want, rtol=1e-12, atol=1e-12)
     assert got_window.shape == (batch, taps - 1, channels)
     assert torch.equal(got_window, want_window)
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 5), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_documents_are_convolved_as_if_alone(seed: int, sizes: list[int], taps: int, carried: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, weight, bias, window = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((1, sum(sizes), 3), (3, taps), (3,), (1, taps - 1, 3))
+    )
+    documents = Documents(torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).unsqueeze(0))
+    before = window if carried else None
+    got, end = conv(u, weight, bias, before, documents=documents)
+    loop, _ = conv_loop(u, weight, bias, before, documents=documents)
+    want = [conv_loop(t, weight, bias, None if n else before)[0] for n, t in enumerate(u.split(sizes, dim=1))]
+    torch.testing.assert_close(got, torch.cat(want, dim=1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loop, got, rtol=1e-12, atol=1e-12)
+    last = torch.tensor([u.shape[1]])
+    assert torch.equal(end, window_at(u, taps, before, last))
 
 
 @given(st.integers(0, 1000), st.integers(1, 9), st.integers(0, 9), st.integers(1, 5))

@@ -1,11 +1,13 @@
 """The chunked scan is the recurrence, whatever the shapes, and agrees with an implementation that is not ours."""
 
+import functools
 import inspect
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mambabench.kernels.documents import Documents
 from mambabench.kernels.scan import scan, scan_loop
 
 
@@ -39,17 +41,23 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@given(shapes, st.integers(1, 9), st.booleans(), st.data())
-@settings(max_examples=60, deadline=None)
-def test_chunked_scan_is_the_recurrence(shape: dict, chunk: int, carried: bool, data: st.DataObject) -> None:
+@given(shapes, st.integers(1, 9), st.booleans(), st.booleans(), st.data())
+@settings(max_examples=80, deadline=None)
+def test_chunked_scan_is_the_recurrence(
+    shape: dict, chunk: int, carried: bool, packed: bool, data: st.DataObject
+) -> None:
     given_inputs = inputs(**shape)
     state = lengths = None
     if carried:
         heads = shape["groups"] * shape["repeat"]
         state = torch.randn(shape["batch"], heads, shape["width"], shape["size"], dtype=torch.float64)
         lengths = torch.tensor([data.draw(st.integers(0, shape["length"])) for _ in range(shape["batch"])])
-    want, want_state = scan_loop(**given_inputs, state=state, lengths=lengths)
-    got, got_state = scan(**given_inputs, state=state, lengths=lengths, chunk=chunk)
+    documents = None
+    if packed:
+        starts = [[data.draw(st.booleans()) for _ in range(shape["length"])] for _ in range(shape["batch"])]
+        documents = Documents(torch.tensor(starts).cumsum(1, dtype=torch.int32))
+    want, want_state = scan_loop(**given_inputs, state=state, lengths=lengths, documents=documents)
+    got, got_state = scan(**given_inputs, state=state, lengths=lengths, chunk=chunk, documents=documents)
     assert got.shape == want.shape == (shape["batch"], shape["length"], heads_of(shape), shape["width"])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(got_state, want_state, rtol=1e-10, atol=1e-10)
@@ -79,12 +87,25 @@ def test_two_halves_with_the_state_between_are_the_whole() -> None:
     torch.testing.assert_close(state, end)
 
 
-def test_gradients_are_those_of_the_recurrence() -> None:
+def test_documents_are_scanned_as_if_alone() -> None:
+    given_inputs = inputs(0, batch=1, length=20, groups=2, repeat=2, width=3, size=4)
+    positions = torch.cat([torch.arange(n) for n in (7, 1, 12)]).unsqueeze(0)
+    y, state = scan(**given_inputs, documents=Documents.of(positions), chunk=4)
+    for part in (slice(0, 7), slice(7, 8), slice(8, 20)):
+        alone = {name: t[:, part] if t.ndim > 1 else t for name, t in given_inputs.items()}
+        want, end = scan_loop(**alone)
+        torch.testing.assert_close(y[:, part], want)
+    torch.testing.assert_close(state, end)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_are_those_of_the_recurrence(packed: bool) -> None:
     given_inputs = inputs(2, batch=2, length=11, groups=2, repeat=2, width=3, size=3)
+    documents = Documents(torch.tensor([[0] * 5 + [1] * 3 + [2] * 3, [0] * 8 + [1] * 3])) if packed else None
     gradients = []
-    for way in (scan_loop, lambda **k: scan(**k, chunk=4)):
+    for way in (scan_loop, functools.partial(scan, chunk=4)):
         leaves = {name: t.clone().requires_grad_() for name, t in given_inputs.items()}
-        y, state = way(**leaves)
+        y, state = way(**leaves, documents=documents)
         (y.square().sum() + state.square().sum()).backward()
         gradients.append([leaf.grad for leaf in leaves.values()])
     for got, want in zip(*gradients, strict=True):

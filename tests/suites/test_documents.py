@@ -4,8 +4,17 @@ import lzma
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.harness.documents import Document, encode_document, leading_token, read_documents
-from mambabench.harness.interfaces import MambabenchError, silent
+from mambabench.harness.documents import (
+    Document,
+    Message,
+    Preference,
+    encode_document,
+    encode_ended,
+    leading_token,
+    read_documents,
+    read_preferences,
+)
+from mambabench.harness.interfaces import MambabenchError, Unsupported, silent
 from mambabench.harness.mockmodel import MockTokenizer
 
 
@@ -30,13 +39,18 @@ def test_the_folder_of_a_source_is_read(tmp_path):
     ("line", "complaint"),
     [
         ("{", "not JSON"),
-        ("[]", '"text" or "ids"'),
-        ('{"question": "?"}', '"text" or "ids"'),
+        ("[]", '"text", "ids"'),
+        ('{"question": "?"}', '"text", "ids"'),
         ('{"text": 3}', '"text" must be a string'),
         ('{"ids": [1, "2"]}', '"ids" must be a list of token ids'),
         ('{"ids": [1, true]}', '"ids" must be a list of token ids'),
         ('{"ids": [1], "prompt": 2}', '"prompt" must be a number of ids, from 0 to 1'),
         ('{"text": "ab", "prompt": 1}', '"prompt" must be a number of ids, from 0 to 0'),
+        ('{"prompt": 1, "completion": "a"}', '"prompt" must be a string'),
+        ('{"messages": []}', '"messages" must be a list of messages'),
+        ('{"messages": [{"role": "me", "content": "a"}]}', 'a "content" and a "role": system, user'),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "ends with one of the assistant"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "a preference, where documents"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, complaint):
@@ -84,3 +98,73 @@ def test_a_silent_emit_takes_any_record():
 def test_items_are_told_apart_by_content():
     assert Document("ab").item == Document("ab").item
     assert len({Document("ab").item, Document("ba").item, Document("", (1, 2)).item, Document("", (12,)).item}) == 4
+
+
+class Chatty(MockTokenizer):
+    """Writes each message between brackets, as chat templates do."""
+
+    chat_template = "…"
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt=False):
+        assert not tokenize
+        return "".join(f"{turn['role'][0]}[{turn['content']}]" for turn in turns) + "a[" * add_generation_prompt
+
+
+def write_lines(file, *records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+CHAT = [{"role": "user", "content": "bb"}, {"role": "assistant", "content": "cab"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "before", "after"),
+    [
+        ({"prompt": "ab", "completion": "cc"}, "ab", "cc$"),
+        ({"prompt": "", "completion": "cc"}, "", "cc$"),
+        ({"messages": CHAT}, "u[bb]a[", "cab]"),
+    ],
+)
+@pytest.mark.parametrize("bos", [True, False])
+def test_only_the_answer_is_learnt(tmp_path, record, before, after, bos):
+    tokenizer = Chatty("abcu[]", bos=bos)
+    (document,) = read_documents(write_lines(tmp_path / "a.jsonl", record))
+    ids, context = encode_ended(document, tokenizer)
+    lead = "^" if bos else "" if "messages" in record else "$"
+    assert tokenizer.decode(ids) == lead + before + after
+    assert tokenizer.decode(ids[:context]) == lead + before
+
+
+def test_a_chat_without_a_template_is_unsupported():
+    with pytest.raises(Unsupported, match="no chat template"):
+        encode_document(Document("", messages=(Message("user", "a"), Message("assistant", "b"))), MockTokenizer("ab"))
+
+
+def test_preferences_are_read_as_texts_and_as_chats(tmp_path):
+    plain = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    chat = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "a"}]}
+    first, second = read_preferences(write_lines(tmp_path / "a.jsonl", plain, chat))
+    assert first == Preference("a", "b", "c")
+    assert second == Preference("", "cab", "a", (Message("user", "bb"),))
+    tokenizer = Chatty("abcu[]")
+    for preference, texts in ((first, ("$ab$", "$ac$")), (second, ("u[bb]a[cab]", "u[bb]a[a]"))):
+        encoded = [encode_ended(document, tokenizer) for document in preference.documents()]
+        assert tuple(tokenizer.decode(ids) for ids, _ in encoded) == texts
+        assert len({context for _, context in encoded}) == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"prompt": "a", "chosen": "b"}, '"prompt", "chosen" and "rejected"'),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, '"rejected" must be a string'),
+        ({"prompt": CHAT[:1], "chosen": CHAT, "rejected": CHAT[1:]}, '"chosen" must be one message of the assistant'),
+    ],
+)
+def test_a_bad_preference_is_named(tmp_path, record, complaint):
+    file = write_lines(tmp_path / "a.jsonl", record)
+    with pytest.raises(MambabenchError) as error:
+        list(read_preferences(file))
+    assert str(error.value).startswith(f"{file}:1: ")
+    assert complaint in str(error.value)

@@ -1,0 +1,246 @@
+"""Any causal model of transformers as a row: its own forward, its own cache, its own `generate`.
+
+Baselines that were trained from scratch come in by this door. Nothing of the stepping engine is used, so that such a
+row is a peer and not our reading of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from ..harness.answers import ends, make_answer
+from ..harness.interfaces import Answer, Cost, Emit, Limits, MambabenchError, Prompt, Scores, Tokenizer, Unsupported
+from . import checkpoint
+from .config import MODEL_TYPE
+from .convert import link
+from .hybrid import BYTES, read_tokenizer, torch_dtype
+from .plugin import HfConfig
+
+OWN_LOOP = "backend hf decodes with transformers' own generate: it makes no steps and rolls nothing back"
+UNBOUNDED = 1 << 20
+"""Context of a model whose config names none, as recurrent ones do."""
+ATTENTION = re.compile(r"\.(\d+)\.(?:\w+\.)*?(?:\w*attn|\w*attention|mixer\.(?:q|qkv)_proj)\.")
+"""In a tensor's name: the layer that has attention."""
+NOT_TAKEN = re.compile(r"\.(bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|py)$|^artifact\.json$|^\.")
+SCORED = 1 << 26
+"""Logits that `score` holds at a time, if one text has not more."""
+
+
+class HfBackend:
+    """Folders that `AutoModelForCausalLM` loads from safetensors, without code of their own."""
+
+    def __init__(self, config: HfConfig) -> None:
+        self.config = config
+
+    def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
+        """Takes the folder over by hard links. `keep` must be empty or name every layer with attention."""
+        described = self.describe(parent)
+        if keep and sorted(keep) != described["attention_layers"] and sorted(keep) != list(range(described["layers"])):
+            raise Unsupported(f"backend hf: takes a model as it is, so keep = {list(keep)} cannot be; leave it out")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in sorted(parent.iterdir()):
+            if path.is_file() and not NOT_TAKEN.search(path.name):
+                link(path, out / path.name)
+
+    def describe(self, artifact: Path) -> Mapping[str, Any]:
+        """Sizes from the config and the tensors' headers. Layers with attention are those whose tensors say so."""
+        config = _config(artifact)
+        shapes = checkpoint.tensor_shapes(artifact)
+        if config.tie_word_embeddings:
+            shapes.pop("lm_head.weight", None)
+        numbers = {name: torch.Size(shape).numel() for name, (shape, _) in shapes.items()}
+        return {
+            "layers": config.num_hidden_layers,
+            "attention_layers": sorted({int(found[1]) for name in shapes if (found := ATTENTION.search(name))}),
+            "mixers": [config.model_type],
+            "parameters": sum(numbers.values()),
+            "weight_bytes": sum(numbers[name] * BYTES.get(kind, 4) for name, (_, kind) in shapes.items()),
+            "vocab_size": config.vocab_size,
+            "max_context": getattr(config, "max_position_embeddings", None) or UNBOUNDED,
+        }
+
+    def load(self, artifact: Path, device: str, dtype: str) -> HfStepper:
+        """The model with its own loop, in `dtype`."""
+        kind, context = torch_dtype(dtype, device), self.describe(artifact)["max_context"]
+        model: Any = _load(artifact, kind)
+        return HfStepper(model.to(device), self.tokenizer(artifact), context)
+
+    def module(self, artifact: Path) -> PreTrainedModel:
+        """The model for training, fp32, on CPU."""
+        return _load(artifact, torch.float32)
+
+    def save(self, module: nn.Module, out: Path, like: Path) -> None:
+        """Writes a transformers model as safetensors."""
+        if not isinstance(module, PreTrainedModel):
+            raise MambabenchError(f"{type(module).__name__}: backend hf saves models of transformers only")
+        module.save_pretrained(out)
+        checkpoint.copy_side_files(like, out)
+
+    def tokenizer(self, artifact: Path) -> Tokenizer:
+        """The artifact's tokenizer."""
+        return read_tokenizer(artifact, _config(artifact))
+
+
+class HfStepper:
+    """A model that scores and generates, and makes no steps."""
+
+    traits = frozenset({"generate"})
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, max_context: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.max_context = max_context
+        self.device, self.dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+        # What generation_config.json asks for (sampling, penalties, ends) would fill every gap of a request.
+        model.generation_config = GenerationConfig(pad_token_id=0)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
+        """Continues all prompts as one left-padded batch. Each step is a burst of one token a row.
+
+        Above temperature 0 the random numbers are torch's, seeded by the limits' seed: the text depends on what else
+        is in the batch.
+        """
+        if not prompts:
+            return []
+        lengths = [len(prompt.ids) for prompt in prompts]
+        if not min(lengths) or limits.new_tokens < 1:
+            raise MambabenchError("a prompt must have at least one token, and new_tokens must be at least 1")
+        if max(lengths) + limits.new_tokens > self.max_context:
+            asked = f"{max(lengths)} + {limits.new_tokens}"
+            raise MambabenchError(f"generate: {asked} tokens do not fit in the context of {self.max_context}")
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, -lengths[row] :] = torch.tensor(prompt.ids)
+            mask[row, -lengths[row] :] = 1
+        rows = _Rows(len(prompts), max(lengths), limits, self.tokenizer, emit)
+        devices = [torch.device(self.device)] if self.device.startswith("cuda") else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(limits.seed)
+            self.model.generate(
+                ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=_request(limits),
+                stopping_criteria=StoppingCriteriaList([rows]),
+            )
+        return [make_answer(new, limits, self.tokenizer) for new in rows.new]
+
+    @torch.inference_mode()
+    def score(self, ids: Tensor, lengths: Tensor) -> Scores:
+        """Scores ids [B, L] by the model's forward, a few rows at a time; padding is at the right and never read."""
+        targets = ids[:, 1:]
+        kind = torch.float64 if self.model.dtype == torch.float64 else torch.float32
+        logprob = torch.zeros(targets.shape, dtype=kind, device=ids.device)
+        greedy = torch.zeros(targets.shape, dtype=torch.bool, device=ids.device)
+        count = max(1, SCORED // (self.vocab_size * max(ids.shape[1], 1)))
+        for first in range(0, ids.shape[0] if targets.shape[1] else 0, count):
+            part = slice(first, first + count)
+            logits = self.model(input_ids=ids[part, :-1], use_cache=False).logits.to(kind)
+            chosen = logits.gather(-1, targets[part, :, None])
+            logprob[part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+            greedy[part] = logits.argmax(-1) == targets[part]
+        return Scores(logprob, greedy)
+
+    def cost(self, batch: int, context: int, steps: int) -> Cost:
+        """The weights, each read once and 2 FLOPs a token; what the model's own cache holds is not known here."""
+        held = {p.data_ptr(): p for p in self.model.parameters()}
+        size = sum(p.nbytes for p in held.values())
+        flops = 2 * batch * steps * sum(p.numel() for p in held.values())
+        return Cost(weight_bytes=size, kv_bytes=0, state_bytes=0, flops=flops, held_weight_bytes=size)
+
+    def open(self, batch: int, context: int, steps: int) -> Any:
+        """Raises Unsupported, as every call of the stepping contract."""
+        raise Unsupported(OWN_LOOP)
+
+    def prefill(self, ids: Tensor, lengths: Tensor, state: Any, start: Tensor | None = None) -> Tensor:
+        """Raises Unsupported."""
+        raise Unsupported(OWN_LOOP)
+
+    def advance(self, ids: Tensor, start: Tensor, state: Any, settle: bool = True) -> Tensor:
+        """Raises Unsupported."""
+        raise Unsupported(OWN_LOOP)
+
+    def take(self, state: Any, rows: Tensor) -> None:
+        """Raises Unsupported."""
+        raise Unsupported(OWN_LOOP)
+
+
+class _Rows(StoppingCriteria):
+    """Watches the texts grow: emits a burst a row and step, and says which rows have ended."""
+
+    def __init__(self, batch: int, width: int, limits: Limits, tokenizer: Tokenizer, emit: Emit) -> None:
+        self.began = time.perf_counter()
+        self.width, self.limits, self.tokenizer, self.emit = width, limits, tokenizer, emit
+        self.new: list[list[int]] = [[] for _ in range(batch)]
+        self.done = [False] * batch
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """input_ids [B, width + new tokens] -> bool [B]."""
+        last = input_ids[:, -1].tolist()
+        at_s = time.perf_counter() - self.began
+        for row, token in enumerate(last):
+            if self.done[row]:
+                continue
+            self.new[row].append(token)
+            self.emit("burst", row=row, burst=len(self.new[row]) - 1, at_s=at_s, tokens=1)
+            full = len(self.new[row]) == self.limits.new_tokens
+            self.done[row] = full or ends(self.new[row], self.limits, self.tokenizer)
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+def _request(limits: Limits) -> GenerationConfig:
+    asked: dict[str, Any] = {"max_new_tokens": limits.new_tokens, "pad_token_id": 0, "do_sample": False}
+    if limits.temperature > 0:
+        filters = {"temperature": limits.temperature, "top_k": limits.top_k, "top_p": limits.top_p}
+        asked |= {**filters, "do_sample": True}
+    return GenerationConfig(**asked)
+
+
+def _config(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MambabenchError(f"{folder}: no config.json; a model is a transformers folder")
+    try:
+        family = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        if family == MODEL_TYPE:
+            raise Unsupported(f'{path}: a hybrid of this project has no cache for generate; use = "mamba2-hybrid"')
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MambabenchError(f"{path}: transformers knows no such model ({reason})") from None
+
+
+def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Every tensor from safetensors; a tensor that the folder lacks is an error, never a random one."""
+    checkpoint.tensor_files(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MambabenchError(f"{folder}: transformers cannot load this model ({reason})") from None
+    model: PreTrainedModel = loaded[0]
+    for kind in ("missing", "mismatched"):
+        wrong = sorted(map(str, loaded[1][f"{kind}_keys"]))
+        if wrong:
+            raise MambabenchError(f"{folder}: {kind} tensors: {wrong[0]}")
+    return model.eval()

@@ -1,0 +1,148 @@
+"""The Mamba-1 mixer that takes the place of attention: states of up to 16 numbers, a step size for every channel.
+
+Heads are cut into sub-blocks as wide as the state, each a group with its own B and C (MambaInLlama has 256 of them in
+a layer of 32 heads of 128). Sub-block s of head h is paired with sub-block s of the KV head that the head attended
+to, so that a layer begins as linear attention whatever the ratio of heads. The convolution runs over x alone, and
+behind the scan there is a gate and no norm.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.conv import conv_few, window_at
+from ..kernels.documents import Documents
+from ..kernels.multistep import selective_multistep
+from ..kernels.selective_scan import selective_scan, step_sizes
+from .calls import Fill, MambaStep
+from .config import HybridConfig
+from .mamba import Mamba, uniform
+from .rope import rotate
+from .state import MambaState
+
+
+class Mamba1(Mamba):
+    """D = H P channels with N = min(16, P) states each, in K = D / N groups of N channels.
+
+    dt has `rank` rows of the input projection, from which `dt_proj` makes one per channel. Its bias is `dt_bias`, apart
+    from it because it stays exact, and is added once.
+    """
+
+    def __init__(self, config: HybridConfig) -> None:
+        inner = config.num_attention_heads * config.head_dim
+        rank, size = -(-config.hidden_size // 16), config.d_state
+        super().__init__(config, dt_rows=rank, convolved=inner, steps=inner, decays=(inner, size))
+        self.rank, self.size = rank, size
+        self.twice = config.mamba_dt_bias == "twice"
+        self.block = size if config.mamba_sub_blocks == "released" else self.width
+        self.dt_proj = nn.Linear(rank, inner, bias=False)
+
+    def _initialise_decay(self, generator: torch.Generator | None) -> None:
+        """A = -1 … -N in every channel (S4D-real), `dt_proj` uniform within 1 / sqrt(rank)."""
+        self.A_log.copy_(torch.arange(1, self.size + 1, dtype=torch.float64).log().expand_as(self.A_log))
+        bound = self.rank**-0.5
+        uniform(self.dt_proj.weight, -bound, bound, generator)
+
+    def _split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [..., E] -> gate z [..., D]; C [..., D]; what a token leaves for later ones: x | B | raw dt
+        [..., 2 G P + D]."""
+        z, x, b, c, low = self.in_proj(h).split((self.inner, self.shared, self.shared, self.inner, self.rank), dim=-1)
+        b, c = self._normed(b, c)
+        return z, c, torch.cat((x, b, self.dt_proj(low)), dim=-1)
+
+    def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x and B [..., G P], raw dt [..., D]."""
+        return kept.split((self.shared, self.shared, self.inner), dim=-1)
+
+    def _repeat(self, t: Tensor) -> Tensor:
+        """[B, L, G P] -> [B, L, H P]: head h reads KV head h // (H / G). In the released order it is sub-block i of all
+        heads that reads sub-block i // (H / G) of all KV heads, which pairs most with others than the attention did."""
+        if self.heads == self.groups:
+            return t
+        each = t.view(*t.shape[:2], self.shared // self.block, 1, self.block)
+        return each.expand(-1, -1, -1, self.heads // self.groups, -1).reshape(*t.shape[:2], self.inner)
+
+    def _grouped(self, t: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+        """B or C [B, L, n P] of n heads -> [B, L, K, N], rotated if these are, repeated to all heads if need be."""
+        if self.turned and turn is not None:
+            t = rotate(t.view(*t.shape[:2], -1, self.width), *turn).flatten(2)
+        whole = t if t.shape[2] == self.inner else self._repeat(t)
+        return whole.view(*t.shape[:2], -1, self.size)
+
+    @property
+    def step_bias(self) -> Tensor:
+        """What is added to the raw dt."""
+        return 2 * self.dt_bias if self.twice else self.dt_bias
+
+    def _activated(self, convolved: Tensor) -> Tensor:
+        return F.silu(convolved) if self.active else convolved
+
+    def _out(self, y: Tensor, z: Tensor) -> Tensor:
+        """The gate and the output projection. y [B, L, D] in the state's dtype, z [..., D]."""
+        return self.out_proj(self._gate(y, z).view(z.shape).to(z.dtype))
+
+    def forward(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        keep: Tensor | None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """A whole sequence. h [B, L, E]; keep bool [B, L, 1] marks real tokens: padding enters neither the
+        convolution nor the state, so that left padding is as if it were not there; nor does another document."""
+        z, c, kept = self._split(h)
+        x, b, raw = self._parts(kept)
+        if keep is not None:
+            x = x * keep
+        x = self._activated(self._conv(self._repeat(x), documents=documents)[0])
+        b, c = self._grouped(b, (cos, sin)), self._grouped(c, (cos, sin))
+        real = None if keep is None else keep.squeeze(-1)
+        decay = self._decay(self.A_log.dtype)
+        y, _ = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, keep=real, documents=documents)
+        return self._out(y, z)
+
+    def prefill(self, h: Tensor, cache: MambaState, fill: Fill) -> Tensor:
+        """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end. What is replayed
+        stands before the prompt."""
+        z, c, kept = self._split(h)
+        window = state = None
+        replayed = fill.replayed.shape[1]
+        if not fill.fresh:
+            old = cache.inputs[fill.rows.unsqueeze(1), fill.read]
+            taken = old.shape[1] - replayed
+            window, state = self._parts(old[:, :taken])[0], cache.state[fill.rows]
+            kept = torch.cat((old[:, taken:], kept), dim=1)
+            c = F.pad(c, (0, 0, replayed, 0))
+        x, b, raw = self._parts(kept)
+        lengths = fill.lengths + replayed
+        cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.shared] = window_at(
+            x, self.conv1d.kernel_size[0], window, lengths
+        )
+        before = None if window is None else self._repeat(window)
+        x = self._activated(self._conv(self._repeat(x), before)[0])
+        real = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+        real[:, :replayed] &= fill.replayed.squeeze(-1) > 0
+        b, c = self._grouped(b, fill.turn), self._grouped(c, fill.turn)
+        decay = self._decay(self.A_log.dtype)
+        y, cache.state[fill.rows] = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, state, real)
+        return self._out(y[:, replayed:], z)
+
+    def step(self, h: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
+        """T tokens a row. h [B * T, E]."""
+        z, c, kept = self._split(h)
+        ring = cache.inputs.view(-1, kept.shape[1])
+        ring.index_copy_(0, call.new, kept)
+        x, b, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
+        x = self._activated(conv_few(self._repeat(x), *self._taps))
+        dt = step_sizes(raw[:, -x.shape[1] :], self.step_bias, None)
+        if call.live is not None:
+            dt = dt * call.live
+        new = None if call.turn is None else (call.turn[0][:, -call.count :], call.turn[1][:, -call.count :])
+        b = self._grouped(b[:, -x.shape[1] :], call.turn)
+        c = self._grouped(c.view(call.batch, call.count, -1), new)
+        y = selective_multistep(x, dt, self._decay(dt.dtype), b, c, self.D, cache.state, call.settle)
+        return self._out(y, z)

@@ -1,0 +1,109 @@
+"""Options of the sources that bring data in from outside, and what of the outside decides their result."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..harness.interfaces import DataRef, FileRef, MambabenchError
+
+ASK_S = 5.0
+"""Seconds to wait for the hub's answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig:
+    path: FileRef = ""
+    """A .json, .jsonl, .txt (each also .xz) or .parquet file, or a folder: of such files, or as `save_to_disk` leaves
+    it."""
+    name: str = ""
+    """A data set of the hub, `org/name`, instead of `path`."""
+    subset: str = ""
+    """Which of its configurations, where there are several."""
+    split: str = "train"
+    """Which of its splits; a single file has none."""
+    revision: str = ""
+    """A commit, branch or tag of the hub's repository; empty: what is in the local cache, or else the newest."""
+    form: Literal["auto", "text", "completion", "chat", "preference"] = "auto"
+    """What a row is; `auto`: by its columns."""
+    text_column: str = ""
+    """Empty, here and below: the usual names are tried."""
+    prompt_column: str = ""
+    input_column: str = ""
+    """What an instruction is about; put behind the prompt."""
+    completion_column: str = ""
+    messages_column: str = ""
+    system_column: str = ""
+    chosen_column: str = ""
+    rejected_column: str = ""
+    chat: Literal["keep", "messages", "plain"] = "keep"
+    """`messages`: prompts and answers become chats, which the teacher's chat template writes; `plain`: chats become
+    texts with "User:" and "Assistant:", for models without a template."""
+    turns: Literal["each", "last"] = "each"
+    """Of a chat: `each` answer is learnt, as a document of its own behind all that was said before, or the `last`."""
+    first: int = 0
+    """Rows left out at the beginning."""
+    limit: int = 0
+    """Rows taken; 0: all."""
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.name):
+            raise ValueError("give either `path`, a file or folder, or `name`, a data set of the hub")
+        if self.name and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.name):
+            raise ValueError(f"{self.name!r} is no name of a data set; those of the hub look like org/name")
+        if self.first < 0 or self.limit < 0:
+            raise ValueError("first and limit count rows; they must not be below 0")
+
+    def fingerprint(self) -> str:
+        """The commit that `name` stands for; empty where it can be known neither from the cache nor from the hub."""
+        return find_commit(self.name, self.revision) if self.name else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixConfig:
+    data: tuple[DataRef, ...]
+    """Data whose documents are put together."""
+    seed: int = 0
+    """Of the order in which they come."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data is empty; it names the entries to put together")
+
+
+def cached_snapshot(name: str, revision: str) -> Path | None:
+    """The folder of a hub data set that is in the local cache whole, or None. Asks no network."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    reference = folder / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    whole = commit and snapshot.is_dir() and not any((folder / "blobs").glob("*.incomplete"))
+    return snapshot if whole else None
+
+
+@functools.lru_cache
+def find_commit(name: str, revision: str) -> str:
+    """The commit of a hub data set, from the cache or else from the hub; empty where neither knows it.
+
+    Raises MambabenchError for a name that the hub knows not to be a data set.
+    """
+    snapshot = cached_snapshot(name, revision)
+    if snapshot is not None:
+        return snapshot.name
+    import httpx
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return ""
+    try:
+        return HfApi().dataset_info(name, revision=revision or None, timeout=ASK_S).sha or ""
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise MambabenchError(f"hf:{name}: no such data set on the hub: {str(error).splitlines()[0]}") from None
+    except (httpx.HTTPError, OSError):
+        return ""

@@ -1,0 +1,115 @@
+"""Head and loss over slices equal the plain form, in value and in gradient, and hold no large tensor."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mambabench.distillers.fused import token_losses, without_head
+from mambabench.distillers.losses import Divergence, token_cross_entropy
+from mambabench.harness.interfaces import MambabenchError
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def distillation(student, teacher, targets):
+    return torch.stack((token_cross_entropy(student, targets), Divergence()(student, teacher)))
+
+
+def inputs(count, width, words, kind=torch.float64, seed=0):
+    dice = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=kind, generator=dice)
+
+    targets = torch.randint(words, (count,), generator=dice)
+    return targets, random(count, width), random(words, width), random(count, width + 1), random(words, width + 1)
+
+
+@given(count=st.integers(1, 20), size=st.integers(1, 24), seed=st.integers(0, 1000))
+def test_slices_equal_the_plain_form_in_value_and_gradient(count, size, seed):
+    targets, hidden, head, told, their_head = inputs(count, 3, 7, seed=seed)
+    upstream = torch.randn(2, count, dtype=torch.float64)
+    results = []
+    for sliced in (False, True):
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        if sliced:
+            value = token_losses(distillation, targets, *leaves, told, their_head, size=size)
+        else:
+            value = distillation(leaves[0] @ leaves[1].T, told @ their_head.T, targets)
+        results.append((value, *torch.autograd.grad(value, leaves, upstream)))
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_the_gradient_in_float64_is_that_of_finite_differences():
+    targets, hidden, head, told, their_head = inputs(4, 2, 5)
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: token_losses(distillation, targets, h, w, told, their_head, 3), leaves)
+
+
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do():
+    targets, hidden, head, told, their_head = inputs(4, 2, 5)
+    token_losses(distillation, targets, hidden.requires_grad_(), head, told, their_head, 2).sum().backward()
+    assert head.grad is None
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_under_autocast_products_are_those_of_a_linear_layer(size):
+    targets, hidden, head, _, _ = inputs(7, 8, 16, torch.float32)
+
+    def ce(student, teacher, targets):
+        return token_cross_entropy(student, targets).unsqueeze(0)
+
+    results = []
+    for sliced in (False, True):
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            if sliced:
+                value = token_losses(ce, targets, *leaves, size=size)
+            else:
+                value = ce(torch.nn.functional.linear(*leaves), None, targets)
+        results.append((value, *torch.autograd.grad(value.sum(), leaves)))
+    for plain, ours in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype == torch.float32
+        torch.testing.assert_close(ours, plain, rtol=1e-2, atol=2e-2)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, in numbers."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_no_tensor_is_larger_than_a_slice_of_logits_at_a_vocabulary_of_32k():
+    words, width, count, size = 32768, 4, 96, 8
+    targets, hidden, head, told, their_head = inputs(count, width, words, torch.float32)
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    with Largest() as largest:
+        token_losses(distillation, targets, *leaves, told, their_head, size).sum().backward()
+    assert largest.numbers == size * words
+    with Largest() as largest:
+        distillation(leaves[0] @ leaves[1].T, told @ their_head.T, targets).sum().backward()
+    assert largest.numbers == count * words
+
+
+def test_a_model_without_its_head_gives_hidden_states_and_gets_it_back(hybrid):
+    model, ids = hybrid.backend.module(hybrid.path), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        with without_head(model) as weight:
+            hidden = model(input_ids=ids).logits
+        assert hidden.shape == (2, 6, 16)
+        torch.testing.assert_close(hidden @ weight.T, logits)
+        assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+def test_a_model_whose_head_is_unknown_is_refused():
+    with pytest.raises(MambabenchError, match="slice = 0"), without_head(torch.nn.Linear(2, 2)):
+        pass

@@ -1,0 +1,55 @@
+"""Documents of a packed batch, from the positions that a collator gives."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mambabench.kernels.documents import Documents
+
+sizes = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=5), min_size=1, max_size=3)
+
+
+def packed(rows: list[list[int]]) -> torch.Tensor:
+    """Positions of documents of these sizes; shorter rows end with one more document."""
+    length = max(map(sum, rows)) + 1
+    return torch.stack([torch.cat([torch.arange(n) for n in (*row, length - sum(row))]) for row in rows])
+
+
+@given(sizes)
+def test_a_position_that_does_not_go_on_starts_a_document(rows: list[list[int]]) -> None:
+    positions = packed(rows)
+    documents = Documents.of(positions)
+    assert documents is not None
+    want = torch.stack([(row == 0).cumsum(0) - 1 for row in positions])
+    assert torch.equal(documents.index.long(), want)
+    assert torch.equal(documents.starts, (positions == 0) & (torch.arange(positions.shape[1]) > 0))
+
+
+@given(sizes)
+def test_rows_of_their_own_hold_each_token_once(rows: list[list[int]]) -> None:
+    positions = packed(rows)
+    documents = Documents.of(positions)
+    take, real, back = documents.rows
+    assert torch.equal(positions.flatten()[take][real], torch.arange(take.shape[1]).expand_as(take)[real])
+    tokens = torch.arange(positions.numel())
+    assert torch.equal(take[real], tokens)
+    assert torch.equal(take.flatten()[back.flatten()], tokens)
+
+
+@given(sizes, st.integers(1, 4))
+def test_a_token_knows_whether_an_earlier_one_is_of_its_document(rows: list[list[int]], distance: int) -> None:
+    positions = packed(rows)
+    documents = Documents.of(positions)
+    first = documents.index == 0
+    assert torch.equal(documents.before(distance).squeeze(-1), (positions >= distance) | first)
+
+
+def test_one_document_a_row_needs_no_telling_apart() -> None:
+    assert Documents.of(torch.arange(9).expand(2, -1)) is None
+    assert Documents.of(torch.arange(9).expand(2, -1) + torch.tensor([[3], [0]])) is None
+
+
+def test_padding_starts_no_document() -> None:
+    positions = torch.tensor([[1, 1, 0, 1, 2, 1], [0, 1, 2, 3, 0, 1]])
+    keep = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    assert Documents.of(positions[:1], keep[:1]) is None
+    assert Documents.of(positions, keep).index.tolist() == [[0] * 6, [0, 0, 0, 0, 1, 1]]

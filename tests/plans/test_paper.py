@@ -1,0 +1,137 @@
+"""The paper's recipes: accepted as they stand, with the published hyper-parameters, and what they need."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mambabench.harness.interfaces import MambabenchError
+from mambabench.harness.keys import Fingerprints
+from mambabench.harness.needs import GIB, Shape, needs, read_shape
+from mambabench.harness.plan import read_plan
+from mambabench.harness.plugins import registry
+from mambabench.harness.steps import expand
+
+PAPER = Path(__file__).resolve().parents[2] / "plans" / "paper"
+PLANS = ("zephyr-7b", "llama3-8b", "llama3.1-8b", "llama3.2-3b")
+LLAMA3 = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A teacher's folder with nothing but its config."""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(LLAMA3))
+    return tmp_path / "teacher"
+
+
+@pytest.fixture
+def expanded(folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def make(file, *overrides):
+        loaded = registry()
+        plan = read_plan(file, loaded, [f"teacher.path={folder}", *overrides])
+        return plan, expand(plan, loaded, Fingerprints(tmp_path / "cache"), {})
+
+    return make
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_plans_of_the_paper_have_its_hyper_parameters(expanded, name):
+    plan, steps = expanded(PAPER / f"{name}.toml")
+    align, tune, prefer = (plan.stages[stage].config for stage in ("align", "tune", "prefer"))
+    assert (align.lr, align.batch, align.clip, align.ce, align.train) == (8e-5, 64, 0.1, 1.0, ("mixers",))
+    assert align.kl == pytest.approx(0.1 * align.context)
+    assert (tune.lr, tune.batch, tune.context, tune.warmup, tune.train) == (2e-5, 64, 2048, 0.01, ("all",))
+    assert (tune.ce, tune.kl) == ((0.0, 1.0) if name.startswith("llama3.") else (1.0, 0.0))
+    assert (prefer.lr, prefer.batch, prefer.context, prefer.warmup) == (5e-7, 32, 1024, 0.1)
+    assert (prefer.beta, prefer.epochs, prefer.reference) in ((0.01, 1.0, "start"), (0.1, 3.0, "start"))
+    trained = {label for step in steps if step.kind == "train" for label in step.labels}
+    assert {label.partition("/")[2] for label in trained} == {"align@seed0", "tune@seed0", "prefer@seed0"}
+
+
+def test_each_stage_of_a_chain_is_trained_once(expanded):
+    _, steps = expanded(PAPER / "zephyr-7b.toml")
+    shared = [step.labels for step in steps if step.kind == "train" and len(step.labels) == 2]
+    assert ("mamba-50/tune@seed0", "mamba-50-dpo/tune@seed0") in shared
+    assert len([step for step in steps if step.kind == "train"]) == 2 + 3 + 3
+
+
+def test_sizes_are_those_of_known_models(folder):
+    shape = read_shape(folder)
+    assert shape.parameters == 8_030_261_248
+    assert shape.mixer == 41_943_040
+    assert Shape(28, 3072, 8192, 24, 8, 128, 128256, True).parameters == 3_212_749_824
+
+
+def test_a_real_teacher_has_as_many_parameters_as_its_config_says(shared):
+    for name in ("books-28m", "stories-260k"):
+        file = (shared / "models" / name / "model.safetensors").read_bytes()
+        header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+        header.pop("__metadata__", None)
+        weights = 0
+        for tensor in header.values():
+            size = 1
+            for length in tensor["shape"]:
+                size *= length
+            weights += size
+        assert read_shape(shared / "models" / name).parameters == weights
+
+
+def test_needs_follow_tokens_weights_and_what_is_trained(expanded):
+    def found(*overrides):
+        return {need.label: need for need in needs(*expanded(PAPER / "llama3-8b.toml", *overrides))}
+
+    once, twice = found(), found("stages.tune.tokens=40_000_000_000")
+    tune, align, prefer = (once[f"mamba2-50{label}@seed0"] for label in ("/tune", "/align", "-dpo/prefer"))
+    assert twice[tune.label].hours == pytest.approx(2 * tune.hours)
+    # Six FLOPs for each weight but the embedding's and each token, a tenth more for gates and attention, at 40 %.
+    least = 6 * 7.5e9 * 20e9 / (989e12 * 0.4) / 3600
+    assert least < tune.hours < 1.1 * least
+    assert 16 * 8.03e9 / GIB < tune.memory / GIB < 190
+    assert align.memory < tune.memory
+    assert align.hours / align.tokens > 0.6 * tune.hours / tune.tokens
+    assert prefer.tokens is None
+    assert prefer.memory > tune.memory
+    assert once["data/text"].tokens == 260_000 * 1024
+    assert once["data/instructions"].data == "hf:JunxiongWang/sftdataset, split train"
+
+
+def test_less_is_held_with_slices_and_smaller_parts(expanded):
+    def memory(*overrides):
+        plan, steps = expanded(PAPER / "llama3-8b.toml", *overrides)
+        return next(need.memory for need in needs(plan, steps) if need.label == "mamba2-50/tune@seed0")
+
+    assert memory() < memory("stages.tune.slice=0") < memory("stages.tune.slice=0", "stages.tune.accumulation=32")
+
+
+def test_what_cannot_be_estimated_is_said(folder, expanded):
+    (folder / "config.json").write_text(json.dumps({key: LLAMA3[key] for key in LLAMA3 if key != "vocab_size"}))
+    with pytest.raises(MambabenchError, match=r"config.json: no vocab_size"):
+        needs(*expanded(PAPER / "llama3-8b.toml"))
+    plan, steps = expanded(PAPER / "llama3-8b.toml")
+    with pytest.raises(MambabenchError, match="this one trains its teacher"):
+        needs(replace(plan, teacher=replace(plan.teacher, path=None)), steps)
+
+
+def test_the_command_prints_what_a_plan_needs(mambabench, folder, tmp_path):
+    arguments = ("plan", PAPER / "llama3.2-3b.toml", "--set", f"teacher.path={folder}", "--needs")
+    told = mambabench(*arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert lines[0].split() == ["step", "tokens", "GiB", "a", "GPU", "GPU-hours", "data"]
+    assert any(line.startswith("mamba2-50/tune@seed0") and "20,000 M" in line for line in lines)
+    assert "GPU-hours in all. Estimated for H200" in lines[-1]
