@@ -132,7 +132,7 @@ class HybridModel(HybridPreTrainedModel):
         before starts a document, which sees nothing of those before it. Hidden states [B, L, E]."""
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = h.shape[1]
-        mask = keep = real = documents = None
+        keep = real = documents = None
         if attention_mask is not None and not bool(attention_mask.all()):
             if attention_mask.shape != h.shape[:2]:
                 raise Unsupported(
@@ -146,8 +146,7 @@ class HybridModel(HybridPreTrainedModel):
             position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
         else:
             position_ids = torch.arange(length, device=h.device).unsqueeze(0)
-        if len(self.config.attention_layers):
-            mask = attention_mask_of(length, h.device, real, documents)
+        mask = attention_mask_of(length, h.device, real, documents)
         self.rope.check(position_ids)
         cos, sin = self.rope(position_ids, h)
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""Documents that share the rows of a packed batch: which token belongs to which, and the rows they would have alone."""
+"""Documents that share the rows of a packed batch: which token belongs to which."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class Documents:
     def __init__(self, index: Tensor) -> None:
         self.index = index
         """int32 [B, L], counted from 0 in each row, never falling."""
+        self._weights: dict[tuple[int, torch.dtype], Tensor] = {}
 
     @classmethod
     def of(cls, positions: Tensor, keep: Tensor | None = None) -> Documents | None:
@@ -41,22 +42,9 @@ class Documents:
         first = self.index[:, :1].expand(-1, self.index.shape[1] - earlier.shape[1])
         return (torch.cat((first, earlier), dim=1) == self.index).unsqueeze(-1)
 
-    @cached_property
-    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The M documents as rows of their own, up to K tokens long.
-
-        take int64 [M, K]: the token of the flat B x L batch in each place (any token in places that are empty); real
-        bool [M, K]: the place is not empty; back int64 [B, L]: the place of each token in the flat M x K block.
-        """
-        batch, length = self.index.shape
-        begins = self.starts.clone()
-        begins[:, 0] = True
-        first = begins.flatten().nonzero().squeeze(1)
-        sizes = torch.diff(first, append=first.new_tensor([batch * length]))
-        places = torch.arange(int(sizes.max()), device=first.device)
-        real = places < sizes.unsqueeze(1)
-        take = (first.unsqueeze(1) + places).clamp(max=batch * length - 1)
-        tokens = torch.arange(batch * length, device=first.device)
-        document = begins.flatten().long().cumsum(0) - 1
-        back = document * places.shape[0] + tokens - first[document]
-        return take, real, back.view(batch, length)
+    def weight(self, distance: int, dtype: torch.dtype) -> Tensor:
+        """[B, L, 1], 1 where `before` is true, else 0."""
+        key = distance, dtype
+        if key not in self._weights:
+            self._weights[key] = self.before(distance).to(dtype)
+        return self._weights[key]

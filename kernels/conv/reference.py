@@ -9,6 +9,8 @@ inputs' dtype once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,31 @@ def conv_loop(
     return torch.stack(outputs, dim=1).to(u.dtype), _window_at(padded, taps, lengths)
 
 
+class _Masked(torch.autograd.Function):
+    """The sum over taps where `same` [B, L, 1] of each tap but the last says which inputs count. Keeps nothing but its
+    inputs for backward, which with a product for every mask would be most of what a layer keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor, same: list[Tensor]) -> Tensor:
+        length = padded.shape[1] - weight.shape[1] + 1
+        y = torch.addcmul(bias, padded[:, padded.shape[1] - length :], weight[:, -1])
+        for tap, mask in enumerate(same):
+            y.addcmul_(padded[:, tap : tap + length] * mask, weight[:, tap])
+        ctx.save_for_backward(padded, weight, *same)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        padded, weight, *same = ctx.saved_tensors
+        (gradient,) = gradients
+        length, to_inputs, to_weight = gradient.shape[1], torch.zeros_like(padded), torch.empty_like(weight)
+        for tap in range(weight.shape[1]):
+            part = gradient * same[tap] if tap < len(same) else gradient
+            to_inputs[:, tap : tap + length].addcmul_(part, weight[:, tap])
+            to_weight[:, tap] = (part * padded[:, tap : tap + length]).sum((0, 1))
+        return to_inputs, to_weight, gradient.sum((0, 1)), None
+
+
 def conv(
     u: Tensor,
     weight: Tensor,
@@ -74,13 +101,14 @@ def conv(
     """
     taps, length, kind = weight.shape[1], u.shape[1], compute_dtype(u)
     padded = _with_window(u, weight, window)
-    exact, weight = padded.to(kind), weight.to(kind)
-    y = bias.to(kind)
+    exact, weight, bias = padded.to(kind), weight.to(kind), bias.to(kind)
+    if documents is not None:
+        same = [documents.weight(taps - 1 - tap, kind) for tap in range(taps - 1)]
+        y = _Masked.apply(exact, weight, bias, same)
+        return y.to(u.dtype), _window_at(padded, taps, lengths)
+    y = bias
     for tap in range(taps):
-        seen = exact[:, tap : tap + length]
-        if documents is not None and tap < taps - 1:
-            seen = seen * documents.before(taps - 1 - tap)
-        y = torch.addcmul(y, seen, weight[:, tap])
+        y = torch.addcmul(y, exact[:, tap : tap + length], weight[:, tap])
     return y.to(u.dtype), _window_at(padded, taps, lengths)
 
 

@@ -80,7 +80,8 @@ def test_the_divergence_is_the_mean_over_the_tokens_of_the_sample(select, deep):
     batch = collate([windows[row] for row in range(len(windows))])
     counted = shifted(batch["labels"]) != IGNORED
     with torch.no_grad():
-        said, told = (m.backend.module(m.path)(input_ids=batch["input_ids"]).logits[counted] for m in (none, teacher))
+        given = {name: batch[name] for name in ("input_ids", "position_ids")}
+        said, told = (m.backend.module(m.path)(**given).logits[counted] for m in (none, teacher))
     assert facts["kl_none_restored"] == pytest.approx(float(Divergence()(said, told).mean()), rel=1e-5)
     # the teacher and none restored, four layers one at a time; then the teacher and the choice
     assert facts["selection_tokens"] == int(windows.lengths.sum()) * (6 + 2)

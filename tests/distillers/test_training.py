@@ -16,6 +16,7 @@ from mambabench.harness.interfaces import MambabenchError
 from transformers import TrainerCallback
 
 END = 99
+FIELDS = ("ids", "labels", "lengths", "positions")
 documents = st.lists(
     st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))), min_size=1, max_size=30
 )
@@ -43,6 +44,36 @@ def test_packing_loses_no_label_and_cuts_only_what_is_too_long(sizes, context):
             assert any(ids == window[at : at + length] for window in packed for at in range(len(window)))
     labelled = windows.labels != IGNORED
     assert torch.equal(windows.labels[labelled], windows.ids[labelled])
+
+
+@given(documents, st.integers(2, 40))
+def test_positions_begin_anew_in_each_document(sizes, context):
+    rows = [row(number, length, 0) for number, (length, _) in enumerate(sizes, 1)]
+    windows = pack(rows, context)
+    assert windows.positions.shape == windows.ids.shape
+    for ids, positions, length in zip(windows.ids, windows.positions, windows.lengths.tolist(), strict=True):
+        assert positions[:length].tolist() == [place % 100 % context for place in ids[:length].tolist()]
+        assert (torch.diff(positions[length - 1 :]) == 1).all()
+
+
+def test_documents_of_a_window_are_learnt_as_if_alone(make_job, hybrid, teacher):
+    """The losses of packed documents are those that each has in a window of its own, for student and teacher."""
+    rows = [row(0, size, 1) for size in (9, 14, 5, 3)]
+    logged = []
+    for context in (32, 14):
+        windows = pack(rows, context) if context > 14 else alone(rows)
+        job = make_job(str(context))
+        _, trainer = distil(job, hybrid, teacher, windows, steps=1, batch=len(windows))
+        trainer.train()
+        logged += job.emit.of("loss")
+    assert logged[0]["ce"] == pytest.approx(logged[1]["ce"], rel=1e-5)
+    assert logged[0]["kl"] == pytest.approx(logged[1]["kl"], rel=1e-4)
+    assert logged[0]["gradient_norm"] == pytest.approx(logged[1]["gradient_norm"], rel=1e-4)
+
+
+def alone(rows):
+    parts = [pack([given], 14) for given in rows]
+    return training.Windows(*(torch.cat([getattr(part, name) for part in parts]) for name in FIELDS))
 
 
 @given(st.lists(st.integers(2, 16), min_size=50, max_size=200))
@@ -111,7 +142,7 @@ def windows(write_standin, teacher):
     ragged = whole.labels.clone()
     for index in range(len(ragged)):
         ragged[index, 8 + 5 * (index % 13) :] = IGNORED
-    return training.Windows(whole.ids, ragged, whole.lengths)
+    return training.Windows(whole.ids, ragged, whole.lengths, whole.positions)
 
 
 def test_one_step_at_batch_8_equals_2_of_4_accumulated(make_job, hybrid, teacher, windows):
@@ -127,7 +158,7 @@ def test_one_step_at_batch_8_equals_2_of_4_accumulated(make_job, hybrid, teacher
         gradients.append(seen.steps[0])
     assert len(gradients[0]) > 5
     for one, two in zip(*gradients, strict=True):
-        assert (one - two).abs().max() <= 1e-5 * one.abs().max() + 1e-9
+        assert (one - two).abs().max() <= 3e-5 * one.abs().max() + 1e-9
 
 
 def test_the_loss_that_is_logged_is_the_weighted_sum_of_its_parts(make_job, hybrid, teacher, windows):

@@ -50,6 +50,13 @@ def test_documents_are_convolved_as_if_alone(seed: int, sizes: list[int], taps: 
     want = [conv_loop(t, weight, bias, None if n else before)[0] for n, t in enumerate(u.split(sizes, dim=1))]
     torch.testing.assert_close(got, torch.cat(want, dim=1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(loop, got, rtol=1e-12, atol=1e-12)
+    leaves = [t.clone().requires_grad_() for t in (u, weight, bias)]
+    gradients = [
+        torch.autograd.grad(way(*leaves, before, documents=documents)[0].sin().sum(), leaves)
+        for way in (conv, conv_loop)
+    ]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
     last = torch.tensor([u.shape[1]])
     assert torch.equal(end, window_at(u, taps, before, last))
 

@@ -24,17 +24,6 @@ def test_a_position_that_does_not_go_on_starts_a_document(rows: list[list[int]])
     assert torch.equal(documents.starts, (positions == 0) & (torch.arange(positions.shape[1]) > 0))
 
 
-@given(sizes)
-def test_rows_of_their_own_hold_each_token_once(rows: list[list[int]]) -> None:
-    positions = packed(rows)
-    documents = Documents.of(positions)
-    take, real, back = documents.rows
-    assert torch.equal(positions.flatten()[take][real], torch.arange(take.shape[1]).expand_as(take)[real])
-    tokens = torch.arange(positions.numel())
-    assert torch.equal(take[real], tokens)
-    assert torch.equal(take.flatten()[back.flatten()], tokens)
-
-
 @given(sizes, st.integers(1, 4))
 def test_a_token_knows_whether_an_earlier_one_is_of_its_document(rows: list[list[int]], distance: int) -> None:
     positions = packed(rows)
