@@ -184,7 +184,7 @@ def test_the_parts_of_a_loss_are_means_over_the_labels_of_the_step(make_job, hyb
         labels = windows.labels[:, 1:]
         asked = labels != IGNORED
         said, told = (
-            module(input_ids=windows.ids).logits[:, :-1].log_softmax(-1)
+            module(input_ids=windows.ids, position_ids=windows.positions).logits[:, :-1].log_softmax(-1)
             for module in (student, teacher.backend.module(teacher.path))
         )
         ce = -said.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)[asked].mean()
