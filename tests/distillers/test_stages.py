@@ -314,7 +314,7 @@ def test_stages_train_fp32_weights_under_bf16_on_a_gpu(start, text, pairs, pure,
         pytest.skip("torch finds no GPU")
     stages = {
         "together": (text, Progressive, ProgressiveConfig(data="data", tokens=1500, align_tokens=1500, slice=size)),
-        "stepwise": (text, Progressive, ProgressiveConfig(data="data", tokens=1500, schedule="stepwise", slice=size)),
+        "stepwise": (text, Progressive, ProgressiveConfig(data="data", tokens=6000, schedule="stepwise", slice=size)),
         "sft": (text, Sft, SftConfig(data="data", tokens=1500, kl=1.0, slice=size)),
         "dpo": (pairs, Dpo, DpoConfig(data="data", epochs=4, slice=size)),
     }
