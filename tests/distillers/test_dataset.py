@@ -248,6 +248,8 @@ def test_a_plan_knows_data_of_the_hub_by_their_commit(hub, plan_of):
 
 def test_real_instructions_and_preferences_are_read(shared, make_job):
     folder = shared / "data" / "instruct"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not at hand")
     found = {}
     for name, form, read in (
         ("alpaca_en_demo.json", "auto", read_documents),
