@@ -122,7 +122,7 @@ class Backend:
         (out / "toy.json").write_text(json.dumps({"parent": parent.name, "keep": list(keep), "seed": seed}))
 
     def describe(self, artifact: Path):
-        return {"layers": 3, "parameters": 7}
+        return {"layers": 3, "attention_layers": [0, 1, 2], "parameters": 7}
 
 
 class Select:
