@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,6 @@ class Fingerprints:
         except (OSError, ValueError):
             return {}
         return known if isinstance(known, dict) else {}
-
-
-def configured(record: Mapping[str, Any], revision: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a component that decides a key: its name, revision, and options that are not at their default."""
-    return {"kind": record["kind"], "name": record["name"], "revision": revision, "config": dict(config)}
 
 
 def _hidden(file: Path, root: Path) -> bool:

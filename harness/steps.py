@@ -15,7 +15,7 @@ from typing import Any
 
 from .config import ConfigError, plain, references
 from .interfaces import DTYPES, Choice, MambabenchError, Needs, StepView
-from .keys import PACKAGE, Fingerprints, configured, digest
+from .keys import PACKAGE, Fingerprints, digest
 from .plan import Model, Plan
 from .plugins import Registry, missing, suggest
 
@@ -449,11 +449,7 @@ class _Expander:
         nested = [
             [part.kind, part.name, self.registry.find(part.kind, part.name).revision] for part in _nested([choice])
         ]
-        record = configured(
-            self._record(choice),
-            self.registry.find(choice.kind, choice.name).revision,
-            plain(choice.config, defaults=False, replace=resolved),
-        )
+        record = {**self._record(choice), "config": plain(choice.config, defaults=False, replace=resolved)}
         outside = getattr(choice.config, "fingerprint", None)
         if outside is not None and (mark := outside()):
             record["fingerprint"] = mark

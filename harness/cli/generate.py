@@ -11,6 +11,7 @@ import click
 
 from .. import plugins
 from ..config import Structurer
+from ..documents import leading_token
 from ..interfaces import Backend, Limits, MambabenchError, Prompt
 from ..metrics import mean_accepted_length, tpot, ttft
 
@@ -43,7 +44,10 @@ def generate(
         backend, artifact = _artifact(model, Path(scratch), loaded)
         stepper = backend.load(artifact, device, dtype)
         tokenizer = stepper.tokenizer
-        ids = tokenizer.encode(prompt) or [tokenizer.bos_token_id or 0]
+        begin = leading_token(tokenizer)
+        ids = tokenizer.encode(prompt) or ([] if begin is None else [begin])
+        if not ids:
+            raise MambabenchError(f"{model}: the tokenizer has no token to begin a text with; give a --prompt")
         stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         limits = Limits(new_tokens=new_tokens, stop_tokens=stop, temperature=temperature, seed=seed)
         events: list[dict[str, Any]] = []
