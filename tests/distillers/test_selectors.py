@@ -1,5 +1,6 @@
 """Which layers keep attention."""
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,7 @@ def test_any_share_is_spread_without_gaps_larger_than_needed(layers, percent):
     assert all(0 <= layer < layers for layer in kept)
     if share == 0 or 100 % percent == 0:
         return
-    assert len(kept) == round(share * layers)
+    assert len(kept) == round(Fraction(percent, 100) * layers)
     if kept:
         assert kept[-1] == layers - 1
         gaps = [b - a for a, b in zip([-1, *kept], kept, strict=False)]
