@@ -13,6 +13,7 @@ from . import training
 from .fused import token_losses, without_head
 from .losses import IGNORED, Divergence, shifted, token_cross_entropy
 from .plugin import DistillationConfig
+from .windows import Windows
 
 READ = ("input_ids", "position_ids")
 """What of a batch a model is given; windows are padded at the right, where causal models need no mask."""
@@ -26,7 +27,7 @@ class DistillationTrainer(training.SummedLossTrainer):
         job: Job,
         model: nn.Module,
         teacher: nn.Module | None,
-        windows: training.Windows,
+        windows: Windows,
         recipe: training.Recipe,
         config: DistillationConfig,
         before: training.Spent | None = None,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..harness.interfaces import Job, MambabenchError
-from . import training
 from .distillation import READ, load_frozen
 from .losses import IGNORED, Divergence, shifted
 from .mixers import give_back, lend, replaced
 from .plugin import KlGuidedConfig
 from .selectors import spread_some
+from .windows import Windows, collate, read_windows
 
 
 class KlGuided:
@@ -50,9 +50,7 @@ class KlGuided:
                 f"selector kl-guided: a share of {config.share:g} is {count} layers, the parent has attention in "
                 f"{len(layers)}"
             )
-        windows = training.read_windows(
-            job.data[config.data], job.parent.backend.tokenizer(job.parent.path), config.context
-        )
+        windows = read_windows(job.data[config.data], job.parent.backend.tokenizer(job.parent.path), config.context)
         measure = _Measure(student, teacher, pairs, windows, config, job)
         chosen: list[int] = []
         (before, *first) = measure([[], *([layer] for layer in layers)])
@@ -84,7 +82,7 @@ class _Measure:
         student: nn.Module,
         teacher: nn.Module,
         pairs: Mapping[int, tuple[nn.Module, nn.Module]],
-        windows: training.Windows,
+        windows: Windows,
         config: KlGuidedConfig,
         job: Job,
     ) -> None:
@@ -101,7 +99,7 @@ class _Measure:
         """nat per token, of each choice of restored layers."""
         sums, targets_seen = torch.zeros(len(choices), dtype=torch.float64), 0
         for first in range(0, len(self.rows), self.batch):
-            batch = training.collate([self.windows[row] for row in self.rows[first : first + self.batch]])
+            batch = collate([self.windows[row] for row in self.rows[first : first + self.batch]])
             inputs = {name: tensor.to(self.job.device) for name, tensor in batch.items()}
             counted = shifted(inputs["labels"]) != IGNORED
             told = self._logits(self.teacher, inputs)[counted]

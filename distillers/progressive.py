@@ -22,6 +22,7 @@ from .distillation import READ, DistillationTrainer, load_frozen, recipe_of
 from .losses import IGNORED, alignment, shifted
 from .mixers import choose_trained, compared, give_back, lend, mixers, replaced
 from .plugin import ProgressiveConfig
+from .windows import Windows, read_windows
 
 ALIGNED = "aligned.pt"
 """Mixers and cost of the finished first phase, in the scratch folder."""
@@ -38,7 +39,7 @@ class Progressive:
             raise MambabenchError("progressive: needs a model to train and its teacher")
         config = self.config
         tokenizer = job.parent.backend.tokenizer(job.parent.path)
-        windows = training.read_windows(job.data[config.data], tokenizer, config.context)
+        windows = read_windows(job.data[config.data], tokenizer, config.context)
         student = job.parent.backend.module(job.parent.path)
         choose_trained(student, ("mixers",), f"progressive: {job.parent.name}")
         joining = join(config.schedule, sorted(mixers(student, "mamba")), config.sets)
@@ -111,7 +112,7 @@ class AlignmentTrainer(training.SummedLossTrainer):
         job: Job,
         model: nn.Module,
         teacher: nn.Module,
-        windows: training.Windows,
+        windows: Windows,
         recipe: training.Recipe,
     ) -> None:
         super().__init__(job, model, windows, recipe, {"align": 1.0}, recipe.steps(windows), folder="align")
@@ -130,7 +131,7 @@ class AlignmentTrainer(training.SummedLossTrainer):
 
 
 def align(
-    job: Job, student: nn.Module, teacher: nn.Module, windows: training.Windows, config: ProgressiveConfig
+    job: Job, student: nn.Module, teacher: nn.Module, windows: Windows, config: ProgressiveConfig
 ) -> training.Spent:
     """The first phase, if `align_tokens` asks for one; returns what it took. A finished one is not run again."""
     if not config.align_tokens:

@@ -11,6 +11,7 @@ from . import training
 from .distillation import DistillationTrainer, load_teacher, recipe_of
 from .mixers import choose_trained
 from .plugin import SftConfig
+from .windows import read_windows
 
 
 class Sft:
@@ -24,7 +25,7 @@ class Sft:
             raise MambabenchError("sft: needs a model to train")
         config = self.config
         tokenizer = job.parent.backend.tokenizer(job.parent.path)
-        windows = training.read_windows(job.data[config.data], tokenizer, config.context)
+        windows = read_windows(job.data[config.data], tokenizer, config.context)
         student = job.parent.backend.module(job.parent.path)
         choose_trained(student, config.train, f"sft: {job.parent.name}")
         teacher = load_teacher(job, config, "sft")

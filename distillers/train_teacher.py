@@ -14,6 +14,7 @@ from ..harness.interfaces import Job, MambabenchError
 from . import training
 from .losses import cross_entropy, shifted
 from .plugin import TrainTeacherConfig
+from .windows import read_windows
 
 
 class CrossEntropyTrainer(training.SummedLossTrainer):
@@ -35,7 +36,7 @@ class TrainTeacher:
             raise MambabenchError("train-teacher: the teacher's backend is missing")
         config = self.config
         tokenizer: Any = AutoTokenizer.from_pretrained(_tokenizer_folder(job.data[config.data], config.data))
-        windows = training.read_windows(job.data[config.data], tokenizer, config.context)
+        windows = read_windows(job.data[config.data], tokenizer, config.context)
         torch.manual_seed(job.seed)
         model = LlamaForCausalLM(
             LlamaConfig(

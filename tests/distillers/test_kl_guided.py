@@ -5,7 +5,7 @@ import torch
 from mambabench.distillers.kl_guided import KlGuided
 from mambabench.distillers.losses import IGNORED, Divergence, shifted
 from mambabench.distillers.plugin import KlGuidedConfig
-from mambabench.distillers.training import collate, read_windows
+from mambabench.distillers.windows import collate, read_windows
 from mambabench.harness.interfaces import Artifact, MambabenchError
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -11,7 +11,8 @@ from mambabench.distillers.distillation import DistillationTrainer
 from mambabench.distillers.losses import IGNORED
 from mambabench.distillers.mixers import choose_trained
 from mambabench.distillers.plugin import ProgressiveConfig
-from mambabench.distillers.training import Recipe, collate, pack, read_windows, whole_checkpoint
+from mambabench.distillers.training import Recipe, whole_checkpoint
+from mambabench.distillers.windows import Windows, collate, pack, read_windows
 from mambabench.harness.interfaces import MambabenchError
 from transformers import TrainerCallback
 
@@ -73,7 +74,7 @@ def test_documents_of_a_window_are_learnt_as_if_alone(make_job, hybrid, teacher)
 
 def alone(rows):
     parts = [pack([given], 14) for given in rows]
-    return training.Windows(*(torch.cat([getattr(part, name) for part in parts]) for name in FIELDS))
+    return Windows(*(torch.cat([getattr(part, name) for part in parts]) for name in FIELDS))
 
 
 @given(st.lists(st.integers(2, 16), min_size=50, max_size=200))
@@ -142,7 +143,7 @@ def windows(write_standin, teacher):
     ragged = whole.labels.clone()
     for index in range(len(ragged)):
         ragged[index, 8 + 5 * (index % 13) :] = IGNORED
-    return training.Windows(whole.ids, ragged, whole.lengths, whole.positions)
+    return Windows(whole.ids, ragged, whole.lengths, whole.positions)
 
 
 def test_one_step_at_batch_8_equals_2_of_4_accumulated(make_job, hybrid, teacher, windows):
