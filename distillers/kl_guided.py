@@ -50,7 +50,8 @@ class KlGuided:
                 f"selector kl-guided: a share of {config.share:g} is {count} layers, the parent has attention in "
                 f"{len(layers)}"
             )
-        windows = read_windows(job.data[config.data], job.parent.backend.tokenizer(job.parent.path), config.context)
+        tokenizer = job.parent.backend.tokenizer(job.parent.path)
+        windows = read_windows(job.data[config.data], tokenizer, config.context, job.cache)
         measure = _Measure(student, teacher, pairs, windows, config, job)
         chosen: list[int] = []
         (before, *first) = measure([[], *([layer] for layer in layers)])

@@ -39,7 +39,7 @@ class Progressive:
             raise MambabenchError("progressive: needs a model to train and its teacher")
         config = self.config
         tokenizer = job.parent.backend.tokenizer(job.parent.path)
-        windows = read_windows(job.data[config.data], tokenizer, config.context)
+        windows = read_windows(job.data[config.data], tokenizer, config.context, job.cache)
         student = job.parent.backend.module(job.parent.path)
         choose_trained(student, ("mixers",), f"progressive: {job.parent.name}")
         joining = join(config.schedule, sorted(mixers(student, "mamba")), config.sets)

@@ -25,7 +25,7 @@ class Sft:
             raise MambabenchError("sft: needs a model to train")
         config = self.config
         tokenizer = job.parent.backend.tokenizer(job.parent.path)
-        windows = read_windows(job.data[config.data], tokenizer, config.context)
+        windows = read_windows(job.data[config.data], tokenizer, config.context, job.cache)
         student = job.parent.backend.module(job.parent.path)
         choose_trained(student, config.train, f"sft: {job.parent.name}")
         teacher = load_teacher(job, config, "sft")

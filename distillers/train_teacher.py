@@ -36,7 +36,7 @@ class TrainTeacher:
             raise MambabenchError("train-teacher: the teacher's backend is missing")
         config = self.config
         tokenizer: Any = AutoTokenizer.from_pretrained(_tokenizer_folder(job.data[config.data], config.data))
-        windows = read_windows(job.data[config.data], tokenizer, config.context)
+        windows = read_windows(job.data[config.data], tokenizer, config.context, job.cache)
         torch.manual_seed(job.seed)
         model = LlamaForCausalLM(
             LlamaConfig(

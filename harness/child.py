@@ -208,6 +208,7 @@ class Work:
             scratch=self.folder / "scratch",
             out=self.out,
             emit=self.recorder,
+            cache=self.store.cache,
         )
 
     def _bench(self) -> Bench:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import lzma
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -23,6 +25,9 @@ DOCUMENT = '"text", "ids", "messages", or "prompt" and "completion"'
 PREFERENCE = '"prompt", "chosen" and "rejected"'
 ROLES = ("system", "user", "assistant", "tool")
 ANSWER = "assistant"
+PARALLEL = "TOKENIZERS_PARALLELISM"
+TEXT_AT_A_TIME = 16_000_000
+"""Characters: enough for the cores to share long documents, and a few hundred MB while they are tokenized."""
 
 
 class Message(NamedTuple):
@@ -140,21 +145,8 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> tuple[list[int]
     >>> encode_document(Document("", ids=(0, 1, 2, 3), prompt=2), Letters())
     ([0, 1, 2, 3], 2)
     """
-    lead = leading_token(tokenizer)
-    if document.ids is not None:
-        ids, context = list(document.ids), document.prompt
-    else:
-        before, after = document.text[: document.prompt], document.text[document.prompt :]
-        if document.messages:
-            before, after = write_chat(document.messages, tokenizer)
-            lead = tokenizer.bos_token_id
-        ids = tokenizer.encode(before, add_special_tokens=False) if before else []
-        context = len(ids)
-        ids = [*ids, *tokenizer.encode(after, add_special_tokens=False)]
-    if lead is not None and ids[:1] != [lead]:
-        ids = [lead, *ids]
-        context += 1
-    return ids, min(max(context, 1), len(ids))
+    texts = _texts(document, tokenizer)
+    return _joined(document, tokenizer, [tokenizer.encode(text, add_special_tokens=False) for text in texts])
 
 
 def encode_ended(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
@@ -163,11 +155,22 @@ def encode_ended(document: Document, tokenizer: Tokenizer) -> tuple[list[int], i
     Ids are taken as they are: a document that was cut where its writer had not ended must not teach an end. A chat ends
     as its template says.
     """
-    ids, context = encode_document(document, tokenizer)
-    end = tokenizer.eos_token_id
-    if document.ids is None and not document.messages and end is not None and ids[-1:] != [end]:
-        ids.append(end)
-    return ids, context
+    return _ended(document, tokenizer, *encode_document(document, tokenizer))
+
+
+def encode_many(
+    documents: Iterable[Document], tokenizer: Tokenizer, *, ended: bool = False
+) -> Iterator[tuple[list[int], int]]:
+    """`encode_document` of each (`ended`: `encode_ended`), in order; a fast tokenizer gets many texts at a time, which
+    it spreads over all cores. Documents are read no further ahead than that needs."""
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    for group in _groups(documents, TEXT_AT_A_TIME if fast else 0):
+        texts = [_texts(document, tokenizer) for document in group]
+        flat = [text for of in texts for text in of]
+        encoded = iter(_encode_at_once(flat, tokenizer) if fast else _encode_each(flat, tokenizer))
+        for document, of in zip(group, texts, strict=True):
+            ids, context = _joined(document, tokenizer, list(itertools.islice(encoded, len(of))))
+            yield _ended(document, tokenizer, ids, context) if ended else (ids, context)
 
 
 def write_chat(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple[str, str]:
@@ -186,6 +189,78 @@ def write_chat(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple[str
     if not whole.startswith(before):
         raise Unsupported("the tokenizer's chat template writes a prompt otherwise once its answer follows")
     return before, whole[len(before) :]
+
+
+def _texts(document: Document, tokenizer: Tokenizer) -> list[str]:
+    """What of a document is tokenized: its context, if it has one, and the rest; nothing of a document of ids."""
+    if document.ids is not None:
+        return []
+    before, after = document.text[: document.prompt], document.text[document.prompt :]
+    if document.messages:
+        before, after = write_chat(document.messages, tokenizer)
+    return [before, after] if before else [after]
+
+
+def _joined(document: Document, tokenizer: Tokenizer, parts: Sequence[list[int]]) -> tuple[list[int], int]:
+    """A document's ids and how many are context, from the ids of its `_texts`."""
+    lead = tokenizer.bos_token_id if document.messages else leading_token(tokenizer)
+    if document.ids is not None:
+        ids, context = list(document.ids), document.prompt
+    else:
+        ids, context = list(itertools.chain.from_iterable(parts)), len(parts[0]) if len(parts) > 1 else 0
+    if lead is not None and ids[:1] != [lead]:
+        ids = [lead, *ids]
+        context += 1
+    return ids, min(max(context, 1), len(ids))
+
+
+def _ended(document: Document, tokenizer: Tokenizer, ids: list[int], context: int) -> tuple[list[int], int]:
+    end = tokenizer.eos_token_id
+    if document.ids is None and not document.messages and end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    return ids, context
+
+
+def _groups(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Documents of at least so many characters together; the last group may have fewer."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _encode_each(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+def _encode_at_once(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The same by a fast tokenizer, on all cores. Its threads are off elsewhere, since a process that forks must have
+    none at work; here nothing forks."""
+    if not texts:
+        return []
+    before = os.environ.get(PARALLEL)
+    os.environ[PARALLEL] = "true"
+    try:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+    finally:
+        if before is None:
+            del os.environ[PARALLEL]
+        else:
+            os.environ[PARALLEL] = before
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
 def _kind(file: Path) -> str:

@@ -347,6 +347,9 @@ class Job:
     out: Path
     """Renamed into place when the step ends well."""
     emit: Emit
+    cache: Path | None = None
+    """Where steps of one store may keep what others can use again, under names made of all that decides it. May be
+    emptied at any time."""
 
 
 class Distiller(Protocol):

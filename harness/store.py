@@ -98,6 +98,11 @@ class Store:
     def write_run(self, run: Mapping[str, Any]) -> None:
         write_json(self.run_file, {"schema": SCHEMA, **run})
 
+    @property
+    def cache(self) -> Path:
+        """What steps keep for each other; nothing of it is a result."""
+        return self.path / "cache"
+
     def finished(self, key: str) -> Path:
         """The folder of a step that ended well."""
         return self.path / "steps" / key
