@@ -11,8 +11,16 @@ from ..harness.interfaces import Unsupported
 
 MODEL_TYPE = "mambabench_hybrid"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
-LAYER_TYPES = {"attention": "full_attention", "mamba": "linear_attention", "mamba2": "linear_attention"}
-"""transformers' own name of each mixer: version 5.17 refuses `mamba2` in `layer_types` and renames the others."""
+REMOVED = "none"
+"""The mixer of a layer that is only its MLP."""
+LAYER_TYPES = {
+    "attention": "full_attention",
+    "mamba": "linear_attention",
+    "mamba2": "linear_attention",
+    REMOVED: "linear_attention",
+}
+"""transformers' own name of each mixer: version 5.17 refuses `mamba2` in `layer_types`, renames `mamba` and `attention`,
+and has no name for none; what is not attention keeps nothing that grows."""
 
 SLIDING = "sliding_attention"
 CHOICES = {
@@ -24,7 +32,8 @@ CHOICES = {
 
 
 class HybridConfig(PreTrainedConfig):
-    """Llama's fields, and `mixers`: one of `attention`, `mamba`, `mamba2` per layer (all attention if not given).
+    """Llama's fields, and `mixers`: one of `attention`, `mamba`, `mamba2`, `none` per layer (all attention if not
+    given).
 
     Without `num_key_value_heads` there are as many as heads, without `head_dim` heads share the hidden size.
     `attention_bias` is of the projections to queries, keys and values, `attention_out_bias` of the one behind them

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..harness.interfaces import Unsupported
 from . import checkpoint, released
-from .config import HybridConfig
+from .config import REMOVED, HybridConfig
 from .mamba import EXACT
 from .mixers import MAMBAS
-from .plugin import Mamba2HybridConfig, MambaConfig
+from .plugin import Mamba2HybridConfig, MambaConfig, RemovedConfig
+from .weights import INDEX, Weights, shards, write
 
 
 def check_parent(parent: Path) -> HybridConfig:
@@ -51,11 +52,10 @@ def adopt(parent: Path, out: Path) -> None:
 
 def link_weights(parent: Path, out: Path) -> None:
     """All shards, and their index."""
-    for path in sorted(set(checkpoint.tensor_files(parent).values())):
+    for path in shards(parent):
         link(path, out / path.name)
-    index = parent / "model.safetensors.index.json"
-    if index.is_file():
-        shutil.copyfile(index, out / index.name)
+    if (parent / INDEX).is_file():
+        shutil.copyfile(parent / INDEX, out / INDEX)
 
 
 def link(source: Path, target: Path) -> None:
@@ -66,66 +66,93 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def convert(parent: Path, keep: Sequence[int], out: Path, seed: int, options: Mamba2HybridConfig | MambaConfig) -> None:
+def convert(
+    parent: Path, keep: Sequence[int], out: Path, seed: int, options: Mamba2HybridConfig | MambaConfig | RemovedConfig
+) -> None:
     """Writes the hybrid of `parent` in which only the layers in `keep` have attention."""
     old = check_parent(parent)
-    had = set(old.attention_layers)
     for index in keep:
-        if index not in had:
+        if index not in old.attention_layers:
             raise Unsupported(
-                f"{parent}: layer {index} cannot keep attention, it has none; layers with it: {sorted(had)}"
+                f"{parent}: layer {index} cannot keep attention, it has none; layers with it: {old.attention_layers}"
             )
+    traded = sorted(set(old.attention_layers) - set(keep))
+    config = _traded(old, traded, options, parent)
+    write(out, _tensors(config, Weights(parent), traded, seed, options))
+    checkpoint.save_config(config, out)
+    checkpoint.copy_side_files(parent, out)
+
+
+def _traded(
+    old: HybridConfig, layers: Sequence[int], options: Mamba2HybridConfig | MambaConfig | RemovedConfig, parent: Path
+) -> HybridConfig:
+    """The config of the hybrid in which `layers` have what the options say."""
     fields: dict[str, Any] = old.to_dict()
-    form: dict[str, object] = {
-        "d_conv": options.d_conv,
-        "mamba_activation": options.activation,
-        "mamba_gate_bias": options.gate == "open",
-        "mamba_rope": options.rope == "kept",
-    }
-    mixer = "mamba"
+    form: dict[str, object] = {}
+    mixer = REMOVED
+    if not isinstance(options, RemovedConfig):
+        mixer = "mamba"
+        form = {
+            "d_conv": options.d_conv,
+            "mamba_activation": options.activation,
+            "mamba_gate_bias": options.gate == "open",
+            "mamba_rope": options.rope == "kept",
+        }
     if isinstance(options, Mamba2HybridConfig):
         mixer, form["mamba_norm"], fields["chunk"] = "mamba2", options.norm, options.chunk
-    else:
+    elif isinstance(options, MambaConfig):
         form |= {"mamba_dt_bias": options.dt_bias, "mamba_sub_blocks": options.sub_block_order}
     for name, value in form.items():
-        if len(had) < old.num_hidden_layers and value != getattr(old, name):
+        if not MAMBAS.keys().isdisjoint(old.mixers) and value != getattr(old, name):
             raise Unsupported(
                 f"{parent}: its mamba layers have {name} {getattr(old, name)}, so {name} = {value} cannot be added"
             )
-    kept = set(keep)
-    for index in had - kept:
+    for index in layers:
         fields["mixers"][index] = mixer
     fields |= form
     fields.pop("model_type")
-    config = HybridConfig(**fields)
-    model = checkpoint.skeleton(config)
-    source = {name: None for name in checkpoint.tensor_files(parent) if not checkpoint.IGNORED.search(name)}
-    tensors = {name: tensor.clone() for name, tensor in checkpoint.read_tensors(parent, source)}
-    for index in sorted(had - kept):
-        tensors |= _trade(config, tensors, index, seed, options)
+    return HybridConfig(**fields)
+
+
+def _tensors(
+    config: HybridConfig,
+    weights: Weights,
+    traded: Sequence[int],
+    seed: int,
+    options: Mamba2HybridConfig | MambaConfig | RemovedConfig,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the hybrid: those of the parent, but for what layers lose, and then those that are new."""
+    lost = tuple(f"model.layers.{index}.self_attn." for index in traded)
+    if isinstance(options, RemovedConfig):
+        lost += tuple(f"model.layers.{index}.input_layernorm." for index in traded)
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    checkpoint.fill(model, tensors)
-    checkpoint.save(model, out)
-    checkpoint.copy_side_files(parent, out)
+        lost += ("lm_head.",)
+    for name in weights:
+        if not name.startswith(lost) and not checkpoint.IGNORED.search(name):
+            yield name, weights[name]
+    if not isinstance(options, RemovedConfig):
+        for index in traded:
+            yield from _trade(config, weights, index, seed, options).items()
 
 
 def _trade(
     config: HybridConfig,
-    tensors: dict[str, Tensor],
+    weights: Weights,
     index: int,
     seed: int,
     options: Mamba2HybridConfig | MambaConfig,
 ) -> dict[str, Tensor]:
-    """Takes layer `index`'s attention out of `tensors` and returns the Mamba tensors that replace it. A scale of the
-    queries goes on what sets theirs last: the weight of their norm if they have one, else their projection."""
-    old, new = f"model.layers.{index}.self_attn", f"model.layers.{index}.mamba"
-    had = {name.removeprefix(f"{old}."): tensors.pop(name) for name in list(tensors) if name.startswith(f"{old}.")}
+    """The Mamba tensors that replace layer `index`'s attention. A scale of the queries goes on what sets theirs last:
+    the weight of their norm if they have one, else their projection."""
+    old, new = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mamba."
+    had = {name.removeprefix(old): weights[name] for name in weights if name.startswith(old)}
     if options.q_scale == "attention":
         for name in ["q_norm.weight"] if config.qk_norm else had.keys() & {"q_proj.weight", "q_proj.bias"}:
             had[name] = had[name] / math.sqrt(config.head_dim)
     q, k, v, o = (had[f"{name}_proj.weight"] for name in "qkvo")
-    mixer = MAMBAS[config.mixers[index]](config).to(torch.float32)
+    with torch.device("meta"):
+        mixer = MAMBAS[config.mixers[index]](config).to(torch.float32)
+    mixer.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
     mixer.initialise(generator)
     if options.init == "random":
@@ -135,6 +162,4 @@ def _trade(
         mixer.inherit_rest(had)
     if options.conv == "identity":
         mixer.pass_through()
-    return {
-        f"{new}.{name}": tensor if name in EXACT else tensor.to(q.dtype) for name, tensor in mixer.state_dict().items()
-    }
+    return {new + name: tensor if name in EXACT else tensor.to(q.dtype) for name, tensor in mixer.state_dict().items()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..harness.documents import encode_document, read_documents
 from ..harness.interfaces import Artifact, Bench, MambabenchError, Unsupported
+from .mixers import MAMBAS
 from .model import HybridForCausalLM
 from .plugin import InitFidelityConfig
 
@@ -113,7 +114,7 @@ class Watch:
 
 
 def watch(teacher: HybridForCausalLM, student: HybridForCausalLM) -> dict[int, Watch]:
-    """A watch for each layer in which the teacher has attention and the student something else."""
+    """A watch for each layer in which the teacher has attention and the student a Mamba mixer."""
     ours, sizes = (teacher.config, student.config), ("num_hidden_layers", "hidden_size", "vocab_size")
     for name in sizes:
         one, other = (getattr(config, name) for config in ours)
@@ -122,7 +123,7 @@ def watch(teacher: HybridForCausalLM, student: HybridForCausalLM) -> dict[int, W
     return {
         index: Watch(teacher.model.layers[index], student.model.layers[index])
         for index, (theirs, own) in enumerate(zip(teacher.config.mixers, student.config.mixers, strict=True))
-        if theirs == "attention" and own != "attention"
+        if theirs == "attention" and own in MAMBAS
     }
 
 

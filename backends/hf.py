@@ -31,6 +31,7 @@ from .config import MODEL_TYPE
 from .convert import link
 from .hybrid import BYTES, read_tokenizer, torch_dtype
 from .plugin import HfConfig
+from .weights import shards
 
 OWN_LOOP = "backend hf decodes with transformers' own generate: it makes no steps and rolls nothing back"
 UNBOUNDED = 1 << 20
@@ -230,7 +231,7 @@ def _config(folder: Path) -> Any:
 
 def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Every tensor from safetensors; a tensor that the folder lacks is an error, never a random one."""
-    checkpoint.tensor_files(folder)
+    shards(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True

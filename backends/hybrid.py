@@ -14,7 +14,7 @@ from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
 from . import checkpoint, convert, released
 from .families import FAMILIES, from_family
 from .model import HybridForCausalLM
-from .plugin import Mamba2HybridConfig, MambaConfig, TeacherConfig
+from .plugin import Mamba2HybridConfig, MambaConfig, RemovedConfig, TeacherConfig
 from .stepper import HybridStepper
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,11 +42,7 @@ class TeacherBackend:
         """Sizes from the config and the tensors' headers. A tied head is counted once."""
         reads = released if released.is_released(artifact) else checkpoint
         config = reads.read_config(artifact)
-        shapes = {
-            name: entry
-            for name, entry in checkpoint.tensor_shapes(artifact).items()
-            if not checkpoint.IGNORED.search(name)
-        }
+        shapes = checkpoint.tensor_shapes(artifact)
         if config.tie_word_embeddings:
             shapes.pop("lm_head.weight", None)
         numbers = {name: torch.Size(shape).numel() for name, (shape, _) in shapes.items()}
@@ -90,6 +86,17 @@ class Mamba2HybridBackend(TeacherBackend):
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
         """Layers outside `keep` become Mamba-2, initialised from the parent's attention."""
+        convert.convert(parent, keep, out, seed, self.options)
+
+
+class RemovedBackend(TeacherBackend):
+    """Attention taken away: what is left of a layer is its MLP."""
+
+    def __init__(self, config: RemovedConfig) -> None:
+        self.options = config
+
+    def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
+        """Layers outside `keep` lose their attention and the norm before it."""
         convert.convert(parent, keep, out, seed, self.options)
 
 

@@ -24,7 +24,7 @@ from .mamba import Mamba
 from .mixers import MIXERS, PREFIXES
 from .norm import RMSNorm
 from .rope import Rope
-from .state import KVCache, MambaState
+from .state import LayerState
 
 
 class MLP(nn.Module):
@@ -50,22 +50,24 @@ class MLP(nn.Module):
 
 
 class HybridLayer(GradientCheckpointingLayer):
-    """h += mixer(norm(h)); h += mlp(norm(h))."""
+    """h += mixer(norm(h)), where there is a mixer; h += mlp(norm(h))."""
 
     def __init__(self, config: HybridConfig, index: int) -> None:
         super().__init__()
         name = config.mixers[index]
-        self.mixer_name = PREFIXES[name]
+        self.mixer_name = PREFIXES.get(name, "")
         window = config.windows[index]
-        self.add_module(self.mixer_name, Attention(config, window) if window else MIXERS[name](config))
+        if self.mixer_name:
+            self.add_module(self.mixer_name, Attention(config, window) if window else MIXERS[name](config))
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.mixer_name:
+            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @property
     def mixer(self) -> Any:
-        """The attention or Mamba module."""
-        return self._modules[self.mixer_name]
+        """The attention or Mamba module; None where the layer has none."""
+        return self._modules.get(self.mixer_name)
 
     def forward(
         self,
@@ -76,20 +78,23 @@ class HybridLayer(GradientCheckpointingLayer):
         keep: Tensor | None,
         documents: Documents | None = None,
     ) -> Tensor:
-        h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep, documents)
+        if self.mixer is not None:
+            h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep, documents)
         return h + self.mlp(self.post_attention_layernorm(h))
 
-    def run(self, h: Tensor, cache: KVCache | MambaState, call: AttentionStep | MambaStep | Fill) -> Tensor:
+    def run(self, h: Tensor, cache: LayerState, call: AttentionStep | MambaStep | Fill | None) -> Tensor:
         """The same on a state: prompts [n, L, E] or a few tokens of each row [B * T, E], whatever `call` describes."""
         mixer = self.mixer
-        way = mixer.prefill if isinstance(call, Fill) else mixer.step
-        h = h + way(self.input_layernorm(h), cache, call)
+        if mixer is not None:
+            way = mixer.prefill if isinstance(call, Fill) else mixer.step
+            h = h + way(self.input_layernorm(h), cache, call)
         return h + self.mlp(self.post_attention_layernorm(h))
 
     def fuse(self) -> None:
         """Gets ready for inference: projections with one input share one storage."""
         self.mlp.fuse()
-        self.mixer.fuse()
+        if self.mixer is not None:
+            self.mixer.fuse()
 
 
 class HybridPreTrainedModel(PreTrainedModel):

@@ -80,6 +80,11 @@ class MambaConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemovedConfig:
+    """Where nothing is put in the attention's place, there is nothing to choose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HfConfig:
     """A model of transformers has no options: it is taken as it is."""
 
@@ -124,6 +129,14 @@ def mambabench_components() -> list[Component]:
             config=MambaConfig,
             traits=frozenset({"rollback"}),
             summary="attention traded for Mamba-1, initialised from it",
+        ),
+        Component(
+            kind="backend",
+            name="removed",
+            target="mambabench.backends.hybrid:RemovedBackend",
+            config=RemovedConfig,
+            traits=frozenset({"rollback"}),
+            summary="attention taken away, nothing in its place: only the layer's MLP is left",
         ),
         Component(
             kind="suite",

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from ..harness.interfaces import MambabenchError, Unsupported
 from . import checkpoint
-from .config import SLIDING, HybridConfig
+from .config import REMOVED, SLIDING, HybridConfig
+from .weights import Weights, write
 
 SETTINGS = "mamba_config.json"
 PARTS = ("in_proj_z", "in_proj_x", "B_proj", "C_proj", "dt_proj_down")
@@ -44,7 +44,7 @@ def read_config(folder: Path) -> HybridConfig:
     """The config of a released checkpoint. Raises MambabenchError or Unsupported, naming the file and the key."""
     path, teacher = folder / SETTINGS, checkpoint.read_config(folder)
     raw = json.loads(path.read_text(encoding="utf-8"))
-    mixer = _mixer(raw, checkpoint.tensor_files(folder))
+    mixer = _mixer(raw, Weights(folder))
     ssm = raw.get("ssm_cfg", {})
     heads, width = teacher.num_attention_heads, teacher.head_dim
     size = min(16, width) if mixer == "mamba" else width
@@ -94,9 +94,8 @@ def check(folder: Path) -> HybridConfig:
 
 def write_fused(folder: Path, config: HybridConfig, out: Path) -> None:
     """Writes the tensors of a folder that `check` has passed in our layout, each number as it is."""
-    names = {name for name in checkpoint.tensor_files(folder) if not checkpoint.IGNORED.search(name)}
-    tensors = fused(dict(checkpoint.read_tensors(folder, dict.fromkeys(names))), config)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    weights = Weights(folder)
+    write(out, fused({name: weights[name] for name in checkpoint.tensor_shapes(folder)}, config).items())
 
 
 def export(artifact: Path, out: Path, teacher: str = "") -> None:
@@ -105,12 +104,9 @@ def export(artifact: Path, out: Path, teacher: str = "") -> None:
     config = checkpoint.read_config(artifact)
     settings = _settings(config, artifact)
     checkpoint.check(artifact, checkpoint.skeleton(config), config)
-    names = [name for name in checkpoint.tensor_files(artifact) if not checkpoint.IGNORED.search(name)]
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.read_tensors(artifact, dict.fromkeys(names)):
-        tensors |= unfused(name, tensor, config)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    weights = Weights(artifact)
+    named = ((name, weights[name]) for name in checkpoint.tensor_shapes(artifact))
+    write(out, (part for name, tensor in named for part in unfused(name, tensor, config).items()))
     family = "mistral" if SLIDING in (config.layer_types or ()) else "llama"
     theirs = CONFIG_MAPPING[family]().to_dict()
     shared: dict[str, Any] = {key: value for key, value in config.to_dict().items() if key in theirs}
@@ -170,6 +166,8 @@ def _mixer(raw: Mapping[str, Any], names: Iterable[str]) -> str:
 def _settings(config: HybridConfig, artifact: Path) -> dict[str, Any]:
     """The mamba_config.json of a model; Unsupported if the format cannot say what it is."""
     kinds = {mixer for mixer in config.mixers if mixer != "attention"}
+    if REMOVED in kinds:
+        raise Unsupported(f"{artifact}: has layers without a mixer; the format has a Mamba mixer in their place")
     if len(kinds) != 1:
         raise Unsupported(
             f"{artifact}: has {' and '.join(sorted(kinds)) or 'no Mamba'} layers; the format has one kind"

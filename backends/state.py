@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.scan.reference import compute_dtype
-from .config import HybridConfig
+from .config import REMOVED, HybridConfig
 from .rope import Rope
 
 
@@ -41,10 +41,21 @@ class MambaState:
 
 
 @dataclass(slots=True)
+class NoState:
+    """A layer without a mixer keeps nothing."""
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+
+LayerState = KVCache | MambaState | NoState
+
+
+@dataclass(slots=True)
 class State:
     """All rows of a batch. `settled` and `end` are int32 [B] on the device, shared by all layers."""
 
-    layers: list[KVCache | MambaState]
+    layers: list[LayerState]
     settled: Tensor
     end: Tensor
     steps: int
@@ -77,10 +88,12 @@ def open_state(config: HybridConfig, rope: Rope, batch: int, context: int, steps
     ring, capacity = 2 * steps + config.d_conv - 1, context + steps
     groups, width = config.num_key_value_heads, config.head_dim
     exact = compute_dtype(like)
-    layers: list[KVCache | MambaState] = []
+    layers: list[LayerState] = []
     for mixer in config.mixers:
         if mixer == "attention":
             layers.append(KVCache(*(like.new_zeros(batch, capacity, groups, width) for _ in range(2))))
+        elif mixer == REMOVED:
+            layers.append(NoState())
         else:
             shape, slot = recurrent(config, mixer)
             state = like.new_zeros(batch, *shape, dtype=exact)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
+from .mixers import MAMBAS
 from .model import HybridForCausalLM
 from .state import State, open_state, recurrent
 
@@ -67,7 +68,7 @@ class HybridStepper:
         calls = self._advance(ids.shape[1], start, state, settle)
         h = self.model.model.embed_tokens(ids.flatten())
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
-            h = layer.run(h, cache, calls[name])
+            h = layer.run(h, cache, calls.get(name))
         if settle:
             state.settled.copy_(start)
         torch.add(start, ids.shape[1], out=state.end)
@@ -108,7 +109,7 @@ class HybridStepper:
         read = [p for p in held.values() if tied or p is not embedding]
         numbers, tokens = sum(p.numel() for p in read), batch * steps
         exact = compute_dtype(self.model.lm_head.weight).itemsize
-        kinds = [recurrent(config, mixer) for mixer in config.mixers if mixer != "attention"]
+        kinds = [recurrent(config, mixer) for mixer in config.mixers if mixer in MAMBAS]
         cells, slots = sum(math.prod(shape) for shape, _ in kinds), size * sum(slot for _, slot in kinds)
         reached = [min(context, window or context) + steps for window in self._windows]
         slot_bytes = 2 * groups * width * size * batch
@@ -158,7 +159,7 @@ class HybridStepper:
         for name, window in {"attention": 0, "sliding": self.config.sliding_window or 0}.items():
             if name in self.config.calls:
                 calls[name] = attention_step(self.config, state, start, count, live, even, window)
-        if len(self.config.attention_layers) < self.config.num_hidden_layers:
+        if not MAMBAS.keys().isdisjoint(self.config.mixers):
             calls["mamba"] = calls["mamba2"] = mamba_step(self.config, state, start, count, longest, settle)
         return calls
 

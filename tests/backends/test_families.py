@@ -12,6 +12,7 @@ from mambabench import Unsupported
 from mambabench.backends import checkpoint
 from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend, TeacherBackend
 from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig, TeacherConfig
+from mambabench.backends.weights import Weights
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness.conformance import check_backend
 from mambabench.harness.interfaces import Limits, Prompt, silent
@@ -328,20 +329,19 @@ def test_loading_holds_one_tensor_beside_the_model(
     over without a copy."""
     alive: list[weakref.ref] = []
     taken: dict[str, int] = {}
-    read, fill = checkpoint.read_tensors, checkpoint.fill
+    read, fill = Weights.__getitem__, checkpoint.fill
 
-    def watched(folder: Path, wanted: dict) -> Any:
-        for name, tensor in read(folder, wanted):
-            alive.append(weakref.ref(tensor.untyped_storage()))
-            assert sum(1 for of in alive if of() is not None) <= 2
-            yield name, tensor
-            del tensor
+    def watched(weights: Weights, name: str) -> torch.Tensor:
+        tensor = read(weights, name)
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        assert sum(1 for of in alive if of() is not None) <= 2
+        return tensor
 
     def noted(model: Any, tensors: dict) -> None:
         taken.update((name, tensor.data_ptr()) for name, tensor in tensors.items())
         fill(model, tensors)
 
-    monkeypatch.setattr(checkpoint, "read_tensors", watched)
+    monkeypatch.setattr(Weights, "__getitem__", watched)
     monkeypatch.setattr(checkpoint, "fill", noted)
     model = checkpoint.load(make("mistral", tie_word_embeddings=True), torch.bfloat16)
     assert len(alive) == len(taken)

@@ -1,0 +1,57 @@
+"""Weights are copied from folder to folder in shards, whatever files they came from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mambabench import MambabenchError
+from mambabench.backends import weights
+from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
+from mambabench.backends.weights import Weights, write
+from transformers import AutoModelForCausalLM
+
+
+def test_a_folder_of_shards_is_the_same_model(
+    llama: Path, half: Path, hybrid_backend: Mamba2HybridBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "SHARD", 20_000)
+    write(tmp_path / "llama", Weights(llama).items())
+    (tmp_path / "llama" / "config.json").write_bytes((llama / "config.json").read_bytes())
+    hybrid_backend.convert(tmp_path / "llama", [1, 3], tmp_path / "half", seed=0)
+    hybrid_backend.convert(tmp_path / "half", [3], tmp_path / "quarter", seed=0)
+    files = sorted(path.name for path in (tmp_path / "half").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    assert all(path.stat().st_size < 24_000 for path in (tmp_path / "half").glob("*.safetensors"))
+    one, many = Weights(half), Weights(tmp_path / "half")
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    index = json.loads((tmp_path / "half" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
+    ids = torch.randint(61, (1, 9))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert torch.equal(loaded(input_ids=ids).logits, hybrid_backend.module(half)(input_ids=ids).logits)
+
+
+def test_a_teacher_in_shards_is_taken_over_by_links(
+    llama: Path, teacher_backend: TeacherBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "SHARD", 20_000)
+    write(tmp_path / "llama", Weights(llama).items())
+    (tmp_path / "llama" / "config.json").write_bytes((llama / "config.json").read_bytes())
+    teacher_backend.convert(tmp_path / "llama", range(4), tmp_path / "artifact", seed=0)
+    for path in (tmp_path / "llama").glob("*.safetensors"):
+        assert path.samefile(tmp_path / "artifact" / path.name)
+    assert teacher_backend.describe(tmp_path / "artifact")["parameters"] == sum(
+        t.numel() for t in Weights(llama).values()
+    )
+
+
+def test_a_shard_that_is_missing_is_named(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "SHARD", 20_000)
+    write(tmp_path, Weights(llama).items())
+    lost = next(tmp_path.glob("model-00002-*"))
+    lost.unlink()
+    with pytest.raises(MambabenchError, match=f"{lost.name}: the file is missing, but the index names it"):
+        Weights(tmp_path)
