@@ -41,7 +41,8 @@ class Progressive:
         tokenizer = job.parent.backend.tokenizer(job.parent.path)
         windows = read_windows(job.data[config.data], tokenizer, config.context, job.cache)
         student = job.parent.backend.module(job.parent.path)
-        choose_trained(student, ("mixers",), f"progressive: {job.parent.name}")
+        first = ("mixers",) if config.align_tokens else config.train
+        choose_trained(student, first, f"progressive: {job.parent.name}")
         joining = join(config.schedule, sorted(mixers(student, "mamba")), config.sets)
         teacher = load_frozen(job.teacher, job.device)
         before = align(job, student, teacher, windows, config)
@@ -63,7 +64,7 @@ def join(schedule: str, layers: Sequence[int], sets: Sequence[Sequence[int]]) ->
     >>> [sorted(part) for part in join("interleaved", [0, 1, 2, 4], ())], len(join("together", [0, 1], ()))
     ([[0], [2], [1], [4]], 1)
     """
-    if schedule == "together":
+    if schedule == "together" or not layers:
         return [frozenset(layers)]
     if not sets:
         order = layers if schedule == "stepwise" else [*layers[::2], *layers[1::2]]
