@@ -20,11 +20,12 @@ from typing import Any
 
 from .config import Structurer, restore
 from .environment import code, machine, versions
-from .events import Recorder
+from .events import Muted, Recorder
 from .forkserver import ATTEMPT, CODE, LEASED, THREADS, watch
 from .interfaces import DTYPES, Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
 from .locks import Lock
 from .plugins import Registry, make, registry
+from .ranks import together
 from .store import Store, read_json, write_json
 
 CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -35,34 +36,55 @@ LOCK_S = 15.0
 
 def main(argv: Sequence[str]) -> int:
     """Runs a step. Returns 0 once an outcome is on disk, whatever its state."""
-    watch()
     path, key, *rest = argv
     plugins = [Path(value) for flag, value in zip(rest[::2], rest[1::2], strict=True) if flag == "--plugin"]
     store = Store.open(path)
     alive = _only_child(store, key)
     attempt = Attempt()
     store.begin(key)
-    recorder = Recorder(store.partial(key), key, attempt=attempt.number)
+    step = read_json(store.partial(key) / "step.json")
+    ranks = int(step["needs"].get("ranks", 1))
+    try:
+        if ranks > 1:
+            failure: Mapping[str, Any] | None = None
+            failed = together(ranks, lambda rank: work_on(store, key, step, plugins, attempt, rank))
+            if failed is not None:
+                failure = failed.record or attempt.record("crashed", failed.reason(), Muted(), "cpu", [])
+        else:
+            watch()
+            failure = work_on(store, key, step, plugins, attempt)
+        if failure is not None:
+            print(f"{failure['state']}: {failure['reason']}", file=sys.stderr, flush=True)
+            store.fail(key, failure)
+    finally:
+        alive.release()
+    return 0
+
+
+def work_on(
+    store: Store, key: str, step: Mapping[str, Any], plugins: Sequence[Path], attempt: Attempt, rank: int = 0
+) -> dict[str, Any] | None:
+    """Does a step, or a rank's part of it; the first rank leaves its records and its result. Returns how it failed."""
+    recorder = Muted() if rank else Recorder(store.partial(key), key, attempt=attempt.number)
     device = "cpu"
     try:
-        step = read_json(store.partial(key) / "step.json")
-        device = _device(step)
+        device = _device(step, rank)
         _settle(step["seed"])
-        work = Work(store, key, step, registry(plugins), device, recorder)
+        work = Work(store, key, step, registry(plugins), device, recorder, rank)
         work.run()
-        facts = recorder.finish()
-        if step["kind"] in ARTIFACT_KINDS:
-            work.sign(facts, attempt)
-        store.finish(key, attempt.record("ok", "", recorder, device, facts))
+        if rank == 0:
+            facts = recorder.finish()
+            if step["kind"] in ARTIFACT_KINDS:
+                work.sign(facts, attempt)
+            store.finish(key, attempt.record("ok", "", recorder, device, facts))
     except (Exception, SystemExit) as error:
         state, reason = classify(error)
         if state != "unsupported":
             traceback.print_exc()
-        print(f"{state}: {reason}", file=sys.stderr, flush=True)
-        store.fail(key, attempt.record(state, reason, recorder, device, []))
-    finally:
-        alive.release()
-    return 0
+        if rank and not isinstance(error, MambabenchError):
+            reason = f"rank {rank}: {reason}"
+        return attempt.record(state, reason, recorder, device, [])
+    return None
 
 
 def classify(error: BaseException) -> tuple[str, str]:
@@ -103,7 +125,7 @@ class Attempt:
         return {**self.began_with, "gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
 
     def record(
-        self, state: str, reason: str, recorder: Recorder, device: str, facts: list[dict[str, Any]]
+        self, state: str, reason: str, recorder: Recorder | Muted, device: str, facts: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """An outcome.json."""
         import torch
@@ -139,13 +161,24 @@ class Work:
     """A step with everything that it names brought to life."""
 
     def __init__(
-        self, store: Store, key: str, step: Mapping[str, Any], plugins: Registry, device: str, recorder: Recorder
+        self,
+        store: Store,
+        key: str,
+        step: Mapping[str, Any],
+        plugins: Registry,
+        device: str,
+        recorder: Recorder | Muted,
+        rank: int = 0,
     ) -> None:
         self.store, self.key, self.step, self.device, self.recorder = store, key, step, device, recorder
         self.registry, self.structurer = plugins, Structurer(plugins)
         self.folder = store.partial(key)
         self.out = self.folder / "artifact"
-        self.seed = int(step["seed"])
+        if rank:
+            # What it writes there is the first rank's to write, and vanishes with the scratch folder.
+            self.out = self.folder / "scratch" / f"rank-{rank}"
+            self.out.mkdir(parents=True, exist_ok=True)
+        self.seed, self.rank = int(step["seed"]), rank
 
     def run(self) -> None:
         match self.step["kind"]:
@@ -162,7 +195,7 @@ class Work:
                 self._component("suite").run(self._bench())
             case kind:
                 raise MambabenchError(f"step.json: unknown kind of step {kind!r}")
-        if self.step["kind"] in ARTIFACT_KINDS and not any(self.out.iterdir()):
+        if self.rank == 0 and self.step["kind"] in ARTIFACT_KINDS and not any(self.out.iterdir()):
             raise MambabenchError(f"{self._name()} ended without writing anything to its output folder")
 
     def sign(self, facts: list[dict[str, Any]], attempt: Attempt) -> None:
@@ -281,14 +314,14 @@ def _only_child(store: Store, key: str) -> Lock:
         time.sleep(0.05)
 
 
-def _device(step: Mapping[str, Any]) -> str:
+def _device(step: Mapping[str, Any], rank: int) -> str:
     if not step["needs"]["gpus"]:
         return "cpu"
     import torch
 
     if not torch.cuda.is_available():
         raise MambabenchError("this step needs a GPU, and torch finds none that it can use")
-    return "cuda:0"
+    return f"cuda:{rank}"
 
 
 def _settle(seed: int) -> None:

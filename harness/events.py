@@ -92,6 +92,20 @@ class Recorder:
                 line = line[os.write(self._descriptor, line) :]
 
 
+class Muted:
+    """The `Emit` of a process whose records another one writes."""
+
+    first: float | None = None
+    last: float | None = None
+
+    def __call__(self, kind: str, /, **fields: Any) -> None:
+        """Keeps nothing."""
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Has nothing to write."""
+        return []
+
+
 def plain(value: Any) -> Any:
     """A value as JSON has it: scalars of numpy and torch become Python's, infinite and undefined numbers None."""
     if isinstance(value, bool | str | int) or value is None:

@@ -258,15 +258,18 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
-def watch() -> None:
-    """Ends this process and its group once the server that forked it is gone. Called by every child."""
+def watch(parent: int = 0) -> None:
+    """Ends this process once the one that forked it is gone: `parent`, or else the server, and then its group as well.
+    Called by every child."""
     server = int(os.environ.get(SERVER, 0))
-    if not server:
+    if not parent and not server:
         return
 
     def loop() -> None:
-        while os.getppid() == server:
+        while os.getppid() == (parent or server):
             time.sleep(POLL_S)
+        if parent:
+            os.kill(os.getpid(), signal.SIGKILL)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=loop, name="watch-server", daemon=True).start()

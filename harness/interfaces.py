@@ -69,7 +69,8 @@ class Component:
     """Requirements such as `"lm-eval>=0.4.9"`, checked from package metadata, without an import."""
     traits: frozenset[str] = frozenset()
     """What the planner may rely on. Suites: exactly one of `score`, `generate`, `pair`; `alone` for a quiet machine.
-    Decoders: `lossless`. Backends: `rollback`, `generate`. Distillers: `from-scratch` if they need no parent.
+    Decoders: `lossless`. Backends: `rollback`, `generate`. Distillers: `from-scratch` if they need no parent,
+    `ranks` if several processes may run one stage together.
     Selectors: `gpu` if they run models."""
     summary: str = ""
     """One line for `mambabench list`."""
@@ -110,6 +111,8 @@ class Needs:
     gpus: int = 0
     alone: bool = False
     timeout_s: float = 3600.0
+    ranks: int = 1
+    """Processes that do the step together, each with a GPU of its own where there are any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +334,7 @@ class Job:
 
     seed: int
     device: str
-    """`cpu` or `cuda:0` (the child sees only its leased GPUs)."""
+    """`cpu`, or `cuda:0` (the child sees only its leased GPUs); of several ranks, each has its own."""
     data: Mapping[str, Path]
     """What each `DataRef` and `FileRef` of the config resolved to: a file, or the folder that a source wrote. Keyed by
     what stands in the config."""

@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Skip:
 class Limits:
     timeout: float = 3600.0
     """Seconds a step."""
+    train_gpus: int = 1
+    """GPUs that train a stage together; on the CPU, processes. The batch stays as it is and is split among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,10 +346,16 @@ def _skip(entry: Any) -> Skip:
 def _limits(value: Any) -> Limits:
     if not isinstance(value, Mapping):
         raise ConfigError("", f"expected a table, got {show(value)}")
-    _known(value, ("timeout",))
-    if "timeout" not in value:
-        return Limits()
-    return Limits(timeout=_seconds(value["timeout"]))
+    _known(value, ("timeout", "train_gpus"))
+    limits = Limits()
+    if "timeout" in value:
+        limits = replace(limits, timeout=_seconds(value["timeout"]))
+    if "train_gpus" in value:
+        gpus = value["train_gpus"]
+        if type(gpus) is not int or gpus < 1:
+            raise ConfigError("train_gpus", f"expected how many GPUs train a stage together, got {show(gpus)}")
+        limits = replace(limits, train_gpus=gpus)
+    return limits
 
 
 def _seconds(value: Any) -> float:

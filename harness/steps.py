@@ -8,7 +8,7 @@ key, as reports and comparisons see it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Step:
             "kind": self.kind,
             "labels": list(self.labels),
             **self.record,
-            "needs": {"gpus": self.needs.gpus, "alone": self.needs.alone, "timeout_s": self.needs.timeout_s},
+            "needs": asdict(self.needs),
         }
 
     def view(self) -> StepView:
@@ -421,14 +421,17 @@ class _Expander:
             **(extra or {}),
         }
         traits = self.registry.find(choice.kind, choice.name).traits
+        # Not part of the key: a stage gives the same result, up to rounding, however many train it.
+        ranks = self.plan.limits.train_gpus if kind == "train" and "ranks" in traits else 1
         self.out.steps[key] = Step(
             key=key,
             kind=kind,
             labels=(cell.label,),
             needs=Needs(
-                gpus=self.gpus if kind != "select" or "gpu" in traits else 0,
+                gpus=self.gpus * ranks if kind != "select" or "gpu" in traits else 0,
                 alone=alone,
                 timeout_s=self.plan.limits.timeout,
+                ranks=ranks,
             ),
             record=record,
             modules=modules,

@@ -87,6 +87,25 @@ class Act:
     def hang(self, job) -> None:
         time.sleep(60)
 
+    def fail_in_rank_1(self, job) -> None:
+        """The second rank has a bug, and the first one waits for it."""
+        if os.environ["RANK"] == "1":
+            raise ValueError("a bug in one rank")
+        time.sleep(60)
+
+    def kill_rank_1(self, job) -> None:
+        """The second rank is killed, upon which the first one fails."""
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while Path(self.config.trace).read_text().count("\n") < 2:
+            time.sleep(0.05)
+        raise ConnectionError("the other rank is gone")
+
+    def linger_in_rank_1(self, job) -> None:
+        """The second rank does not end when the first one is done."""
+        if os.environ["RANK"] == "1":
+            time.sleep(60)
+
     def family(self, job) -> None:
         """Hangs with a grandchild in its group, one in a session of its own, and one whose parent is gone."""
         sleep = [sys.executable, "-c", "import time; time.sleep(60)"]

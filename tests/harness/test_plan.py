@@ -101,6 +101,8 @@ def test_an_override_changes_one_key_and_the_plan_s_hash(planner, plan_text):
         ("schema = 1", "schema = 2", "schema: this version reads plans of schema 1, got 2"),
         ('timeout = "3 min"', 'timeout = "3 mins"', 'limits.timeout: expected a time such as "3 min"'),
         ('timeout = "3 min"', "timout = 3", "limits.timout: unknown key; did you mean 'timeout'?"),
+        ('timeout = "3 min"', "train_gpus = 0", "limits.train_gpus: expected how many GPUs train a stage together"),
+        ('timeout = "3 min"', "train_gpus = true", "limits.train_gpus: expected how many"),
         ('why = "too slow"', "", "skip.0.why: this key is missing"),
         ("[limits]", "[limit]", "limit: unknown key; did you mean 'limits'?"),
         ("[models.next]", "[models.teacher]", "models.teacher: this name is taken"),

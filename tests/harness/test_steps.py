@@ -211,3 +211,20 @@ def test_a_selector_that_tries_the_model_it_selects_for_is_a_circle(planner, pla
     text = plan_text.replace(TRIED[0], TRIED[1].replace("other", "next"))
     with pytest.raises(MambabenchError, match=r"models\.next: a circle of models: next -> next"):
         planner.steps(text)
+
+
+def test_several_gpus_train_a_stage_that_can_use_them_under_the_same_key(planner, plan_text):
+    text = plan_text.replace('[stages.tune]\nuse = "toy-stage"', '[stages.tune]\nuse = "toy-together"')
+    plan = planner.read(text, "limits.train_gpus=2")
+    fingerprints = Fingerprints(planner.folder / "cache.json")
+    needs = [
+        {
+            step.labels[0].partition("@")[0]: step.needs
+            for step in expand(plan, planner.registry, fingerprints, {}, gpus)
+        }
+        for gpus in (0, 1)
+    ]
+    assert [(each["half/tune"].gpus, each["half/tune"].ranks) for each in needs] == [(0, 2), (2, 2)]
+    assert [(each["half/align"].gpus, each["half/align"].ranks) for each in needs] == [(0, 1), (1, 1)]
+    assert [each["half/-/score"].gpus for each in needs] == [0, 1]
+    assert not changed(planner, text, "limits.train_gpus=2")

@@ -77,6 +77,7 @@ COMPONENTS = [
     component("source", "toy-teacher-source", ToySource, "teacher"),
     component("distiller", "toy-stage", ToyStage),
     component("distiller", "toy-scratch", ToyStage, "from-scratch"),
+    component("distiller", "toy-together", ToyStage, "ranks"),
     component("draft", "toy-draft", ToyDraft),
     component("decoder", "toy-plain", Nothing, "lossless"),
     component("decoder", "toy-lossless", ToyDecoder, "lossless"),
