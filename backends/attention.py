@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
-from ..kernels.documents import Documents
 from .calls import AttentionStep, Fill
 from .config import HybridConfig
 from .norm import RMSNorm
+from .packed import Packed
 from .rope import rotate
 from .state import KVCache
+
+SHARING = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""What lets query heads share keys in attention over ragged documents; torch 2.11 and before do so without being asked
+(their flash kernels always have, forward and backward)."""
 
 
 class Attention(nn.Module):
@@ -58,14 +65,18 @@ class Attention(nn.Module):
         sin: Tensor,
         mask: Tensor | None,
         keep: Tensor | None,
-        documents: Documents | None = None,
+        documents: Packed | None = None,
     ) -> Tensor:
-        """A whole sequence. h [B, L, E]; mask bool [B, 1, L, L] (None: causal); other mixers read keep and documents,
-        which the mask has in it.
+        """A whole sequence. h [B, L, E]; mask bool [B, 1, L, L] has documents in it. None: causal, within documents if
+        there are some, which asks for `needs_no_mask`. Other mixers read keep.
 
         A sliding window is applied here: entry [t, s] is read only if t - s < window.
         """
-        if self.window and self.window < h.shape[1]:
+        sliding = bool(self.window) and self.window < h.shape[1]
+        if mask is None and (sliding or documents is not None) and needs_no_mask(h, self.width):
+            q, k, v = self.project(h, cos, sin)
+            return self.o_proj(ragged_attention(q, k, v, documents, self.window if sliding else 0).flatten(2))
+        if sliding:
             mask = within(self.window, h.shape[1], h.device, mask)
         q, k, v = (t.transpose(1, 2) for t in self.project(h, cos, sin))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -93,6 +104,32 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=call.mask)
         y = y.reshape(call.batch, self.heads, -1, self.width).transpose(1, 2)
         return self.o_proj(y.reshape(h.shape[0], -1))
+
+
+def needs_no_mask(h: Tensor, width: int) -> bool:
+    """Whether attention over h, with heads of this width, can keep documents apart without a mask [B, 1, L, L]."""
+    return h.is_cuda and product_dtype(h) in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+
+
+def product_dtype(h: Tensor) -> torch.dtype:
+    """In which matrix products with h run: autocast's dtype, or its own."""
+    device = h.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+
+
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, documents: Packed | None, window: int) -> Tensor:
+    """Causal attention within documents (None: rows), over the last `window` tokens if that is not 0, by torch's flash
+    kernels for ragged sequences. q [B, L, H, P], k and v [B, L, G, P] -> [B, L, H, P], in bf16 or fp16."""
+    batch, length = q.shape[:2]
+    if documents is None:
+        offsets, longest = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * length, length
+    else:
+        offsets, longest = documents.offsets, documents.longest
+    kind = product_dtype(q)
+    rows = (t.to(kind).flatten(0, 1) for t in (q, k, v))
+    sides = (window - 1 if window else -1, 0)
+    y = varlen_attn(*rows, offsets, offsets, longest, longest, window_size=sides, **SHARING)
+    return y.unflatten(0, (batch, length))
 
 
 def within(window: int, length: int, device: torch.device, mask: Tensor | None) -> Tensor:

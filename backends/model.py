@@ -16,13 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..harness.interfaces import Unsupported
-from ..kernels.documents import Documents
-from .attention import Attention, fuse_linears
+from .attention import Attention, fuse_linears, needs_no_mask, product_dtype
 from .calls import AttentionStep, Fill, MambaStep
 from .config import HybridConfig
 from .mamba import Mamba
 from .mixers import MIXERS, PREFIXES
 from .norm import RMSNorm
+from .packed import Packed
 from .rope import Rope
 from .state import LayerState
 
@@ -76,7 +76,7 @@ class HybridLayer(GradientCheckpointingLayer):
         sin: Tensor,
         mask: Tensor | None,
         keep: Tensor | None,
-        documents: Documents | None = None,
+        documents: Packed | None = None,
     ) -> Tensor:
         if self.mixer is not None:
             h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep, documents)
@@ -130,15 +130,25 @@ class HybridModel(HybridPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **_: Any,
     ) -> BaseModelOutput:
         """input_ids int64 [B, L] (or inputs_embeds [B, L, E]); attention_mask [B, L], 0 on padding at either side;
         position_ids int64 [B, L], counted from the first real token if not given: one that does not continue the one
-        before starts a document, which sees nothing of those before it. Hidden states [B, L, E]."""
+        before starts a document, which sees nothing of those before it. Hidden states [B, L, E].
+
+        cu_seq_lens_q int32 [documents + 1] and max_length_q, as transformers' collators make them, say of position_ids
+        what the host would otherwise wait for: where documents begin among the tokens of all rows, and how long the
+        longest is.
+        """
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = h.shape[1]
         keep = real = documents = None
-        if attention_mask is not None and not bool(attention_mask.all()):
+        padded = causal = False
+        if attention_mask is not None:
+            padded, causal = padding(attention_mask)
+        if attention_mask is not None and padded:
             if attention_mask.shape != h.shape[:2]:
                 raise Unsupported(
                     f"attention_mask: shape {list(attention_mask.shape)} is not served, only [batch, length]"
@@ -146,21 +156,36 @@ class HybridModel(HybridPreTrainedModel):
             real = attention_mask.bool()
             keep = real.unsqueeze(-1)
         if position_ids is not None:
-            documents = Documents.of(position_ids.expand(h.shape[:2]), real)
+            positions = position_ids.expand(h.shape[:2])
+            if cu_seq_lens_q is None or max_length_q is None or real is not None:
+                documents = Packed.of(positions, real)
+            else:
+                documents = Packed.known(positions, cu_seq_lens_q, max_length_q)
         elif real is not None:
             position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
         else:
             position_ids = torch.arange(length, device=h.device).unsqueeze(0)
-        mask = attention_mask_of(length, h.device, real, documents)
+        if (real is None or causal) and needs_no_mask(h, self.config.head_dim):
+            mask = None
+        else:
+            mask = attention_mask_of(length, h.device, real, documents)
         self.rope.check(position_ids)
-        cos, sin = self.rope(position_ids, h)
+        cos, sin = (part.to(product_dtype(h)) for part in self.rope(position_ids, h))
         for layer in self.layers:
             h = layer(h, cos, sin, mask, keep, documents)
         return BaseModelOutput(last_hidden_state=self.norm(h))
 
 
+def padding(mask: Tensor) -> tuple[bool, bool]:
+    """Whether there is any in attention_mask [B, L], and whether all of it is at the right, where what is causal does
+    not see it. The host waits once."""
+    real = mask.bool()
+    some, right = torch.stack((~real.all(), (real[..., 1:] <= real[..., :-1]).all())).tolist()
+    return some, right
+
+
 def attention_mask_of(
-    length: int, device: torch.device, real: Tensor | None, documents: Documents | None
+    length: int, device: torch.device, real: Tensor | None, documents: Packed | None
 ) -> Tensor | None:
     """bool [B, 1, L, L]: what each token may read. real bool [B, L] (padding reads itself). None where that is all
     before it."""
@@ -196,6 +221,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **_: Any,
     ) -> CausalLMOutput:
         """Logits [B, L, V] and, with labels [B, L] (-100: ignored), the cross-entropy of the next token in nat.
@@ -208,7 +235,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
                 "HybridForCausalLM.forward keeps no cache: pass use_cache=False, or decode through the backend's load()"
             )
         h = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
         ).last_hidden_state
         part = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, part])

@@ -16,4 +16,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """In x's dtype; under autocast on a GPU in autocast's, so that the products that follow need no copies."""
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            # Autocast would widen x first, and torch's one kernel wants x and weight alike; it computes in fp32 anyway.
+            with torch.autocast("cuda", enabled=False):
+                normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+            return normed.to(torch.get_autocast_dtype("cuda"))
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

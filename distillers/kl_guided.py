@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..harness.interfaces import Job, MambabenchError
-from .distillation import READ, load_frozen
-from .losses import IGNORED, Divergence, shifted
+from .batches import read
+from .distillation import load_frozen
+from .losses import Divergence
 from .mixers import give_back, lend, replaced
 from .plugin import KlGuidedConfig
 from .selectors import spread_some
@@ -101,24 +103,25 @@ class _Measure:
         sums, targets_seen = torch.zeros(len(choices), dtype=torch.float64), 0
         for first in range(0, len(self.rows), self.batch):
             batch = collate([self.windows[row] for row in self.rows[first : first + self.batch]])
-            inputs = {name: tensor.to(self.job.device) for name, tensor in batch.items()}
-            counted = shifted(inputs["labels"]) != IGNORED
-            told = self._logits(self.teacher, inputs)[counted]
+            inputs = {
+                name: value.to(self.job.device) if isinstance(value, Tensor) else value for name, value in batch.items()
+            }
+            counted = inputs["counted"]
+            told = self._logits(self.teacher, inputs).flatten(0, 1)[counted]
             for number, choice in enumerate(choices):
                 for layer in choice:
                     lend(*self.pairs[layer])
-                said = self._logits(self.student, inputs)[counted]
+                said = self._logits(self.student, inputs).flatten(0, 1)[counted]
                 for layer in choice:
                     give_back(self.pairs[layer][0])
                 sums[number] += Divergence()(said, told).double().sum().cpu()
-            targets_seen += int(counted.sum())
+            targets_seen += len(counted)
             self.tokens += int(batch["attention_mask"].sum()) * (len(choices) + 1)
             self.job.emit(
                 "progress", done=min(first + self.batch, len(self.rows)), total=len(self.rows), unit="windows"
             )
         return [float(value) for value in sums / targets_seen]
 
-    def _logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        given = {name: inputs[name] for name in READ if name in inputs}
-        logits: Tensor = model(**given, use_cache=False).logits
+    def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        logits: Tensor = model(**read(model, inputs), use_cache=False).logits
         return logits

@@ -18,8 +18,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..harness.interfaces import Job, MambabenchError
 from . import training
-from .distillation import READ, DistillationTrainer, load_frozen, recipe_of
-from .losses import IGNORED, alignment, shifted
+from .batches import counted, read
+from .distillation import DistillationTrainer, load_frozen, recipe_of
+from .losses import alignment, shifted
 from .mixers import choose_trained, compared, give_back, lend, mixers, replaced
 from .plugin import ProgressiveConfig
 from .windows import Windows, read_windows
@@ -117,17 +118,16 @@ class AlignmentTrainer(training.SummedLossTrainer):
         recipe: training.Recipe,
     ) -> None:
         super().__init__(job, model, windows, recipe, {"align": 1.0}, recipe.steps(windows), folder="align")
-        self.pairs = replaced(model, teacher)
+        self.bare, self.pairs = model, replaced(model, teacher)
         teacher.to(self.args.device)
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        counted = shifted(inputs["labels"]) != IGNORED
-        given = {name: inputs[name] for name in READ if name in inputs}
+        places = counted(inputs, shifted(inputs["labels"]))
         with compared(self.pairs) as seen:
-            model(**given, use_cache=False)
-        total = torch.zeros((), device=counted.device)
-        for mixer, attention in seen.values():
-            total = total + alignment(mixer[counted], attention[counted]).sum()
+            model(**read(self.bare, inputs), use_cache=False)
+        total = torch.zeros((), device=places.device)
+        for pair in seen.values():
+            total = total + alignment(*(output.flatten(0, 1)[places] for output in pair)).sum()
         return {"align": total / len(self.pairs)}
 
 

@@ -21,7 +21,8 @@ class CrossEntropyTrainer(training.SummedLossTrainer):
     """Cross entropy on the labels."""
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        logits = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+        positions = inputs.get("position_ids")
+        logits = model(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False).logits
         return {"ce": cross_entropy(logits, shifted(inputs["labels"]))}
 
 
