@@ -28,6 +28,8 @@ from . import batches
 from .losses import IGNORED
 
 Tokens = NDArray[np.int32]
+CODE = [Path(str(module)).read_text(encoding="utf-8") for module in (__file__, documents.__file__)]
+"""What this process makes windows with, files changing or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +172,7 @@ def _name_of(path: Path, tokenizer: Tokenizer, context: int) -> str | None:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     template = getattr(tokenizer, "chat_template", None)
     spoken = [inner.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, str(template), type(tokenizer).__name__]
-    code = [Path(str(module)).read_text(encoding="utf-8") for module in (__file__, documents.__file__)]
-    return digest([content, file.suffixes, spoken, context, code])
+    return digest([content, file.suffixes, spoken, context, CODE])
 
 
 def _kept(file: Path, make: Callable[[], Windows]) -> Windows:

@@ -50,6 +50,8 @@ class Document:
     messages: tuple[Message, ...] = ()
     """A chat, written by the tokenizer's chat template. The last message, an answer, is learnt; the others are the
     prompt."""
+    cut: bool = False
+    """The text was cut where its writer had not ended."""
 
     @property
     def asks(self) -> bool:
@@ -75,17 +77,27 @@ class Preference:
     rejected: str
     messages: tuple[Message, ...] = ()
     """The prompt of a chat; then both continuations are answers in it."""
+    cut: bool = False
+    """Both continuations were cut where their writers had not ended."""
+
+    @property
+    def item(self) -> str:
+        """A hash of the content, by which two runs find the same preference."""
+        content = json.dumps([self.prompt, self.chosen, self.rejected, self.messages])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def documents(self) -> tuple[Document, Document]:
         """The chosen and the rejected continuation as documents, for `encode_ended`.
 
         >>> Preference("1+1=", "2", "3").documents()[0]
-        Document(text='1+1=2', ids=None, prompt=4, messages=())
+        Document(text='1+1=2', ids=None, prompt=4, messages=(), cut=False)
         """
         return self._document(self.chosen), self._document(self.rejected)
 
     def _document(self, answer: str) -> Document:
-        return _chat((*self.messages, Message(ANSWER, answer))) if self.messages else _continued(self.prompt, answer)
+        if self.messages:
+            return _chat((*self.messages, Message(ANSWER, answer)))
+        return _continued(self.prompt, answer, cut=self.cut)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
@@ -111,7 +123,8 @@ def read_preferences(path: Path) -> Iterator[Preference]:
     """Yields the preferences of a JSON-lines file or of a source's folder, in order.
 
     A line is `{"prompt", "chosen", "rejected"}`, each a text, or each a list of messages (`role`, `content`) with one
-    answer in `chosen` and `rejected`. Raises `MambabenchError` naming file and line for anything else.
+    answer in `chosen` and `rejected`; texts with `"cut": true` did not end where they end. Raises
+    `MambabenchError` naming file and line for anything else.
     """
     file = path / "data.jsonl" if path.is_dir() else path
     if not file.is_file():
@@ -152,8 +165,8 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> tuple[list[int]
 def encode_ended(document: Document, tokenizer: Tokenizer) -> tuple[list[int], int]:
     """As `encode_document`, with the end token behind a text, if there is one: what a model is to learn.
 
-    Ids are taken as they are: a document that was cut where its writer had not ended must not teach an end. A chat ends
-    as its template says.
+    Ids are taken as they are, and so is what is marked as `cut`: a document that was cut where its writer had not ended
+    must not teach an end. A chat ends as its template says.
     """
     return _ended(document, tokenizer, *encode_document(document, tokenizer))
 
@@ -215,8 +228,8 @@ def _joined(document: Document, tokenizer: Tokenizer, parts: Sequence[list[int]]
 
 
 def _ended(document: Document, tokenizer: Tokenizer, ids: list[int], context: int) -> tuple[list[int], int]:
-    end = tokenizer.eos_token_id
-    if document.ids is None and not document.messages and end is not None and ids[-1:] != [end]:
+    end, open_ended = tokenizer.eos_token_id, document.cut or document.ids is not None or bool(document.messages)
+    if not open_ended and end is not None and ids[-1:] != [end]:
         ids.append(end)
     return ids, context
 
@@ -324,7 +337,10 @@ def _preference(record: Mapping[str, Any], where: str) -> Preference:
         raise MambabenchError(f"{where}: a preference is an object with {PREFERENCE}")
     if isinstance(record["prompt"], str):
         prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
-        return Preference(prompt, chosen, rejected)
+        cut = record.get("cut", False)
+        if not isinstance(cut, bool):
+            raise MambabenchError(f'{where}: "cut" must be true or false')
+        return Preference(prompt, chosen, rejected, cut=cut)
     messages = _messages(record["prompt"], f'{where}: "prompt"')
     answers = []
     for key in ("chosen", "rejected"):
@@ -359,5 +375,5 @@ def _chat(messages: tuple[Message, ...], where: str = "") -> Document:
     return Document("\n\n".join(message.content for message in messages), messages=messages)
 
 
-def _continued(prompt: str, completion: str) -> Document:
-    return Document(prompt + completion, prompt=len(prompt))
+def _continued(prompt: str, completion: str, cut: bool = False) -> Document:
+    return Document(prompt + completion, prompt=len(prompt), cut=cut)

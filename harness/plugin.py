@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from .hooks import hookimpl
 from .interfaces import Component
 from .launchers.configs import LocalConfig
-from .suites.configs import LmEvalConfig, LosslessnessConfig, PerplexityConfig, SpeedConfig
+from .suites.configs import (
+    DivergenceConfig,
+    LmEvalConfig,
+    LosslessnessConfig,
+    PerplexityConfig,
+    PreferencesConfig,
+    SpeedConfig,
+)
 
 
 @hookimpl
@@ -29,6 +36,22 @@ def mambabench_components() -> Iterable[Component]:
             config=PerplexityConfig,
             traits=frozenset({"score"}),
             summary="Negative log-likelihood per token and per byte of given documents",
+        ),
+        Component(
+            kind="suite",
+            name="divergence",
+            target="mambabench.harness.suites.divergence:Divergence",
+            config=DivergenceConfig,
+            traits=frozenset({"score"}),
+            summary="KL(teacher || model) per token of given documents",
+        ),
+        Component(
+            kind="suite",
+            name="preferences",
+            target="mambabench.harness.suites.preferences:Preferences",
+            config=PreferencesConfig,
+            traits=frozenset({"score"}),
+            summary="How often the chosen answer of a pair is the more likely one",
         ),
         Component(
             kind="suite",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..interfaces import DataRef
+from ..interfaces import DataRef, ModelRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,36 @@ class PerplexityConfig:
     batch: int = 8
     limit: int = 0
     """Documents; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, context=2, batch=1, limit=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceConfig:
+    data: DataRef
+    teacher: ModelRef = "teacher"
+    """Whose distribution the model's is held against."""
+    context: int = 512
+    """Longest window in tokens, of which the last is not run; a longer document is read in several."""
+    batch: int = 8
+    limit: int = 0
+    """Documents; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, context=2, batch=1, limit=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencesConfig:
+    data: DataRef
+    """Preferences: lines of `prompt`, `chosen` and `rejected`."""
+    context: int = 512
+    """Longest text, prompt and answer, in tokens; what is longer is cut."""
+    batch: int = 8
+    """Pairs scored side by side."""
+    limit: int = 0
+    """Pairs; 0 takes all."""
 
     def __post_init__(self) -> None:
         _at_least(self, context=2, batch=1, limit=0)

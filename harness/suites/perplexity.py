@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..documents import Document, encode_document, read_documents
+from ..documents import Document, encode_many, read_documents
 from ..interfaces import Bench, MambabenchError, Stepper, Tokenizer
 from .configs import PerplexityConfig
 from .texts import check_room, pad
@@ -45,7 +45,7 @@ class Perplexity:
             raise MambabenchError(f"{bench.data[self.config.data]}: no documents to score")
 
     def _measure(self, group: Sequence[Document], model: Stepper, bench: Bench) -> None:
-        encoded = [encode_document(document, model.tokenizer) for document in group]
+        encoded = list(encode_many(group, model.tokenizer))
         windows = [
             window
             for number, (ids, context) in enumerate(encoded)
