@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef, ModelRef
 from .data_configs import DatasetConfig, MixConfig
+from .random_configs import RandomTeacherConfig, RandomTokensConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +269,14 @@ def mambabench_components() -> Iterable[Component]:
     )
     yield Component(
         kind="distiller",
+        name="random-teacher",
+        target=f"{room}.random_teacher:RandomTeacher",
+        config=RandomTeacherConfig,
+        traits=frozenset({"from-scratch"}),
+        summary="a teacher of any shape with random weights, for measuring speed and memory",
+    )
+    yield Component(
+        kind="distiller",
         name="progressive",
         target=f"{room}.progressive:Progressive",
         config=ProgressiveConfig,
@@ -332,6 +341,14 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.dataset:Mix",
         config=MixConfig,
         summary="several data as one, shuffled",
+    )
+    yield Component(
+        kind="source",
+        name="random-tokens",
+        target=f"{room}.random_teacher:RandomTokens",
+        config=RandomTokensConfig,
+        traits=frozenset({"teacher"}),
+        summary="documents of random tokens, for measuring speed and memory",
     )
     yield Component(
         kind="source",

@@ -1,0 +1,63 @@
+"""Options of models and texts that have a shape and no sense: for speed, memory and arithmetic these are all that
+counts, and nothing has to be fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..harness.interfaces import FileRef
+
+SHAPE = ("layers", "hidden", "heads", "intermediate", "vocabulary")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomTeacherConfig:
+    config: FileRef = ""
+    """A config.json of transformers, whose sizes hold where the options below are left at 0."""
+    layers: int = 0
+    hidden: int = 0
+    """Width of the residual stream."""
+    heads: int = 0
+    kv_heads: int = 0
+    """0 without `config`: as many as heads."""
+    head_dim: int = 0
+    """0 without `config`: hidden / heads."""
+    intermediate: int = 0
+    """Width of the MLP."""
+    vocabulary: int = 0
+    """At least 258: the tokenizer knows each byte, and the beginning and the end of a text."""
+    context: int = 0
+    """Longest text, in tokens. 0 without `config`: 131,072."""
+    rope_theta: float = 0.0
+    """Base of the rotary frequencies. 0 without `config`: 500,000."""
+    tied: bool | None = None
+    """Whether the head is the embedding; without `config` and this it is not."""
+    init: float = 0.02
+    """Standard deviation of the weights."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights on disk."""
+
+    def __post_init__(self) -> None:
+        for name in (*SHAPE, "kv_heads", "head_dim", "context", "rope_theta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be below 0")
+        if missing := [name for name in SHAPE if not self.config and not getattr(self, name)]:
+            raise ValueError(f"{missing[0]} is not given; a shape needs {', '.join(SHAPE)}, or a `config`")
+        if self.init <= 0:
+            raise ValueError(f"init is {self.init}; it must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomTokensConfig:
+    documents: int
+    length: int
+    """Tokens of a document, with the leading token that its tokenizer has."""
+    vocabulary: int = 0
+    """Tokens are drawn below this number; 0: the teacher's vocabulary."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 1), ("length", 2), ("vocabulary", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
