@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..harness.interfaces import Artifact, Job, MambabenchError
 from . import training
-from .fused import token_losses, without_head
-from .losses import IGNORED, Divergence, shifted, token_cross_entropy
+from .batches import counted, read
+from .fused import plain_head, summed_losses, without_head
+from .losses import Distillation, Divergence, shifted
 from .plugin import DistillationConfig
 from .windows import Windows
 
-READ = ("input_ids", "position_ids")
-"""What of a batch a model is given; windows are padded at the right, where causal models need no mask."""
+LOGITS = 2**28
+"""Of one model, held at a time on a GPU, if the plan does not say: half a gigabyte in bf16."""
 
 
 class DistillationTrainer(training.SummedLossTrainer):
@@ -32,46 +34,43 @@ class DistillationTrainer(training.SummedLossTrainer):
         config: DistillationConfig,
         before: training.Spent | None = None,
     ) -> None:
-        weights = {name: weight for name, weight in (("ce", config.ce), ("kl", config.kl)) if weight}
-        super().__init__(job, model, windows, recipe, weights, recipe.steps(windows), before=before)
-        self.divergence = Divergence(config.kl_kind, config.js_beta, config.temperature)
-        self.slice = config.slice
+        divergence = Divergence(config.kl_kind, config.js_beta, config.temperature)
+        self.loss, self.slice = Distillation(config.ce, config.kl, divergence), config.slice
+        super().__init__(job, model, windows, recipe, self.loss.weights, recipe.steps(windows), before=before)
         self.student, self.teacher = model, teacher
         if teacher is not None:
             teacher.to(self.args.device).eval().requires_grad_(False)
 
-    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        targets = shifted(inputs["labels"])
-        counted = targets != IGNORED
-        given = {name: inputs[name] for name in READ if name in inputs}
-        teacher = self.teacher if "kl" in self.weights else None
-        told = None
-        if not self.slice:
-            said = model(**given, use_cache=False).logits[counted]
+    def losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        targets = shifted(inputs["labels"]).flatten()
+        places = counted(inputs, targets)
+        targets, given = targets[places], read(self.student, inputs)
+        teacher = self.teacher if self.loss.kl else None
+        told = their_head = None
+        with ExitStack() as heads:
+            size = self.slice or self._fitting(teacher)
+            if size:
+                head = heads.enter_context(without_head(self.student))
+                their_head = None if teacher is None else heads.enter_context(without_head(teacher))
+            said = model(**given, use_cache=False).logits.flatten(0, 1)[places]
             if teacher is not None:
                 with torch.no_grad():
-                    told = teacher(**given, use_cache=False).logits[counted]
-            values = self.of_tokens(said, told, targets[counted])
-        else:
-            with ExitStack() as heads:
-                head = heads.enter_context(without_head(self.student))
-                said = model(**given, use_cache=False).logits[counted]
-                their_head = None
-                if teacher is not None:
-                    their_head = heads.enter_context(without_head(teacher))
-                    with torch.no_grad():
-                        told = teacher(**given, use_cache=False).logits[counted]
-            values = token_losses(self.of_tokens, targets[counted], said, head, told, their_head, self.slice)
-        return dict(zip(self.weights, values.sum(1), strict=True))
+                    told = teacher(**given, use_cache=False).logits.flatten(0, 1)[places]
+        if not size:
+            return dict(zip(self.weights, self.loss(said, told, targets).sum(1), strict=True))
+        total, sums = summed_losses(self.loss, targets, said, head, told, their_head, size)
+        return {**dict(zip(self.weights, sums, strict=True)), training.TOTAL: total}
 
-    def of_tokens(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-        """The loss's parts of each token [parts, N], from logits [N, V] and targets [N]."""
-        parts = []
-        if "ce" in self.weights:
-            parts.append(token_cross_entropy(student, targets))
-        if teacher is not None:
-            parts.append(self.divergence(student, teacher))
-        return torch.stack(parts)
+    def _fitting(self, teacher: nn.Module | None) -> int:
+        """Positions whose logits a GPU holds at a time if the plan does not say; 0: the models make all of them.
+
+        Ranks may have their weights in parts (FSDP), which only a model's own forward puts together.
+        """
+        models = [self.student] if teacher is None else [self.student, teacher]
+        if self.args.device.type != "cuda" or self.accelerator.num_processes > 1 or not all(map(plain_head, models)):
+            return 0
+        words = max(head.out_features for head in map(plain_head, models) if head is not None)
+        return max(1, LOGITS // words)
 
 
 def recipe_of(config: DistillationConfig, phases: int = 1) -> training.Recipe:

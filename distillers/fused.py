@@ -1,18 +1,21 @@
 """Head and loss together, over slices of positions, for vocabularies whose logits would not fit.
 
 1,024 positions of a vocabulary of 128k are 0.5 GB in fp32, and a plain distillation step holds several such tensors at
-once. Here only hidden states are kept: each slice's logits are made, used and forgotten, and made again in backward.
+once. Here only hidden states, or what backward needs of them, are kept: a slice's logits are made, used and forgotten.
+`token_losses` gives the losses of every token, which may be weighed in any way afterwards, so that backward makes the
+logits again; `summed_losses` gives their sum alone and makes them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..harness.interfaces import MambabenchError
 
@@ -40,6 +43,85 @@ def token_losses(
     with torch.autocast(device, enabled=False):
         result: Tensor = _Sliced.apply(hidden, weight, targets, teacher_hidden, teacher_weight, losses, size, kind)
     return result
+
+
+class Parts(Protocol):
+    """A loss with a gradient of its own, such as `losses.Distillation`."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Of each part."""
+
+    def __call__(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+        """The parts of each token [parts, S]; as `TokenLosses`."""
+
+    def with_gradient(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the gradient of their weighted sum to the student's logits [S, V]."""
+
+
+def summed_losses(
+    loss: Parts,
+    targets: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    size: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum over N tokens of a loss's parts, a scalar, and the sums of the parts [parts], without gradient.
+
+    Arguments as in `token_losses`. As all tokens weigh alike, the gradient of each slice is made while its logits are
+    there, and backward only scales what is kept of it: [N, E], and [V, E] if the head is trained. Logits are made once.
+    """
+    device = hidden.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with torch.autocast(device, enabled=False):
+        total, sums = _Summed.apply(hidden, weight, targets, teacher_hidden, teacher_weight, loss, size, kind)
+    return total, sums
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        loss: Parts,
+        size: int,
+        kind: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        head, teacher_head = _cast(weight, kind), _cast(teacher_weight, kind)
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        parts = []
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            taken = _cast(hidden[rows], kind)
+            logits = F.linear(taken, head)
+            told = _teacher_logits(teacher_hidden, teacher_head, rows, kind)
+            if to_hidden is None and to_weight is None:
+                parts.append(loss(logits, told, targets[rows]).sum(1))
+                continue
+            values, to_logits = loss.with_gradient(logits, told, targets[rows])
+            parts.append(values.sum(1))
+            if to_hidden is not None:
+                to_hidden[rows] = (to_logits @ head).to(hidden.dtype)
+            if to_weight is not None:
+                _add_product(to_weight, to_logits, taken)
+        sums = torch.stack(parts).sum(0) if parts else hidden.new_zeros(len(loss.weights))
+        total = sum(weight * value for weight, value in zip(loss.weights.values(), sums, strict=True))
+        ctx.save_for_backward(to_hidden, to_weight)
+        ctx.mark_non_differentiable(sums)
+        return cast(Tensor, total), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        kept = (None if gradient is None else gradient * upstream[0] for gradient in ctx.saved_tensors)
+        return *kept, None, None, None, None, None, None
 
 
 class _Sliced(torch.autograd.Function):
@@ -83,11 +165,17 @@ class _Sliced(torch.autograd.Function):
             (to_logits,) = torch.autograd.grad(value, logits, gradient[:, rows])
             if to_hidden is not None:
                 to_hidden[rows] = (to_logits @ head).to(hidden.dtype)
-            if to_weight is not None and to_weight.dtype == to_logits.dtype:
-                to_weight.addmm_(to_logits.T, taken)
-            elif to_weight is not None:
-                to_weight += to_logits.T @ taken
+            if to_weight is not None:
+                _add_product(to_weight, to_logits, taken)
         return to_hidden, to_weight, None, None, None, None, None, None
+
+
+def _add_product(to_weight: Tensor, to_logits: Tensor, taken: Tensor) -> None:
+    """Adds what a slice says of the head's weight [V, E], from [S, V] and [S, E]."""
+    if to_weight.dtype == to_logits.dtype:
+        to_weight.addmm_(to_logits.T, taken)
+    else:
+        to_weight += to_logits.T @ taken
 
 
 def _teacher_logits(hidden: Tensor | None, head: Tensor | None, rows: slice, kind: torch.dtype | None) -> Tensor | None:
@@ -101,6 +189,13 @@ def _cast(tensor: Any, kind: torch.dtype | None) -> Any:
     return tensor if tensor is None or kind is None else tensor.to(kind)
 
 
+def plain_head(model: nn.Module) -> nn.Linear | None:
+    """The model's head if it is a linear layer without bias."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
+    return head if isinstance(head, nn.Linear) and head.bias is None else None
+
+
 @contextmanager
 def without_head(model: nn.Module) -> Iterator[Tensor]:
     """Makes the model return its last hidden states as logits meanwhile; yields the head's weight [V, E].
@@ -108,9 +203,8 @@ def without_head(model: nn.Module) -> Iterator[Tensor]:
     The model is still called as a whole, so that what wraps it (DDP, FSDP, autocast) sees its forward. Raises
     MambabenchError for a head that is no plain linear layer.
     """
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find else None
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    head = plain_head(model)
+    if head is None:
         raise MambabenchError(
             f"{type(model).__name__}: `slice` needs a head that is a linear layer without bias; say slice = 0"
         )

@@ -54,6 +54,66 @@ class Divergence:
         return self.temperature**2 * nat
 
 
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """What a distillation sums over tokens: `ce` times the cross entropy, and `kl` times a divergence from a teacher;
+    a part of weight 0 is left out."""
+
+    ce: float = 1.0
+    kl: float = 0.0
+    divergence: Divergence = Divergence()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each part, by its name."""
+        return {name: weight for name, weight in (("ce", self.ce), ("kl", self.kl)) if weight}
+
+    def __call__(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+        """The parts of each token, nat [parts, N], not weighed, from logits [N, V] and targets int64 [N]."""
+        parts = []
+        if self.ce:
+            parts.append(token_cross_entropy(student, targets))
+        if self.kl:
+            assert teacher is not None
+            parts.append(self.divergence(student, teacher))
+        return torch.stack(parts)
+
+    def with_gradient(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the gradient of their weighted sum to the student's logits [N, V], in the logits' dtype.
+
+        With the teacher's p and the student's q, both softened by τ where marked, and e the target: the cross entropy
+        has q - e (0 where the target is `IGNORED`), τ² KL(p_τ ‖ q_τ) has τ (q_τ - p_τ). Other divergences are left to
+        autograd.
+        """
+        if self.kl and self.divergence.kind != "forward":
+            with torch.enable_grad():
+                leaf = student.detach().requires_grad_()
+                values = self(leaf, teacher, targets)
+                weights = torch.tensor(list(self.weights.values()), dtype=values.dtype, device=values.device)
+                (gradient,) = torch.autograd.grad(values, leaf, weights[:, None].expand_as(values))
+            return values.detach(), gradient
+        parts = []
+        log_q = F.log_softmax(_exact(student), dim=-1)
+        if self.ce:
+            real = targets != IGNORED
+            places = targets.clamp(min=0).unsqueeze(-1)
+            parts.append(-log_q.gather(-1, places).squeeze(-1) * real)
+        heat, gradient = self.divergence.temperature, None
+        if self.kl:
+            assert teacher is not None
+            softened = log_q if heat == 1 else F.log_softmax(_exact(student) / heat, dim=-1)
+            log_p = F.log_softmax(_exact(teacher) / heat, dim=-1)
+            p = log_p.exp()
+            parts.append(heat**2 * (log_p.sub_(softened).mul_(p)).sum(-1))
+            gradient = p.neg_().add_(softened.exp()).mul_(heat * self.kl)
+        if self.ce:
+            q = log_q.exp_().mul_((self.ce * real).unsqueeze(-1).to(log_q.dtype))
+            q.scatter_add_(-1, places, (-self.ce * real).unsqueeze(-1).to(log_q.dtype))
+            gradient = q if gradient is None else gradient.add_(q)
+        assert gradient is not None
+        return torch.stack(parts), gradient.to(student.dtype)
+
+
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target), nat [N], 0 where the target is `IGNORED`. logits [N, V], targets int64 [N]; fp32 or better."""
     return F.cross_entropy(_exact(logits), targets, ignore_index=IGNORED, reduction="none")

@@ -28,6 +28,8 @@ BETA2 = 0.98
 """Adam's memory of squared gradients: the paper's, and the right one for hundreds of steps rather than millions."""
 Collator = Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
 SECONDS = "seconds.json"
+TOTAL = "total"
+"""Of the losses, beside their parts."""
 """Written last into a checkpoint."""
 
 
@@ -119,7 +121,7 @@ class SummedLossTrainer(Trainer):
             raise MambabenchError(f"{steps} steps cannot be split into {recipe.phases} phases; raise tokens")
         self.weights, self.recipe = weights, recipe
         self.before = before or Spent()
-        self.parts: dict[str, float] = dict.fromkeys(self.weights, 0.0)
+        self.parts: dict[str, float | Tensor] = dict.fromkeys(self.weights, 0.0)
         super().__init__(
             model=model,
             args=_arguments(job, recipe, steps, folder),
@@ -139,7 +141,8 @@ class SummedLossTrainer(Trainer):
 
     @abstractmethod
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The parts of the loss, each a sum over the tokens of `inputs`."""
+        """The parts of the loss, each a sum over the tokens of `inputs`. Where they carry no gradient, `TOTAL` is their
+        weighted sum, which does."""
 
     def compute_loss(
         self,
@@ -156,16 +159,17 @@ class SummedLossTrainer(Trainer):
         with self.accelerator.autocast():
             parts = {name: value * scale for name, value in self.losses(model, inputs).items()}
         for name, value in parts.items():
-            self.parts[name] += float(value.detach())
-        return sum(self.weights[name] * value for name, value in parts.items())
+            self.parts[name] += value.detach()
+        return sum(self.weights[name] * value for name, value in parts.items()) if total is None else total
 
 
 class _Records(TrainerCallback):
     """Turns the Trainer's logs into records. Parts are summed over the steps since the last log."""
 
-    def __init__(self, emit: Emit, parts: dict[str, float], before: Spent) -> None:
+    def __init__(self, emit: Emit, parts: dict[str, float | Tensor], before: Spent) -> None:
         self.emit, self.parts, self.before, self.since = emit, parts, before, 0
 
+        total = parts.pop(TOTAL, None)
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -183,7 +187,7 @@ class _Records(TrainerCallback):
         if "loss" not in logs or state.global_step == self.since:
             return
         steps, self.since = state.global_step - self.since, state.global_step
-        parts = dict(zip(self.parts, averaged(list(self.parts.values()), args.device), strict=True))
+        parts = dict(zip(self.parts, averaged([float(part) for part in self.parts.values()], args.device), strict=True))
         self.emit(
             "loss",
             step=self.before.steps + state.global_step,

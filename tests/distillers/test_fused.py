@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mambabench.distillers.fused import token_losses, without_head
-from mambabench.distillers.losses import Divergence, token_cross_entropy
+from mambabench.distillers.fused import summed_losses, token_losses, without_head
+from mambabench.distillers.losses import IGNORED, Distillation, Divergence, token_cross_entropy
 from mambabench.harness.interfaces import MambabenchError
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -113,3 +113,74 @@ def test_a_model_without_its_head_gives_hidden_states_and_gets_it_back(hybrid):
 def test_a_model_whose_head_is_unknown_is_refused():
     with pytest.raises(MambabenchError, match="slice = 0"), without_head(torch.nn.Linear(2, 2)):
         pass
+
+
+LOSSES = [
+    Distillation(ce=1.0, kl=0.1),
+    Distillation(ce=0.5),
+    Distillation(ce=0.0, kl=2.0),
+    Distillation(ce=1.0, kl=0.3, divergence=Divergence(temperature=2.0)),
+    Distillation(ce=1.0, kl=0.3, divergence=Divergence(kind="reverse")),
+    Distillation(ce=0.7, kl=0.3, divergence=Divergence(kind="js", beta=0.2, temperature=1.5)),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("size", [1, 4, 11])
+def test_sums_with_the_gradient_made_ahead_equal_the_plain_form(loss, size):
+    targets, hidden, head, told, their_head = inputs(11, 3, 7)
+    targets[4] = IGNORED
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    plain = loss(leaves[0] @ leaves[1].T, told @ their_head.T, targets).sum(1)
+    want = sum(weight * part for weight, part in zip(loss.weights.values(), plain, strict=True))
+    total, sums = summed_losses(loss, targets, *leaves, told, their_head, size)
+    torch.testing.assert_close(total, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sums, plain, rtol=1e-12, atol=0)
+    assert not sums.requires_grad
+    for ours, theirs in zip(
+        torch.autograd.grad(total * 0.37, leaves), torch.autograd.grad(want * 0.37, leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_made_ahead_is_that_of_finite_differences():
+    targets, hidden, head, told, their_head = inputs(4, 2, 5)
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    loss = Distillation(ce=1.0, kl=0.4, divergence=Divergence(temperature=2.0))
+    assert torch.autograd.gradcheck(lambda h, w: summed_losses(loss, targets, h, w, told, their_head, 3)[0], leaves)
+
+
+def test_the_gradient_made_ahead_is_only_of_what_is_trained():
+    targets, hidden, head, told, their_head = inputs(4, 2, 5)
+    loss = Distillation(ce=1.0, kl=0.4)
+    total, _ = summed_losses(loss, targets, hidden.requires_grad_(), head, told, their_head, 2)
+    total.backward()
+    assert head.grad is None
+    assert hidden.grad is not None
+    with torch.no_grad():
+        again, _ = summed_losses(loss, targets, hidden, head, told, their_head, 2)
+    torch.testing.assert_close(again, total.detach(), rtol=1e-12, atol=0)
+
+
+def test_sums_hold_no_tensor_larger_than_a_slice_of_logits():
+    words, width, count, size = 32768, 4, 96, 8
+    targets, hidden, head, told, their_head = inputs(count, width, words, torch.float32)
+    with Largest() as largest:
+        loss = Distillation(ce=1.0, kl=0.4)
+        summed_losses(loss, targets, hidden.requires_grad_(), head.requires_grad_(), told, their_head, size)[
+            0
+        ].backward()
+    assert largest.numbers == size * words
+
+
+def test_sums_under_autocast_are_near_those_in_float32():
+    targets, hidden, head, told, their_head = inputs(64, 16, 32, torch.float32)
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    results = []
+    for cast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            total, sums = summed_losses(Distillation(ce=1.0, kl=0.5), targets, *leaves, told, their_head, 24)
+        assert total.dtype == sums.dtype == torch.float32
+        results.append((total, *torch.autograd.grad(total, leaves)))
+    for exact, rounded in zip(*results, strict=True):
+        assert (rounded - exact).norm() < 2e-2 * exact.norm()
