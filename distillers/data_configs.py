@@ -74,6 +74,37 @@ class MixConfig:
             raise ValueError("data is empty; it names the entries to put together")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePairsConfig:
+    data: DataRef
+    """Texts whose own continuations are chosen."""
+    pairs: int
+    """How many."""
+    first: int = 0
+    """Number of the first one; another range of the same data is a held-out part."""
+    each: int = 16
+    """Passages taken of a text at most, evenly spread."""
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    """Tokens of both answers."""
+    temperature: float = 1.0
+    """At which the teacher writes the rejected answer."""
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    """1: off."""
+    batch: int = 32
+    """Pairs written side by side; changes the speed and nothing else."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "each", "prompt_tokens", "new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.first < 0 or self.temperature < 0:
+            raise ValueError("first and temperature must not be below 0")
+
+
 def cached_snapshot(name: str, revision: str) -> Path | None:
     """The folder of a hub data set that is in the local cache whole, or None. Asks no network."""
     from huggingface_hub import constants

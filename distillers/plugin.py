@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef, ModelRef
-from .data_configs import DatasetConfig, MixConfig
+from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig
 from .random_configs import RandomTeacherConfig, RandomTokensConfig
 
 
@@ -357,4 +357,12 @@ def mambabench_components() -> Iterable[Component]:
         config=PseudoLabelsConfig,
         traits=frozenset({"teacher"}),
         summary="text that the teacher writes itself",
+    )
+    yield Component(
+        kind="source",
+        name="preference-pairs",
+        target=f"{room}.preference_pairs:PreferencePairs",
+        config=PreferencePairsConfig,
+        traits=frozenset({"teacher"}),
+        summary="passages of a text with its own continuation, preferred to one that the teacher writes",
     )

@@ -10,6 +10,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,11 @@ class PseudoLabels:
 def beginning(document: Document, tokenizer: Tokenizer, longest: int) -> list[int]:
     """The first ids of a text, or the whole prompt of a question; none where that is too long, since a question that is
     cut, or lacks the words by which a chat template hands over, would not be answered."""
-    ids, context = encode_document(document, tokenizer)
     if not document.asks:
-        return ids[:longest]
+        # Documents can be books, and no token is this long on average.
+        shown = replace(document, text=document.text[: 64 * (longest + 4)])
+        return encode_document(shown, tokenizer)[0][:longest]
+    ids, context = encode_document(document, tokenizer)
     return ids[:context] if context <= longest else []
 
 
