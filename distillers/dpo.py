@@ -158,4 +158,4 @@ class Dpo:
         training.report(trainer, job, training.run(trainer, job))
         job.emit("fact", name="pairs", value=len(pairs), unit="pairs")
         job.emit("fact", name="pairs_dropped", value=pairs.dropped, unit="pairs")
-        job.backend.save(student, job.out, like=job.parent.path)
+        training.save(job, student)

@@ -264,7 +264,7 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.train_teacher:TrainTeacher",
         config=TrainTeacherConfig,
         requires=("accelerate>=1.1",),
-        traits=frozenset({"from-scratch"}),
+        traits=frozenset({"from-scratch", "ranks"}),
         summary="trains a small Llama from scratch, to be the teacher",
     )
     yield Component(
@@ -281,6 +281,7 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.progressive:Progressive",
         config=ProgressiveConfig,
         requires=("accelerate>=1.1",),
+        traits=frozenset({"ranks"}),
         summary="trains the new Mamba mixers on cross entropy and KL to the teacher, all else frozen",
     )
     yield Component(
@@ -289,6 +290,7 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.sft:Sft",
         config=SftConfig,
         requires=("accelerate>=1.1",),
+        traits=frozenset({"ranks"}),
         summary="trains all weights on cross entropy, KL to the teacher, or both",
     )
     yield Component(
@@ -297,6 +299,7 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.dpo:Dpo",
         config=DpoConfig,
         requires=("accelerate>=1.1",),
+        traits=frozenset({"ranks"}),
         summary="trains all weights on preferences, against the student before or the teacher",
     )
     yield Component(

@@ -53,7 +53,7 @@ class Progressive:
         if len(joining) > 1:
             trainer.add_callback(_Joining(student, teacher, joining))
         training.report(trainer, job, training.run(trainer, job))
-        job.backend.save(student, job.out, like=job.parent.path)
+        training.save(job, student)
 
 
 def join(schedule: str, layers: Sequence[int], sets: Sequence[Sequence[int]]) -> list[frozenset[int]]:
@@ -144,6 +144,8 @@ def align(
         return training.Spent(**kept["spent"])
     recipe = replace(recipe_of(config), tokens=config.align_tokens)
     spent = training.run(AlignmentTrainer(job, student, teacher, windows, recipe), job)
+    if training.rank():
+        return spent
     learnt = {name: value.detach().cpu() for name, value in student.named_parameters() if value.requires_grad}
     unfinished = finished.with_suffix(".partial")
     torch.save({"mixers": learnt, "spent": asdict(spent)}, unfinished)

@@ -31,4 +31,4 @@ class Sft:
         teacher = load_teacher(job, config, "sft")
         trainer = DistillationTrainer(job, student, teacher, windows, recipe_of(config), config)
         training.report(trainer, job, training.run(trainer, job))
-        job.backend.save(student, job.out, like=job.parent.path)
+        training.save(job, student)

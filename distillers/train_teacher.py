@@ -66,6 +66,8 @@ class TrainTeacher:
         )
         trainer = CrossEntropyTrainer(job, model, windows, recipe, {"ce": 1.0}, recipe.steps(windows))
         training.report(trainer, job, training.run(trainer, job))
+        if training.rank():
+            return
         folder = job.scratch / "teacher"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..harness.interfaces import Emit, Job, MambabenchError
+from .passes import Passes
 from .windows import Windows, collate
 
 CHECKPOINT_EVERY = 30.0
@@ -64,6 +65,11 @@ class Spent:
 def ranks() -> int:
     """Processes that train together, as torchrun and accelerate say it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Which of them this one is; the first one alone writes what stays."""
+    return int(os.environ.get("RANK", 0))
 
 
 def averaged(values: Sequence[float], device: torch.device) -> list[float]:
@@ -131,6 +137,11 @@ class SummedLossTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Passes:
+        """All steps as one pass of the Trainer's, so that every one of them has a whole batch."""
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return Passes(len(data), self.args.max_steps * self.recipe.batch, self.args.seed)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' cosine schedule, anew in each phase."""
@@ -219,6 +230,9 @@ class _Checkpoints(TrainerCallback):
             self.last = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if ranks() > 1:
+            # Each rank adds its own random numbers to a checkpoint.
+            torch.distributed.barrier()
         if not state.is_world_process_zero:
             return
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -299,6 +313,14 @@ def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
     facts += [(f"weight_per_{trainer.unit}_{name}", weight, "") for name, weight in trainer.weights.items() if weight]
     for name, value, unit in facts:
         job.emit("fact", name=name, value=value, unit=unit)
+
+
+def save(job: Job, module: nn.Module) -> None:
+    """Writes the trained module as the stage's result, like its parent."""
+    assert job.backend is not None
+    assert job.parent is not None
+    if rank() == 0:
+        job.backend.save(module, job.out, like=job.parent.path)
 
 
 def _peak_bytes(device: str) -> int:
