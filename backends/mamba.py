@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.conv import conv
+from ..kernels.conv import conv, conv_few
 from ..kernels.documents import Documents
 from ..kernels.scan.reference import compute_dtype
 from .config import HybridConfig
@@ -167,8 +167,10 @@ class Mamba(nn.Module, ABC):
         return b, c
 
     def _gate(self, y: Tensor, z: Tensor) -> Tensor:
-        """y SiLU(z), in y's dtype and shape [B, L, …]; z [..., H P]."""
-        gate = z.to(y.dtype) if self.gate_bias is None else z.to(y.dtype) + self.gate_bias.to(y.dtype)
+        """y SiLU(z), in y's dtype (fp32 or better with a bias of the gate) and shape [B, L, …]; z [..., H P]."""
+        gate = z.to(y.dtype)
+        if self.gate_bias is not None:
+            gate = gate + self.gate_bias.to(compute_dtype(y))
         return y * F.silu(gate).view(y.shape)
 
     def _conv(
@@ -178,7 +180,13 @@ class Mamba(nn.Module, ABC):
         lengths: Tensor | None = None,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return conv(u, self.conv1d.weight.squeeze(1), self.conv_bias, window, lengths, documents)
+        """The convolution and SiLU, if there is one, and the window that continues it."""
+        return conv(u, self.conv1d.weight.squeeze(1), self.conv_bias, window, lengths, documents, self.active)
+
+    def _conv_few(self, joined: Tensor) -> Tensor:
+        """The same for a few tokens behind their window."""
+        convolved = conv_few(joined, *self._taps)
+        return F.silu(convolved) if self.active else convolved
 
     def fuse(self) -> None:
         """Gets ready for inference: the decay is computed once, the convolution's small weights are cast once."""

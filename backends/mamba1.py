@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.conv import conv_few, window_at
+from ..kernels.conv import window_at
 from ..kernels.documents import Documents
 from ..kernels.multistep import selective_multistep
 from ..kernels.selective_scan import selective_scan, step_sizes
@@ -76,11 +76,8 @@ class Mamba1(Mamba):
         """What is added to the raw dt."""
         return 2 * self.dt_bias if self.twice else self.dt_bias
 
-    def _activated(self, convolved: Tensor) -> Tensor:
-        return F.silu(convolved) if self.active else convolved
-
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gate and the output projection. y [B, L, D] in the state's dtype, z [..., D]."""
+        """The gate and the output projection. y [B, L, D], z [..., D]."""
         return self.out_proj(self._gate(y, z).view(z.shape).to(z.dtype))
 
     def forward(
@@ -98,7 +95,7 @@ class Mamba1(Mamba):
         x, b, raw = self._parts(kept)
         if keep is not None:
             x = x * keep
-        x = self._activated(self._conv(self._repeat(x), documents=documents)[0])
+        x = self._conv(self._repeat(x), documents=documents)[0]
         b, c = self._grouped(b, (cos, sin)), self._grouped(c, (cos, sin))
         real = None if keep is None else keep.squeeze(-1)
         decay = self._decay(self.A_log.dtype)
@@ -123,7 +120,7 @@ class Mamba1(Mamba):
             x, self.conv1d.kernel_size[0], window, lengths
         )
         before = None if window is None else self._repeat(window)
-        x = self._activated(self._conv(self._repeat(x), before)[0])
+        x = self._conv(self._repeat(x), before)[0]
         real = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
         real[:, :replayed] &= fill.replayed.squeeze(-1) > 0
         b, c = self._grouped(b, fill.turn), self._grouped(c, fill.turn)
@@ -137,7 +134,7 @@ class Mamba1(Mamba):
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         x, b, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
-        x = self._activated(conv_few(self._repeat(x), *self._taps))
+        x = self._conv_few(self._repeat(x))
         dt = step_sizes(raw[:, -x.shape[1] :], self.step_bias, None)
         if call.live is not None:
             dt = dt * call.live

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.conv import conv_few
 from ..kernels.documents import Documents
+from ..kernels.gated_norm import gated_norm
 from ..kernels.multistep import multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
@@ -67,20 +67,21 @@ class Mamba2(Mamba):
         return F.softplus(raw.to(kind) + self.dt_bias.to(kind))
 
     def _heads(self, convolved: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolution outputs -> x [B, L, G, P], B [B, L, G, N], C [B, L, H, N], after SiLU and rotation, if any."""
-        heads = (F.silu(convolved) if self.active else convolved).view(*convolved.shape[:2], -1, self.width)
+        """Convolution outputs -> x [B, L, G, P], B [B, L, G, N], C [B, L, H, N], after rotation, if any."""
+        heads = convolved.view(*convolved.shape[:2], -1, self.width)
         x, b, c = heads.split((self.groups, self.groups, self.heads), dim=2)
         if self.turned and turn is not None:
             b, c = rotate(b, *turn), rotate(c, *turn)
         return x, b, c
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gated norm per head and the output projection. y [B, L, H, P] in the state's dtype, z [..., H P]."""
-        gated = self._gate(y, z)
+        """The gated norm per head and the output projection. y [B, L, H, P], z [..., H P]."""
+        y = y.reshape(z.shape)
         if self.norm is None:
-            return self.out_proj(gated.reshape(z.shape).to(z.dtype))
-        normed = F.rms_norm(gated, (self.width,), None, self.eps).reshape(z.shape) * self.norm.weight.to(y.dtype)
-        return self.out_proj(normed.to(z.dtype))
+            out = self._gate(y, z)
+        else:
+            out = gated_norm(y, z, self.norm.weight, self.gate_bias, self.width, self.eps)
+        return self.out_proj(out.to(z.dtype))
 
     def forward(
         self,
@@ -129,7 +130,7 @@ class Mamba2(Mamba):
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         u, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
-        x, b, c = self._heads(conv_few(u, *self._taps), call.turn)
+        x, b, c = self._heads(self._conv_few(u), call.turn)
         dt = self._dt(raw[:, -x.shape[1] :])
         if call.live is not None:
             dt = dt * call.live

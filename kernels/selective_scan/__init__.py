@@ -1,5 +1,31 @@
 """The selective scan of Mamba-1 over whole sequences: training, scoring and prompts."""
 
-from .reference import selective_scan, selective_scan_loop, step_sizes
+from torch import Tensor
+
+from ..documents import Documents
+from ..support import chosen
+from . import fused, reference
+from .reference import selective_scan_loop, step_sizes
 
 __all__ = ["selective_scan", "selective_scan_loop", "step_sizes"]
+
+
+def selective_scan(
+    x: Tensor,
+    raw: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    keep: Tensor | None = None,
+    documents: Documents | None = None,
+    chunk: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """The scan of `reference`, by mamba-ssm's kernel where it serves; y is then in x's dtype, and the last state has no
+    gradient."""
+    given = x, raw, A, B, C, D, bias, state, keep, documents
+    if chosen("selective_scan", fused.supports(*given)):
+        return fused.selective_scan(*given)
+    return reference.selective_scan(*given, chunk)

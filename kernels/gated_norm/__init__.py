@@ -1,0 +1,14 @@
+"""The gated norm over heads behind the scan of Mamba-2."""
+
+from torch import Tensor
+
+from ..support import chosen
+from . import fused, reference
+
+__all__ = ["gated_norm"]
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Tensor:
+    """The norm of `reference`, by mamba-ssm's kernel where it serves; the result is then in y's dtype."""
+    given = y, z, weight, bias, width, eps
+    return fused.gated_norm(*given) if chosen("gated_norm", fused.supports(*given)) else reference.gated_norm(*given)

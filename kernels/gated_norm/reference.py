@@ -1,0 +1,22 @@
+"""The gated norm behind the scan of Mamba-2, over each head alone, in plain PyTorch.
+
+    out = weight * g / sqrt(mean(g^2) + eps)    g = y SiLU(z + bias), the mean over a head
+
+It is the norm of mamba-ssm with `norm_before_gate=False` and one group per head.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..scan.reference import compute_dtype
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Tensor:
+    """y and z [..., H P], weight [H P], bias [H P] of the gate, width P. Computed, and returned, in fp32 (fp64 for
+    fp64 y)."""
+    kind = compute_dtype(y)
+    gate = z.to(kind) if bias is None else z.to(kind) + bias.to(kind)
+    gated = (y.to(kind) * F.silu(gate)).unflatten(-1, (-1, width))
+    return F.rms_norm(gated, (width,), None, eps).flatten(-2) * weight.to(kind)

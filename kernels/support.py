@@ -1,0 +1,109 @@
+"""Whether a fused kernel of another package runs an operation, or our PyTorch form does, and why.
+
+Every room has `supports(...)`, which says so of the inputs given; whoever calls the operation need not know. A reason
+is logged once, and `reasons` tells those met so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG = logging.getLogger("mambabench.kernels")
+VARIABLE = "MAMBABENCH_KERNELS"
+"""`reference` in this environment variable keeps every operation to our PyTorch form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """True where a kernel can serve, else the reason why not."""
+
+    reason: str = ""
+
+    @classmethod
+    def yes(cls) -> Support:
+        return cls()
+
+    @classmethod
+    def no(cls, reason: str) -> Support:
+        return cls(reason)
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+class _Held:
+    """How many blocks of `reference_only` are open. Of the process, not of the thread: layers that are computed again
+    in backward run in a thread of autograd's."""
+
+    count = 0
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Keeps every operation to our PyTorch form, whatever is installed."""
+    _Held.count += 1
+    try:
+        yield
+    finally:
+        _Held.count -= 1
+
+
+_met: dict[str, dict[str, None]] = {}
+
+
+def reasons() -> dict[str, tuple[str, ...]]:
+    """Of every operation that our PyTorch form ran so far: why."""
+    return {operation: tuple(found) for operation, found in _met.items()}
+
+
+def chosen(operation: str, support: Support) -> bool:
+    """Whether the kernel runs. Logs a reason that is new."""
+    if not support and support.reason not in _met.setdefault(operation, {}):
+        _met[operation][support.reason] = None
+        LOG.info("%s runs in PyTorch: %s", operation, support.reason)
+    return bool(support)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def served(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> Support:
+    """What all kernels ask of their main input."""
+    if not on_cuda(tensor):
+        return Support.no(f"the tensors are on {tensor.device.type}")
+    if _Held.count or os.environ.get(VARIABLE) == "reference":
+        return Support.no("the reference was asked for")
+    if tensor.dtype not in dtypes:
+        return Support.no(f"the kernel does not serve {str(tensor.dtype).removeprefix('torch.')}")
+    return Support.yes() if tensor.numel() else Support.no("there are no tokens")
+
+
+@functools.cache
+def installed(module: str) -> Support:
+    """Whether `module` imports. Asked only once everything else is right: the packages take seconds to import."""
+    package = module.partition(".")[0]
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            return Support.no(f"{package.replace('_', '-')} is not installed")
+        return Support.no(f"{package.replace('_', '-')} does not import: {error}")
+    except (ImportError, OSError, RuntimeError) as error:
+        return Support.no(f"{package.replace('_', '-')} does not import: {error}")
+    return Support.yes()
+
+
+def kernel(module: str, name: str) -> Callable[..., Any]:
+    """`name` of a module that is `installed`."""
+    return getattr(importlib.import_module(module), name)

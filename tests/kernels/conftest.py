@@ -1,0 +1,150 @@
+"""Stand-ins for mamba-ssm and causal-conv1d that hold what the real ones check, and compute by their formulas."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mambabench.kernels import support
+from mambabench.kernels.scan import fused as scan_fused
+
+CALLS: list[str] = []
+
+
+def mamba_chunk_scan_combined(
+    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
+    dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False, return_varlen_states=False,
+):  # fmt: skip
+    CALLS.append("scan")
+    batch, length, heads, width = x.shape
+    assert B.shape == C.shape
+    assert heads % B.shape[2] == 0
+    assert dt.shape == (batch, length, heads)
+    assert dt.dtype == A.dtype == torch.float32
+    assert D is None or D.dtype == torch.float32
+    assert x.dtype == B.dtype == C.dtype
+    assert x.stride(-1) == B.stride(-1) == C.stride(-1) == 1
+    assert not dt_softplus
+    state = x.new_zeros(batch, heads, width, B.shape[3], dtype=torch.float32)
+    if initial_states is not None:
+        assert initial_states.shape == state.shape
+        state = initial_states
+    if seq_idx is None:
+        seq_idx = torch.zeros(batch, length, dtype=torch.int32)
+    assert seq_idx.dtype == torch.int32
+    assert seq_idx.is_contiguous()
+    before, outputs = torch.zeros(batch, dtype=torch.int32), []
+    for t in range(length):
+        same = (seq_idx[:, t] == before).view(-1, 1, 1, 1)
+        before = seq_idx[:, t]
+        state = (state * same) * torch.exp(dt[:, t] * A)[..., None, None]
+        state = state + (dt[:, t, :, None] * x[:, t].float())[..., None] * B[:, t, :, None].float()
+        y = (state * C[:, t, :, None].float()).sum(-1)
+        outputs.append(y if D is None else y + D[:, None] * x[:, t].float())
+    y = torch.stack(outputs, 1).to(x.dtype)
+    return (y, state) if return_final_states else y
+
+
+def selective_scan_fn(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
+    CALLS.append("selective_scan")
+    batch, channels, length = u.shape
+    assert delta.shape == u.shape
+    assert u.dtype == delta.dtype == B.dtype == C.dtype
+    assert A.dtype == D.dtype == delta_bias.dtype == torch.float32
+    assert B.shape == C.shape == (batch, B.shape[1], A.shape[1], length)
+    assert all(t.stride(-1) == 1 or length == 1 for t in (u, delta, B, C, D, delta_bias))
+    assert z is None
+    assert delta_softplus
+    raw = delta.float() + delta_bias[:, None]
+    # As the kernel has it, so that infinite and huge steps meet what they meet there.
+    dt = torch.where(raw <= 20, torch.log1p(torch.exp(raw.clamp(max=20))), raw)
+    B, C = (t.float().repeat_interleave(channels // t.shape[1], dim=1) for t in (B, C))
+    state, outputs = u.new_zeros(batch, channels, A.shape[1], dtype=torch.float32), []
+    for t in range(length):
+        inputs = (dt[..., t] * u[..., t].float()).unsqueeze(-1) * B[..., t]
+        state = torch.exp2(dt[..., t, None] * (A * 1.4426950408889634)) * state + inputs
+        outputs.append((state * C[..., t]).sum(-1) + D * u[..., t].float())
+    y = torch.stack(outputs, -1).to(u.dtype)
+    return (y, state) if return_last_state else y
+
+
+def causal_conv1d_fn(
+    x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
+    activation=None,
+):  # fmt: skip
+    CALLS.append("conv")
+    batch, channels, length = x.shape
+    taps = weight.shape[1]
+    assert x.stride(1) == 1
+    assert x.stride(2) > 1
+    assert channels % 8 == x.stride(2) % 8 == x.stride(0) % 8 == x.data_ptr() % 16 == 0
+    assert 2 <= taps <= 4
+    assert bias.dtype == weight.dtype
+    before = x.new_zeros(batch, channels, taps - 1)
+    if initial_states is not None:
+        assert initial_states.shape == before.shape
+        assert initial_states.dtype == x.dtype
+        assert initial_states.stride(1) == 1
+        assert seq_idx is None
+        before = initial_states
+    joined, y = torch.cat((before, x), dim=2).float(), bias.float().view(1, -1, 1)
+    for tap in range(taps):
+        part = joined[..., tap : tap + length] * weight[:, tap, None].float()
+        if seq_idx is not None:
+            assert seq_idx.dtype == torch.int32
+            assert seq_idx.is_contiguous()
+            padded = F.pad(seq_idx, (taps - 1, 0), value=-1)
+            part = part * (padded[:, tap : tap + length] == seq_idx).unsqueeze(1)
+        y = y + part
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+    CALLS.append("gated_norm")
+    assert z.shape == x.shape
+    assert z.stride(-1) == 1
+    assert not norm_before_gate
+    gated = (x.float() * F.silu(z.float())).unflatten(-1, (-1, group_size))
+    scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return ((gated * scale).flatten(-2) * weight.float()).to(x.dtype)
+
+
+STANDINS = {
+    "mamba_ssm": (),
+    "mamba_ssm.ops": (),
+    "mamba_ssm.ops.triton": (),
+    "mamba_ssm.ops.triton.ssd_combined": (mamba_chunk_scan_combined,),
+    "mamba_ssm.ops.triton.layernorm_gated": (rmsnorm_fn,),
+    "mamba_ssm.ops.selective_scan_interface": (selective_scan_fn,),
+    "causal_conv1d": (causal_conv1d_fn,),
+}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No reason was met and no package looked for yet, and none is afterwards."""
+    monkeypatch.setattr(support, "_met", {})
+    support.installed.cache_clear()
+    yield
+    support.installed.cache_clear()
+
+
+@pytest.fixture
+def standins(monkeypatch: pytest.MonkeyPatch, asked: None) -> list[str]:
+    """Tensors count as being on CUDA, tf32 is allowed, and the packages are the stand-ins. Returns the calls of those,
+    in order."""
+    monkeypatch.setattr(support, "on_cuda", lambda tensor: True)
+    monkeypatch.setattr(scan_fused, "may_round", lambda: True)
+    for name, functions in STANDINS.items():
+        module = types.ModuleType(name)
+        for function in functions:
+            setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, name, module)
+    CALLS.clear()
+    return CALLS

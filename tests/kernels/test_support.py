@@ -1,0 +1,160 @@
+"""The dispatch takes a kernel where it serves, says why where not, and can be held to the reference."""
+
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from mambabench.kernels import conv as conv_room
+from mambabench.kernels import gated_norm as norm_room
+from mambabench.kernels import scan as scan_room
+from mambabench.kernels import selective_scan as selective_room
+from mambabench.kernels import support
+from mambabench.kernels.documents import Documents
+
+
+def scan_inputs(dtype: torch.dtype = torch.bfloat16) -> tuple:
+    x, b, c = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 4), torch.randn(2, 5, 4, 4)
+    return x.to(dtype), torch.rand(2, 5, 4), -torch.rand(4), b.to(dtype), c.to(dtype), torch.randn(4)
+
+
+def selective_inputs(dtype: torch.dtype = torch.bfloat16) -> tuple:
+    x, raw, b, c = (torch.randn(2, 5, *shape).to(dtype) for shape in ((8,), (8,), (2, 4), (2, 4)))
+    return x, raw, -torch.rand(8, 4), b, c, torch.randn(8), torch.randn(8)
+
+
+def conv_inputs(dtype: torch.dtype = torch.bfloat16, channels: int = 16, taps: int = 4) -> tuple:
+    return torch.randn(2, 5, channels).to(dtype), torch.randn(channels, taps), torch.randn(channels)
+
+
+def norm_inputs(dtype: torch.dtype = torch.bfloat16) -> tuple:
+    return torch.randn(2, 5, 16).to(dtype), torch.randn(2, 5, 16).to(dtype), torch.randn(16), None, 8, 1e-5
+
+
+ROOMS = [
+    ("scan", scan_room, scan_inputs),
+    ("selective_scan", selective_room, selective_inputs),
+    ("conv", conv_room, conv_inputs),
+    ("gated_norm", norm_room, norm_inputs),
+]
+rooms = pytest.mark.parametrize(("name", "room", "inputs"), ROOMS, ids=[room[0] for room in ROOMS])
+
+
+@rooms
+def test_a_kernel_runs_where_it_serves(name, room, inputs, standins) -> None:
+    getattr(room, name)(*inputs())
+    assert standins == [name]
+    assert support.reasons() == {}
+
+
+@rooms
+def test_tensors_on_cpu_never_reach_it(name, room, inputs, standins, monkeypatch) -> None:
+    monkeypatch.setattr(support, "on_cuda", lambda tensor: tensor.is_cuda)
+    getattr(room, name)(*inputs())
+    assert standins == []
+    assert support.reasons() == {name: ("the tensors are on cpu",)}
+
+
+@rooms
+def test_the_reference_can_be_asked_for(name, room, inputs, standins, monkeypatch) -> None:
+    def run() -> None:
+        getattr(room, name)(*inputs())
+
+    with support.reference_only():
+        run()
+        with support.reference_only():
+            pass
+        elsewhere = threading.Thread(target=run)
+        elsewhere.start()
+        elsewhere.join()
+    monkeypatch.setenv(support.VARIABLE, "reference")
+    run()
+    assert standins == []
+    assert support.reasons() == {name: ("the reference was asked for",)}
+    monkeypatch.delenv(support.VARIABLE)
+    run()
+    assert standins == [name]
+
+
+@rooms
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_are_refused_by_name(name, room, inputs, dtype, standins) -> None:
+    getattr(room, name)(*inputs(dtype))
+    assert support.reasons() == {name: (f"the kernel does not serve {str(dtype)[6:]}",)}
+
+
+@rooms
+def test_a_package_that_is_missing_or_broken_is_a_reason(name, room, inputs, standins, monkeypatch) -> None:
+    package = "causal_conv1d" if name == "conv" else "mamba_ssm"
+    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    getattr(room, name)(*inputs())
+    assert standins == []
+    assert support.reasons() == {name: (f"{package.replace('_', '-')} is not installed",)}
+
+
+def test_a_package_that_does_not_import_is_a_reason(tmp_path, monkeypatch, asked) -> None:
+    (tmp_path / "half_built.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    (tmp_path / "half_there.py").write_text("import surely_not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert support.installed("half_built").reason == "half-built does not import: undefined symbol: _ZN3c10"
+    assert "half-there does not import: No module named 'surely_not" in support.installed("half_there").reason
+
+
+def test_a_reason_is_logged_once(standins, caplog) -> None:
+    caplog.set_level(logging.INFO, "mambabench.kernels")
+    for taps in (5, 5, 1):
+        conv_room.conv(*conv_inputs(taps=taps))
+    assert [record.getMessage() for record in caplog.records] == [
+        "conv runs in PyTorch: the kernel has 2 to 4 taps, not 5",
+        "conv runs in PyTorch: the kernel has 2 to 4 taps, not 1",
+    ]
+    assert all(record.levelno == logging.INFO for record in caplog.records)
+
+
+def test_fp32_stays_exact_unless_torch_may_round_it(standins, monkeypatch) -> None:
+    monkeypatch.setattr(scan_room.fused, "may_round", lambda: False)
+    refused = scan_room.fused.supports(*scan_inputs(torch.float32))
+    assert refused.reason == "the kernel rounds fp32 inputs to tf32, which torch is not set to allow"
+    assert scan_room.fused.supports(*scan_inputs())
+    assert selective_room.fused.supports(*selective_inputs(torch.float32))
+    assert conv_room.fused.supports(*conv_inputs(torch.float32))
+
+
+def test_what_a_kernel_does_not_know_is_refused(standins) -> None:
+    x, *rest = selective_inputs()
+    assert "empty state" in selective_room.fused.supports(x, *rest, state=torch.zeros(2, 8, 4)).reason
+    assert "up to 256 states" in selective_room.fused.supports(x, x, torch.zeros(8, 257), *rest[2:]).reason
+    u, weight, bias = conv_inputs()
+    documents = Documents(torch.zeros(2, 5, dtype=torch.int32))
+    assert "in front of packed" in conv_room.fused.supports(u, weight, bias, u[:, :3], None, documents).reason
+    assert "does not divide 12" in conv_room.fused.supports(*conv_inputs(channels=12)).reason
+    assert "in one dtype" in conv_room.fused.supports(u, weight, bias.bfloat16()).reason
+    y, z, scale, _, width, eps = norm_inputs()
+    assert "no bias" in norm_room.fused.supports(y, z, scale, scale, width, eps).reason
+    empty = tuple(t[:, :0] if t.ndim == 4 or t.shape == (2, 5, 4) else t for t in scan_inputs())
+    assert scan_room.fused.supports(*empty).reason == "there are no tokens"
+
+
+def test_a_batch_beyond_int32_is_refused(standins) -> None:
+    x, dt, A, B, C, D = (t.to("meta") for t in scan_inputs())
+    large = C[:1, :1].expand(2**12, 2**12, -1, -1)
+    assert "int32" in scan_room.fused.supports(x, dt, A, B, large, D).reason
+
+
+def test_nothing_is_imported_on_cpu() -> None:
+    code = """if True:
+        import sys, torch
+        from mambabench.kernels.conv import conv
+        from mambabench.kernels.gated_norm import gated_norm
+        from mambabench.kernels.scan import scan
+        from mambabench.kernels.selective_scan import selective_scan
+        conv(torch.randn(1, 3, 8), torch.randn(8, 4), torch.randn(8), silu=True)
+        x = torch.randn(1, 3, 2, 4)
+        scan(x, torch.rand(1, 3, 2), -torch.rand(2), x, x)
+        gated_norm(x.flatten(2), x.flatten(2), torch.ones(8), None, 4, 1e-5)
+        selective_scan(x[..., 0], x[..., 1], -torch.rand(2, 4), x, x)
+        assert not {"mamba_ssm", "causal_conv1d"} & set(sys.modules)"""
+    subprocess.run([sys.executable, "-c", code], check=True)
