@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class Plan:
 
 
 def read_plan(file: Path, registry: Registry, overrides: Sequence[str] = ()) -> Plan:
-    """Reads and checks a plan. `overrides` are `key.path=value`, the value in TOML or a bare text.
+    """Reads and checks a plan. `overrides` are `key.path=value`, the value in TOML or a bare text; `stages.*.tokens`
+    means every stage that has `tokens`.
 
     Raises MambabenchError in one line that names the file and the key.
     """
@@ -120,11 +122,26 @@ def _override(table: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    for index, part in enumerate(parts[:-1]):
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise MambabenchError(f"--set {override}: {'.'.join(parts[: index + 1])} is no table of the plan")
-    table[parts[-1]] = parsed
+    if not _put(table, parts, parsed, override):
+        raise MambabenchError(f"--set {override}: the plan has nothing of that name")
+
+
+def _put(table: dict[str, Any], parts: Sequence[str], value: Any, override: str, above: str = "") -> bool:
+    """Sets a key, whose tables are made where there are none. A part with `*` stands for each table that fits, of which
+    only those are changed that have the key. Returns whether there was one."""
+    name, *rest = parts
+    if not rest:
+        if above.count("*") and name not in table:
+            return False
+        table[name] = value
+        return True
+    if "*" in name:
+        inner = [each for key, each in table.items() if fnmatchcase(key, name) and isinstance(each, dict)]
+        return any([_put(each, rest, value, override, f"{above}{name}.") for each in inner])
+    inside = table.get(name, {}) if above.count("*") else table.setdefault(name, {})
+    if not isinstance(inside, dict):
+        raise MambabenchError(f"--set {override}: {above}{name} is no table of the plan")
+    return _put(inside, rest, value, override, f"{above}{name}.")
 
 
 class _Reader:

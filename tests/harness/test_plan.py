@@ -129,6 +129,16 @@ def test_a_malformed_override_is_refused(planner, plan_text, override):
         planner.read(plan_text, override)
 
 
+def test_a_star_stands_for_each_table_that_has_the_key(planner, plan_text):
+    before, plan = planner.read(), planner.read(plan_text, "stages.*.lr=0.5", "models.ha*.keep=0.25")
+    assert plan.stages["tune"].config.lr == 0.5
+    # `align` stands there without it, and is left alone.
+    assert plan.stages["align"] == before.stages["align"]
+    assert plan.models["half"].selector.config.share == 0.25
+    with pytest.raises(MambabenchError, match=r"--set stages.\*.nothing=1: the plan has nothing of that name"):
+        planner.read(plan_text, "stages.*.nothing=1")
+
+
 def test_a_broken_plug_in_s_traceback_is_shown_only_where_a_component_is_unknown(planner, plan_text, tmp_path):
     from mambabench.harness import plugins
 
