@@ -28,9 +28,9 @@ CHECKPOINT_EVERY = 30.0
 BETA2 = 0.98
 """Adam's memory of squared gradients: the paper's, and the right one for hundreds of steps rather than millions."""
 Collator = Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
-SECONDS = "seconds.json"
 TOTAL = "total"
 """Of the losses, beside their parts."""
+SECONDS = "seconds.json"
 """Written last into a checkpoint."""
 
 
@@ -169,6 +169,7 @@ class SummedLossTrainer(Trainer):
         # A model's own forward is under autocast already; what a loss runs beside it is not.
         with self.accelerator.autocast():
             parts = {name: value * scale for name, value in self.losses(model, inputs).items()}
+        total = parts.pop(TOTAL, None)
         for name, value in parts.items():
             self.parts[name] += value.detach()
         return sum(self.weights[name] * value for name, value in parts.items()) if total is None else total
@@ -180,7 +181,6 @@ class _Records(TrainerCallback):
     def __init__(self, emit: Emit, parts: dict[str, float | Tensor], before: Spent) -> None:
         self.emit, self.parts, self.before, self.since = emit, parts, before, 0
 
-        total = parts.pop(TOTAL, None)
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
