@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from .packed import Packed
 from .rope import rotate
 from .state import KVCache
 
-SHARING = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+SHARING: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """What lets query heads share keys in attention over ragged documents; torch 2.11 and before do so without being asked
 (their flash kernels always have, forward and backward)."""
 
@@ -126,10 +127,11 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, documents: Packed | None, 
     else:
         offsets, longest = documents.offsets, documents.longest
     kind = product_dtype(q)
-    rows = (t.to(kind).flatten(0, 1) for t in (q, k, v))
+    q, k, v = (t.to(kind).flatten(0, 1) for t in (q, k, v))
     sides = (window - 1 if window else -1, 0)
-    y = varlen_attn(*rows, offsets, offsets, longest, longest, window_size=sides, **SHARING)
-    return y.unflatten(0, (batch, length))
+    y: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=sides, **SHARING)
+    attended: Tensor = y.unflatten(0, (batch, length))
+    return attended
 
 
 def within(window: int, length: int, device: torch.device, mask: Tensor | None) -> Tensor:

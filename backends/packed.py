@@ -15,6 +15,12 @@ class Packed(Documents):
     _longest: int | None = None
 
     @classmethod
+    def of(cls, positions: Tensor, keep: Tensor | None = None) -> Packed | None:
+        found = super().of(positions, keep)
+        assert found is None or isinstance(found, Packed)
+        return found
+
+    @classmethod
     def known(cls, positions: Tensor, offsets: Tensor, longest: int) -> Packed:
         """From position ids int [B, L] of which the host knows the documents, so that nothing waits for the device:
         `offsets` and `longest` as below."""

@@ -192,7 +192,7 @@ def _cast(tensor: Any, kind: torch.dtype | None) -> Any:
 def plain_head(model: nn.Module) -> nn.Linear | None:
     """The model's head if it is a linear layer without bias."""
     find = getattr(model, "get_output_embeddings", None)
-    head = find() if find else None
+    head: Any = find() if find else None
     return head if isinstance(head, nn.Linear) and head.bias is None else None
 
 
@@ -203,7 +203,7 @@ def without_head(model: nn.Module) -> Iterator[Tensor]:
     The model is still called as a whole, so that what wraps it (DDP, FSDP, autocast) sees its forward. Raises
     MambabenchError for a head that is no plain linear layer.
     """
-    head = plain_head(model)
+    head: Any = plain_head(model)
     if head is None:
         raise MambabenchError(
             f"{type(model).__name__}: `slice` needs a head that is a linear layer without bias; say slice = 0"

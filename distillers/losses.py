@@ -90,15 +90,16 @@ class Distillation:
                 leaf = student.detach().requires_grad_()
                 values = self(leaf, teacher, targets)
                 weights = torch.tensor(list(self.weights.values()), dtype=values.dtype, device=values.device)
-                (gradient,) = torch.autograd.grad(values, leaf, weights[:, None].expand_as(values))
-            return values.detach(), gradient
+                (to_logits,) = torch.autograd.grad(values, leaf, weights[:, None].expand_as(values))
+            return values.detach(), to_logits
         parts = []
         log_q = F.log_softmax(_exact(student), dim=-1)
         if self.ce:
             real = targets != IGNORED
             places = targets.clamp(min=0).unsqueeze(-1)
             parts.append(-log_q.gather(-1, places).squeeze(-1) * real)
-        heat, gradient = self.divergence.temperature, None
+        heat = self.divergence.temperature
+        gradient: Tensor | None = None
         if self.kl:
             assert teacher is not None
             softened = log_q if heat == 1 else F.log_softmax(_exact(student) / heat, dim=-1)
