@@ -10,6 +10,7 @@ from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef, ModelRef
 from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig
 from .random_configs import RandomTeacherConfig, RandomTokensConfig
+from .train_speed_config import TrainSpeedConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,6 +324,15 @@ def mambabench_components() -> Iterable[Component]:
         config=KlGuidedConfig,
         traits=frozenset({"gpu"}),
         summary="keeps attention where restoring it brings a converted model nearest to the teacher",
+    )
+    yield Component(
+        kind="suite",
+        name="train-speed",
+        target=f"{room}.train_speed:TrainSpeed",
+        config=TrainSpeedConfig,
+        requires=("accelerate>=1.1",),
+        traits=frozenset({"score", "alone"}),
+        summary="Time and memory of an optimiser step beside the teacher's",
     )
     yield Component(
         kind="source",

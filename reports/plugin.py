@@ -11,6 +11,7 @@ from .options import NoOptions
 TABLES = (
     ("quality", "quality:Quality", "Each metric of each model beside its teacher's, with errors and recovery"),
     ("speed", "speed:Speed", "Latency, throughput, speed-up and memory per decoder"),
+    ("training-speed", "training_speed:TrainingSpeed", "Time, memory and arithmetic of training steps"),
     ("acceptance", "acceptance:Acceptance", "Accepted lengths of speculative decoding, by position"),
     ("losslessness", "losslessness:Losslessness", "Texts and tokens that are those of plain decoding"),
     ("init-fidelity", "fidelity:Fidelity", "How near converted models are to their teacher, before and after training"),

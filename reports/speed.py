@@ -26,6 +26,8 @@ from .rows import (
 )
 
 LEVEL = 0.95
+TRAINING = "train-speed"
+"""A suite of steps rather than answers, which has a table of its own."""
 MEGA = 1e6
 FIGURES = (
     *("TPOT ms", "speed-up", "lossless", "tokens/s", "accepted length", "TTFT ms", "reference TPOT ms", "k"),
@@ -51,7 +53,8 @@ class Speed:
 
     def frame(self, results: Results) -> pd.DataFrame | None:
         timed = set(zip(results.timings["store"], results.timings["suite"], strict=True))
-        cells = measuring(results, suites_with(results, traits=("alone",)) | timed)
+        training = suites_with(results, use=TRAINING)
+        cells = measuring(results, (suites_with(results, traits=("alone",)) | timed) - training)
         if cells.empty:
             return None
         states = failures(cells, WHO)
@@ -114,9 +117,13 @@ class Speed:
 def _blocks(results: Results) -> pd.DataFrame:
     """Blocks under the decoder that made them: the arm `reference` is the plan's first decoder, and `beside` is the
     decoder that it was measured with."""
-    if results.timings.empty:
+    training = suites_with(results, use=TRAINING)
+    timings = of_suites(
+        results.timings, set(zip(results.timings["store"], results.timings["suite"], strict=True)) - training
+    )
+    if timings.empty:
         return pd.DataFrame(columns=["store", *WHO, "key"])
-    blocks = block_frame(results.timings, by=("store", *WHO, "key"))
+    blocks = block_frame(timings, by=("store", *WHO, "key"))
     first = results.decoders[0] if results.decoders else ""
     return blocks.assign(beside=blocks["decoder"], decoder=blocks["decoder"].where(blocks["arm"] == "subject", first))
 
