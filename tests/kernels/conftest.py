@@ -102,7 +102,8 @@ def causal_conv1d_fn(
             padded = F.pad(seq_idx, (taps - 1, 0), value=-1)
             part = part * (padded[:, tap : tap + length] == seq_idx).unsqueeze(1)
         y = y + part
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
