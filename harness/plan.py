@@ -137,7 +137,7 @@ def _put(table: dict[str, Any], parts: Sequence[str], value: Any, override: str,
         return True
     if "*" in name:
         inner = [each for key, each in table.items() if fnmatchcase(key, name) and isinstance(each, dict)]
-        return any([_put(each, rest, value, override, f"{above}{name}.") for each in inner])
+        return sum(_put(each, rest, value, override, f"{above}{name}.") for each in inner) > 0
     inside = table.get(name, {}) if above.count("*") else table.setdefault(name, {})
     if not isinstance(inside, dict):
         raise MambabenchError(f"--set {override}: {above}{name} is no table of the plan")

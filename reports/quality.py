@@ -190,10 +190,11 @@ def _columns(samples: pd.DataFrame, cells: pd.DataFrame) -> list[Column]:
 
 
 def _averaged(columns: Sequence[Column]) -> list[Column]:
-    """The first accuracy of each task of each suite."""
+    """The first accuracy of each task of each suite. To prefer as somebody did is none: a teacher that was not trained
+    for it is no measure."""
     first: dict[tuple[str, str], Column] = {}
     for column in columns:
-        if column.form == "share":
+        if column.form == "share" and not column.metric.startswith("prefers"):
             first.setdefault((column.suite, column.task), column)
     return list(first.values())
 

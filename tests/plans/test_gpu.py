@@ -1,0 +1,136 @@
+"""The plans for one GPU: accepted as they stand, and run whole on a tiny stand-in of their teacher."""
+
+import csv
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+from mambabench.distillers.plugin import StandinConfig
+from mambabench.distillers.standin import Standin, tokenizer
+from mambabench.harness.documents import read_documents
+from mambabench.harness.interfaces import Job, silent
+from mambabench.harness.keys import Fingerprints
+from mambabench.harness.plan import read_plan
+from mambabench.harness.plugins import registry
+from mambabench.harness.steps import expand
+from transformers import LlamaConfig, LlamaForCausalLM
+
+PLANS = Path(__file__).resolve().parents[2] / "plans" / "gpu"
+TOKENS = {"ladder": 100_000_000, "ablations": 16_000_000, "chain": 32_000_000}
+LAYERS = 8
+SMALL = (
+    "stages.*.tokens=900",
+    "stages.*.context=64",
+    "stages.*.batch=2",
+    "data.written.documents=4",
+    "data.written.new_tokens=16",
+    "suites.*.context=64",
+)
+SMALL_PAIRS = ("data.pairs*.pairs=6", "data.pairs*.prompt_tokens=8", "data.pairs*.new_tokens=8")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Overrides that give a plan a teacher of eight small layers and text of its language."""
+    folder = tmp_path_factory.mktemp("given")
+    for name, part in (("train", "train"), ("val", "unseen")):
+        out = folder / name
+        out.mkdir()
+        job = Job(
+            seed=0,
+            device="cpu",
+            data={},
+            models={},
+            teacher=None,
+            parent=None,
+            backend=None,
+            scratch=out,
+            out=out,
+            emit=silent,
+        )
+        Standin(StandinConfig(part=part, documents=40)).write(job)
+        text = "\n<|endoftext|>\n".join(document.text for document in read_documents(out) if document.text)
+        (folder / f"{name}.txt.xz").write_bytes(lzma.compress(text.encode()))
+    words = tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=96,
+            tie_word_embeddings=True,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+        )
+    )
+    model.save_pretrained(folder / "teacher")
+    words.save_pretrained(folder / "teacher")
+    return [
+        f"teacher.path={folder / 'teacher'}",
+        f"data.text.path={folder / 'train.txt.xz'}",
+        f"data.val.path={folder / 'val.txt.xz'}",
+    ]
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_plans_are_accepted_with_their_tokens(given, tmp_path, name):
+    loaded = registry()
+    plan = read_plan(PLANS / f"{name}.toml", loaded, [*given, "seeds=[0, 1, 2]"])
+    steps = expand(plan, loaded, Fingerprints(tmp_path / "cache"), {})
+    tokens = {stage.config.tokens for stage in plan.stages.values() if stage.name != "dpo"}
+    assert tokens == {TOKENS[name]}
+    assert max(tokens) <= 100_000_000
+    assert {step.kind for step in steps} == {"data", "select", "convert", "train", "measure"}
+    assert not any(step.lacking for step in steps)
+
+
+def run(mambabench, tmp_path, name, *overrides):
+    """The tables of a plan that was run, by name."""
+    words = [word for override in overrides for word in ("--set", override)]
+    done = mambabench("run", PLANS / f"{name}.toml", "--store", tmp_path / "store", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    mambabench("report", tmp_path / "store", "--to", "csv")
+    tables = {}
+    for file in (tmp_path / "store" / "report" / "csv").glob("*.csv"):
+        with file.open() as stream:
+            tables[file.stem] = list(csv.DictReader(stream))
+    return tables
+
+
+@pytest.mark.slow
+def test_the_ladder_has_a_row_for_each_share_and_what_was_trained(mambabench, tmp_path, given):
+    tables = run(mambabench, tmp_path, "ladder", *given, *SMALL)
+    rows = {row["model"]: row for row in tables["distillation"]}
+    frozen, whole = (
+        [f"{model}{end}" for model in ("teacher-on", "half", "quarter", "eighth", "none")] for end in ("", "-all")
+    )
+    assert list(rows) == ["teacher", *frozen, *whole]
+    figures = ("val perplexity", "val perplexity / teacher's", "val KL nat", "written KL nat")
+    assert all(row[figure] for row in rows.values() for figure in figures)
+    for models in (frozen, whole):
+        control, *others = (rows[model] for model in models)
+        assert not control["val perplexity / trained on"]
+        for row in others:
+            ratio = float(row["val perplexity"]) / float(control["val perplexity"])
+            assert float(row["val perplexity / trained on"]) == pytest.approx(ratio)
+            assert row["training tokens M"] == control["training tokens M"]
+    assert {rows[model]["trained %"] for model in whole} == {"100.0"}
+    assert all(0 < float(rows[model]["trained %"]) < 100 for model in frozen)
+
+
+@pytest.mark.slow
+def test_every_arm_of_the_ablations_runs(mambabench, tmp_path, given):
+    tables = run(mambabench, tmp_path, "ablations", *given, *SMALL, *SMALL_PAIRS)
+    assert len(tables["quality"]) == 19
+
+
+@pytest.mark.slow
+def test_each_stage_of_the_chain_has_a_row(mambabench, tmp_path, given):
+    tables = run(mambabench, tmp_path, "chain", *given, *SMALL, *SMALL_PAIRS)
+    assert [row["model"] for row in tables["quality"]] == ["teacher", "aligned", "tuned", "preferred"]
+    assert all(row["pairs-val prefers_chosen %"] for row in tables["quality"])
