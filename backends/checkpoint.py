@@ -115,13 +115,21 @@ def fill(model: HybridForCausalLM, tensors: dict[str, Tensor]) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def save(model: HybridForCausalLM, out: Path) -> None:
-    """Writes config and weights as a transformers folder. A tied head is left out."""
+def save(model: HybridForCausalLM, out: Path, like: Path) -> None:
+    """Writes config and weights as a transformers folder. A tied head is left out. A tensor with the very numbers that
+    the folder `like` has for it is written as it stands there: what was not trained stays in 16 bits."""
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    write(out, tensors.items())
+    before = Weights(like)
+    write(out, ((name, _as_before(tensor, before.get(name))) for name, tensor in tensors.items()))
     save_config(model.config, out)
+
+
+def _as_before(tensor: Tensor, before: Tensor | None) -> Tensor:
+    if before is None or before.shape != tensor.shape or before.dtype == tensor.dtype:
+        return tensor
+    return before if torch.equal(before.to(tensor.device, tensor.dtype), tensor) else tensor
 
 
 def save_config(config: HybridConfig, out: Path) -> None:

@@ -19,8 +19,8 @@ LAYER_TYPES = {
     "mamba2": "linear_attention",
     REMOVED: "linear_attention",
 }
-"""transformers' own name of each mixer: version 5.17 refuses `mamba2` in `layer_types`, renames `mamba` and `attention`,
-and has no name for none; what is not attention keeps nothing that grows."""
+"""transformers' own name of each mixer: version 5.17 refuses `mamba2` in `layer_types`, renames `mamba` and
+`attention`, and has no name for none; what is not attention keeps nothing that grows."""
 
 SLIDING = "sliding_attention"
 CHOICES = {

@@ -66,11 +66,16 @@ class TeacherBackend:
         """The model for training, fp32, on CPU."""
         return checkpoint.load(artifact, torch.float32)
 
+    def frozen(self, artifact: Path, device: str) -> HybridForCausalLM:
+        """The model for being asked by a training: on a GPU in bf16, with no copy of it on the way there."""
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        return checkpoint.load(artifact, dtype, device).requires_grad_(False)
+
     def save(self, module: nn.Module, out: Path, like: Path) -> None:
         """Writes a `HybridForCausalLM`, or a transformers Llama as an all-attention one."""
         if not isinstance(module, HybridForCausalLM):
             module = as_hybrid(module)
-        checkpoint.save(module, out)
+        checkpoint.save(module, out, like)
         checkpoint.copy_side_files(like, out)
 
     def tokenizer(self, artifact: Path) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Weights are copied from folder to folder in shards, whatever files they came from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,38 @@ def test_a_shard_that_is_missing_is_named(llama: Path, tmp_path: Path, monkeypat
     lost.unlink()
     with pytest.raises(MambabenchError, match=f"{lost.name}: the file is missing, but the index names it"):
         Weights(tmp_path)
+
+
+def test_what_was_not_trained_stays_as_it_stood_on_disk(
+    make_llama: Callable[..., Path], hybrid_backend: Mamba2HybridBackend, tmp_path: Path
+) -> None:
+    """A model is trained in fp32; weights that are the parent's to the last bit are written in the parent's 16."""
+    folder = make_llama(tie_word_embeddings=False)
+    sixteen = tmp_path / "sixteen"
+    write(sixteen, ((name, tensor.bfloat16()) for name, tensor in Weights(folder).items()))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (sixteen / name).write_bytes((folder / name).read_bytes())
+    hybrid_backend.convert(sixteen, [1, 3], tmp_path / "half", seed=0)
+    model = hybrid_backend.module(tmp_path / "half")
+    trained = "model.layers.0.mamba.in_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(trained)[0, 0] += 1e-6
+    hybrid_backend.save(model, tmp_path / "saved", like=tmp_path / "half")
+    before, after = Weights(tmp_path / "half"), Weights(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if name == trained:
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, model.get_parameter(name))
+        else:
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
+    assert hybrid_backend.frozen(tmp_path / "saved", "cpu").lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_a_model_that_is_only_asked_goes_to_the_gpu_in_16_bits(half: Path, hybrid_backend: Mamba2HybridBackend) -> None:
+    model = hybrid_backend.frozen(half, "cuda:0")
+    exact = {name for name, tensor in model.named_parameters() if tensor.dtype == torch.float32}
+    assert {name.rpartition(".")[2] for name in exact} == {"A_log", "D", "dt_bias"}
+    assert all(tensor.is_cuda and not tensor.requires_grad for tensor in model.parameters())
