@@ -136,9 +136,10 @@ def needs(plan: Plan, steps: Steps) -> list[Need]:
 
 def _data(step: Step, shape: Shape) -> Need:
     config, label = step.record["component"]["config"], step.labels[0]
-    if "teacher" in step.inputs and "new_tokens" in config:
+    if "teacher" in step.inputs and "new_tokens" in config and {"documents", "pairs"} & config.keys():
         batch, new = int(config["batch"]), int(config["new_tokens"])
-        tokens = int(config["documents"]) * new
+        unit = "pairs" if "pairs" in config else "documents"
+        tokens = int(config[unit]) * new
         reading = shape.parameters * TEACHING / (BANDWIDTH * DECODING)
         computing = 2 * shape.multiplied * batch / (PEAK * UTILISATION)
         cache = 4 * shape.layers * shape.kv_heads * shape.head_dim * batch * (new + int(config.get("prompt_tokens", 0)))
@@ -147,7 +148,7 @@ def _data(step: Step, shape: Shape) -> Need:
             tokens=tokens,
             memory=shape.parameters * TEACHING + cache,
             hours=tokens / batch * max(reading, computing) / 3600,
-            data=f"at most {config['documents']:,} documents of {new:,} new tokens, written by the teacher",
+            data=f"at most {config[unit]:,} {unit} of {new:,} new tokens, written by the teacher",
         )
     if config.get("name"):
         return Need(label=label, data=f"hf:{config['name']}, split {config.get('split', 'train')}")

@@ -11,6 +11,7 @@ from mambabench.distillers.standin import Standin, tokenizer
 from mambabench.harness.documents import read_documents
 from mambabench.harness.interfaces import Job, silent
 from mambabench.harness.keys import Fingerprints
+from mambabench.harness.needs import needs
 from mambabench.harness.plan import read_plan
 from mambabench.harness.plugins import registry
 from mambabench.harness.steps import expand
@@ -87,6 +88,10 @@ def test_plans_are_accepted_with_their_tokens(given, tmp_path, name):
     assert max(tokens) <= 100_000_000
     assert {step.kind for step in steps} == {"data", "select", "convert", "train", "measure"}
     assert not any(step.lacking for step in steps)
+    written = {need.label: need.tokens for need in needs(plan, steps) if need.label.startswith("data/")}
+    assert written["data/written"] == 128 * 1023
+    if name != "ladder":
+        assert written["data/pairs"] == 4096 * 64
 
 
 def run(mambabench, tmp_path, name, *overrides):
