@@ -48,9 +48,12 @@ class Attention(nn.Module):
         Norms of queries and keys, where the model has them, are over each head and stand before the rotation.
         """
         if self._fused is None:
-            projected = torch.cat((self.q_proj(h), self.k_proj(h), self.v_proj(h)), dim=-1)
-        else:
-            projected = F.linear(h, *self._fused)
+            heads = (part(h).unflatten(-1, (-1, self.width)) for part in (self.q_proj, self.k_proj, self.v_proj))
+            queries, keys, values = heads
+            if self.q_norm is not None and self.k_norm is not None:
+                queries, keys = self.q_norm(queries), self.k_norm(keys)
+            return rotate(queries, cos, sin), rotate(keys, cos, sin), values
+        projected = F.linear(h, *self._fused)
         projected = projected.view(*h.shape[:-1], -1, self.width)
         turned, values = projected.split((self.heads + self.groups, self.groups), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:

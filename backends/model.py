@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..harness.interfaces import Unsupported
+from ..kernels.pointwise import swiglu
 from .attention import Attention, fuse_linears, needs_no_mask, product_dtype
 from .calls import AttentionStep, Fill, MambaStep
 from .config import HybridConfig
@@ -44,7 +45,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._fused is None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         gate, up = F.linear(x, *self._fused).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class Packed(Documents):
         """From position ids int [B, L] of which the host knows the documents, so that nothing waits for the device:
         `offsets` and `longest` as below."""
         starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0))
-        made = cls(starts.cumsum(1, dtype=offsets.dtype))
+        # In one row there are at most as many as that, if all others have one.
+        made = cls(starts.cumsum(1, dtype=torch.int32), len(offsets) - 1 - len(positions))
         made._offsets, made._longest = offsets, longest
         return made
 

@@ -7,8 +7,11 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..harness.interfaces import Unsupported
+from ..kernels.pointwise import rotate
 from ..kernels.scan.reference import compute_dtype
 from .config import HybridConfig
+
+__all__ = ["Rope", "inverse_frequencies", "rotate"]
 
 
 def inverse_frequencies(config: HybridConfig) -> tuple[Tensor, float]:
@@ -52,10 +55,3 @@ class Rope:
         angles = positions.to(kind).unsqueeze(-1) * self._cached[positions.device].to(kind)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(2)
         return (angles.cos() * self._factor).to(like.dtype), (angles.sin() * self._factor).to(like.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [B, L, H, P] by cos, sin [B, L, 1, P] (half-split layout of Llama)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, turned, sin)
