@@ -1,0 +1,65 @@
+"""The plans that measure big shapes are accepted as they stand, and run whole at a small size on a CPU."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from mambabench.harness.keys import Fingerprints
+from mambabench.harness.plan import read_plan
+from mambabench.harness.plugins import registry
+from mambabench.harness.steps import expand
+
+PLANS = Path(__file__).resolve().parents[2] / "plans" / "gpu"
+SMALL = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 48, "vocabulary": 300}
+LAYERS = {"slice-8b": 4, "shape-8b": 32}
+SMALLER = {
+    "slice-8b": {"suites.*.context": [16, 64], "suites.*.tokens": 64, "suites.*.pairs": 2, "suites.*.steps": 2},
+    "shape-8b": {
+        "stages.align.tokens": 640,
+        "stages.align.context": 16,
+        "data.text.length": 16,
+        "stages.make.layers": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_shape_is_llama_3_s_of_8_billion(tmp_path, name):
+    loaded = registry()
+    plan = read_plan(PLANS / f"{name}.toml", loaded, [])
+    made = plan.stages["make"].config
+    assert (made.layers, made.hidden, made.intermediate, made.vocabulary) == (LAYERS[name], 4096, 14336, 128256)
+    assert (made.heads, made.kv_heads, made.head_dim, made.tied) == (32, 8, 128, None)
+    assert not any(step.lacking for step in expand(plan, loaded, Fingerprints(tmp_path), {}))
+
+
+def run(mambabench, tmp_path, name):
+    """The tables of the small plan, by name."""
+    sizes = {f"stages.make.{option}": value for option, value in SMALL.items()} | SMALLER[name]
+    words = [word for option, value in sizes.items() for word in ("--set", f"{option}={value}")]
+    done = mambabench("run", PLANS / f"{name}.toml", "--store", tmp_path / "store", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    mambabench("report", tmp_path / "store", "--to", "csv")
+    tables = {}
+    for file in (tmp_path / "store" / "report" / "csv").glob("*.csv"):
+        with file.open() as stream:
+            tables[file.stem] = list(csv.DictReader(stream))
+    return tables
+
+
+@pytest.mark.slow
+def test_the_slice_has_a_row_for_each_model_and_window(mambabench, tmp_path):
+    rows = run(mambabench, tmp_path, "slice-8b")["training-speed"]
+    assert [row["model"] for row in rows] == [model for model in ("teacher", "half", "none", "mamba") for _ in range(4)]
+    for row in rows:
+        assert float(row["tokens/s"]) > 0
+        assert float(row["TFLOP a step"]) > 0
+        assert bool(row["of teacher's"]) == (row["model"] != "teacher")
+        assert int(row["window tokens"]) * int(row["windows"]) == 64
+
+
+@pytest.mark.slow
+def test_the_whole_shape_takes_its_ten_steps(mambabench, tmp_path):
+    (stage,) = [row for row in run(mambabench, tmp_path, "shape-8b")["cost"] if row["stage"] == "align"]
+    assert float(stage["training steps"]) == 10
+    assert float(stage["training tokens"]) == 640
