@@ -228,7 +228,8 @@ def _echo_needs(plan: Plan, steps: Steps) -> None:
 
     found = needs(plan, steps)
     echo_columns(("step", "tokens", "GiB a GPU", "GPU-hours", "data"), [need.row() for need in found])
-    click.echo(f"\n{sum(need.hours or 0.0 for need in found):,.0f} GPU-hours in all. {BASIS}")
+    hours = sum(need.hours or 0.0 for need in found)
+    click.echo(f"\n{hours:{',.0f' if hours >= 10 else '.2g'}} GPU-hours in all. {BASIS}")
 
 
 def _echo_step(cell: dict[str, Any], at: Store) -> None:

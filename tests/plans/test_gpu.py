@@ -131,7 +131,7 @@ def test_the_ladder_has_a_row_for_each_share_and_what_was_trained(mambabench, tm
 @pytest.mark.slow
 def test_every_arm_of_the_ablations_runs(mambabench, tmp_path, given):
     tables = run(mambabench, tmp_path, "ablations", *given, *SMALL, *SMALL_PAIRS)
-    assert len(tables["quality"]) == 19
+    assert len(tables["distillation"]) == 23
 
 
 @pytest.mark.slow
