@@ -38,9 +38,9 @@ class DistillationTrainer(training.SummedLossTrainer):
         divergence = Divergence(config.kl_kind, config.js_beta, config.temperature)
         self.loss, self.slice = Distillation(config.ce, config.kl, divergence), config.slice
         super().__init__(job, model, windows, recipe, self.loss.weights, recipe.steps(windows), before=before)
-        self.student, self.teacher = model, teacher
-        if teacher is not None:
-            teacher.to(self.args.device).eval().requires_grad_(False)
+        # In phases, layers borrow the teacher's attention, and need it whole.
+        self.teacher = None if teacher is None else self.beside(teacher, shared=recipe.phases == 1)
+        self.student = model
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
         targets = shifted(inputs["labels"]).flatten()
@@ -84,6 +84,9 @@ def recipe_of(config: DistillationConfig, phases: int = 1) -> training.Recipe:
         clip=config.clip,
         accumulation=config.accumulation,
         weight_decay=config.weight_decay,
+        beta2=config.beta2,
+        checkpointing=config.checkpointing,
+        parallel=config.parallel,
         phases=phases,
     )
 

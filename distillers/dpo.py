@@ -22,6 +22,7 @@ from .distillation import load_frozen
 from .fused import token_losses, without_head
 from .losses import IGNORED, dpo, sequence_logprob, shifted, token_cross_entropy
 from .mixers import choose_trained
+from .placement import lighten
 from .plugin import DpoConfig
 
 
@@ -95,7 +96,7 @@ class PreferenceTrainer(training.SummedLossTrainer):
         weights = {"dpo": 1.0, "margin": 0.0, "accuracy": 0.0}
         super().__init__(job, model, pairs, recipe, weights, steps, collator=collate_pairs)
         self.config, self.student = config, model
-        self.reference = reference.to(self.args.device)
+        self.reference = self.beside(reference)
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         said = answer_logprob(model, self.student, inputs, self.config.slice)
@@ -145,6 +146,7 @@ class Dpo:
         pairs = read_pairs(job.data[config.data], job.parent.backend.tokenizer(job.parent.path), config.context)
         student = job.parent.backend.module(job.parent.path)
         choose_trained(student, config.train, f"dpo: {job.parent.name}")
+        lighten(student, job.device)
         recipe = training.Recipe(
             tokens=0,
             batch=config.batch,
@@ -153,6 +155,9 @@ class Dpo:
             clip=config.clip,
             accumulation=config.accumulation,
             weight_decay=config.weight_decay,
+            beta2=config.beta2,
+            checkpointing=config.checkpointing,
+            parallel=config.parallel,
         )
         trainer = PreferenceTrainer(job, student, load_frozen(asked, job.device), pairs, recipe, config)
         training.report(trainer, job, training.run(trainer, job))

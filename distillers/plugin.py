@@ -152,6 +152,14 @@ class DistillationConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     weight_decay: float = 0.0
+    beta2: float = 0.98
+    """Adam's memory of squared gradients (that of gradients is 0.9): the higher, the longer. 0.98 is the paper's of the
+    first stage, and right for hundreds of steps rather than millions."""
+    checkpointing: bool = False
+    """Keeps only what enters each layer for the way back, and computes the rest again: far less memory, a third more
+    time, the same result."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several GPUs share a stage (`limits.train_gpus`): each holds all weights, or, with FSDP2, a part of them."""
     ce: float = 1.0
     """Weight of the cross entropy, per token."""
     kl: float = 0.1
@@ -170,6 +178,7 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "tokens", "context", "batch", "accumulation", "lr", "clip", "temperature")
+        _below_one(self, "beta2")
         _not_negative(self, "ce", "kl", "slice", "weight_decay")
         if not 0 < self.js_beta < 1:
             raise ValueError(f"js_beta is {self.js_beta}; it must be between 0 and 1")
@@ -218,6 +227,8 @@ class DpoConfig:
     """How dearly leaving the reference is paid for; rewards are beta times log-ratios to it."""
     reference: Literal["start", "teacher"] = "start"
     """The student before this stage, as the released code has it, or the teacher, as the paper's equation 4."""
+    precompute: bool = False
+    """Asks the reference once for all pairs before the training, in place of keeping it in memory."""
     context: int = 512
     """Longest text, prompt and answer, in tokens; what is longer is cut."""
     batch: int = 16
@@ -231,6 +242,14 @@ class DpoConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     weight_decay: float = 0.0
+    beta2: float = 0.98
+    """Adam's memory of squared gradients (that of gradients is 0.9): the higher, the longer. 0.98 is the paper's of the
+    first stage, and right for hundreds of steps rather than millions."""
+    checkpointing: bool = False
+    """Keeps only what enters each layer for the way back, and computes the rest again: far less memory, a third more
+    time, the same result."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several GPUs share a stage (`limits.train_gpus`): each holds all weights, or, with FSDP2, a part of them."""
     slice: int = 0
     """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
     0: those of all positions."""
@@ -239,6 +258,7 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "beta", "context", "batch", "accumulation", "lr", "clip")
+        _below_one(self, "beta2")
         _not_negative(self, "slice", "weight_decay")
         if not self.train:
             raise ValueError("train is empty; it must name what is trained")
@@ -248,6 +268,11 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) <= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
+
+
+def _below_one(config: Any, name: str) -> None:
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 0 and below 1")
 
 
 def _not_negative(config: Any, *names: str) -> None:

@@ -22,7 +22,9 @@ from .batches import counted, read
 from .distillation import DistillationTrainer, load_frozen, recipe_of
 from .losses import alignment, shifted
 from .mixers import choose_trained, compared, give_back, lend, mixers, replaced
+from .placement import lighten
 from .plugin import ProgressiveConfig
+from .processes import rank
 from .windows import Windows, read_windows
 
 ALIGNED = "aligned.pt"
@@ -42,17 +44,20 @@ class Progressive:
         tokenizer = job.parent.backend.tokenizer(job.parent.path)
         windows = read_windows(job.data[config.data], tokenizer, config.context, job.cache)
         student = job.parent.backend.module(job.parent.path)
-        first = ("mixers",) if config.align_tokens else config.train
-        choose_trained(student, first, f"progressive: {job.parent.name}")
+        name, aligned = f"progressive: {job.parent.name}", ("mixers",) if config.align_tokens else ()
+        choose_trained(student, (*aligned, *config.train), name)
+        lighten(student, job.device)
+        choose_trained(student, aligned or config.train, name)
         joining = join(config.schedule, sorted(mixers(student, "mamba")), config.sets)
         teacher = load_frozen(job.teacher, job.device)
         before = align(job, student, teacher, windows, config)
-        choose_trained(student, config.train, f"progressive: {job.parent.name}")
+        choose_trained(student, config.train, name)
         recipe = recipe_of(config, phases=len(joining))
         trainer = DistillationTrainer(job, student, teacher, windows, recipe, config, before)
         if len(joining) > 1:
             trainer.add_callback(_Joining(student, teacher, joining))
         training.report(trainer, job, training.run(trainer, job))
+        choose_trained(student, (*aligned, *config.train), name)
         training.save(job, student)
 
 
@@ -142,9 +147,10 @@ def align(
         kept = torch.load(finished, weights_only=True)
         student.load_state_dict(kept["mixers"], strict=False)
         return training.Spent(**kept["spent"])
-    recipe = replace(recipe_of(config), tokens=config.align_tokens)
+    # All the model's layers run as they were, so that a copy for each GPU has to do.
+    recipe = replace(recipe_of(config), tokens=config.align_tokens, checkpointing=False, parallel="ddp")
     spent = training.run(AlignmentTrainer(job, student, teacher, windows, recipe), job)
-    if training.rank():
+    if rank():
         return spent
     learnt = {name: value.detach().cpu() for name, value in student.named_parameters() if value.requires_grad}
     unfinished = finished.with_suffix(".partial")

@@ -10,6 +10,7 @@ from ..harness.interfaces import Job, MambabenchError
 from . import training
 from .distillation import DistillationTrainer, load_teacher, recipe_of
 from .mixers import choose_trained
+from .placement import lighten
 from .plugin import SftConfig
 from .windows import read_windows
 
@@ -28,6 +29,7 @@ class Sft:
         windows = read_windows(job.data[config.data], tokenizer, config.context, job.cache)
         student = job.parent.backend.module(job.parent.path)
         choose_trained(student, config.train, f"sft: {job.parent.name}")
+        lighten(student, job.device)
         teacher = load_teacher(job, config, "sft")
         trainer = DistillationTrainer(job, student, teacher, windows, recipe_of(config), config)
         training.report(trainer, job, training.run(trainer, job))

@@ -14,6 +14,7 @@ from ..harness.interfaces import Job, MambabenchError
 from . import training
 from .losses import cross_entropy, shifted
 from .plugin import TrainTeacherConfig
+from .processes import rank
 from .windows import read_windows
 
 
@@ -66,7 +67,7 @@ class TrainTeacher:
         )
         trainer = CrossEntropyTrainer(job, model, windows, recipe, {"ce": 1.0}, recipe.steps(windows))
         training.report(trainer, job, training.run(trainer, job))
-        if training.rank():
+        if rank():
             return
         folder = job.scratch / "teacher"
         model.save_pretrained(folder)

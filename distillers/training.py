@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import resource
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..harness.interfaces import Emit, Job, MambabenchError
+from ..harness.interfaces import Job, MambabenchError
+from .checkpoints import Checkpoints, load_states, load_weights, save_states, save_weights, whole_checkpoint
 from .passes import Passes
+from .placement import exact_policy, gather, restored, sharding
+from .processes import rank, ranks
+from .records import LOSS, Records, Spent, Sums
 from .windows import Windows, collate
 
-CHECKPOINT_EVERY = 30.0
-"""Seconds between checkpoints, about: what a killed run loses at most."""
-BETA2 = 0.98
-"""Adam's memory of squared gradients: the paper's, and the right one for hundreds of steps rather than millions."""
 Collator = Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]
 TOTAL = "total"
 """Of the losses, beside their parts."""
-SECONDS = "seconds.json"
-"""Written last into a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,40 +42,15 @@ class Recipe:
     clip: float
     accumulation: int = 1
     weight_decay: float = 0.0
+    beta2: float = 0.98
+    checkpointing: bool = False
+    parallel: str = "ddp"
     phases: int = 1
     """Equal parts of the steps; in each of them the learning rate rises and falls anew."""
 
     def steps(self, windows: Windows) -> int:
         """Optimiser steps for the tokens wanted, rounded up."""
         return math.ceil(self.tokens / (self.batch * windows.lengths.double().mean().item()))
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What a training took."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-def ranks() -> int:
-    """Processes that train together, as torchrun and accelerate say it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    """Which of them this one is; the first one alone writes what stays."""
-    return int(os.environ.get("RANK", 0))
-
-
-def averaged(values: Sequence[float], device: torch.device) -> list[float]:
-    """The mean over ranks of each value."""
-    if ranks() == 1:
-        return list(values)
-    summed = torch.tensor(values, device=device, dtype=torch.float64)
-    torch.distributed.all_reduce(summed)
-    return [float(value) / ranks() for value in summed]
 
 
 def pace(step: int, steps: int, recipe: Recipe) -> float:
@@ -123,18 +95,21 @@ class SummedLossTrainer(Trainer):
             raise MambabenchError(
                 f"batch = {recipe.batch} with accumulation = {recipe.accumulation} cannot be split among {ranks()} GPUs"
             )
+        if recipe.checkpointing:
+            recompute(model)
         if recipe.phases > steps:
             raise MambabenchError(f"{steps} steps cannot be split into {recipe.phases} phases; raise tokens")
         self.weights, self.recipe = weights, recipe
         self.before = before or Spent()
-        self.parts: dict[str, float | Tensor] = dict.fromkeys(self.weights, 0.0)
         super().__init__(
             model=model,
             args=_arguments(job, recipe, steps, folder),
             train_dataset=data,
             data_collator=collator,
-            callbacks=[_Records(job.emit, self.parts, self.before)],
         )
+        self.sums = Sums(self.weights, self.args.device)
+        self.records = Records(job.emit, self.sums, self.before)
+        self.add_callback(self.records)
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
 
@@ -170,88 +145,61 @@ class SummedLossTrainer(Trainer):
         with self.accelerator.autocast():
             parts = {name: value * scale for name, value in self.losses(model, inputs).items()}
         total = parts.pop(TOTAL, None)
-        for name, value in parts.items():
-            self.parts[name] += value.detach()
-        return sum(self.weights[name] * value for name, value in parts.items()) if total is None else total
+        if total is None:
+            total = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
+        self.sums.add({**parts, LOSS: total}, inputs["attention_mask"].sum())
+        return total
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """accelerate shards on GPUs alone; torch can do it on a CPU as well."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp_plugin_args and not self.is_fsdp_enabled:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def beside(self, model: nn.Module, shared: bool = True) -> nn.Module:
+        """A model that is only asked, where the trained one is; if `shared`, in parts over the ranks where that is."""
+        model.eval().requires_grad_(False)
+        if shared and self.is_fsdp_enabled:
+            sharded: nn.Module = fsdp2_prepare_model(self.accelerator, model)
+            return sharded
+        return model.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nobody asks; the Trainer's count would walk through all modules at every step."""
+        return 0
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of a checkpoint: only what is trained, since the rest is the parent's."""
+        assert self.model is not None
+        save_weights(Path(str(output_dir)), self.model, self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        assert model is not None
+        load_weights(Path(resume_from_checkpoint), model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_states(Path(output_dir), self.optimizer, self.lr_scheduler, self.sums, self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_states(Path(checkpoint), self.optimizer, self.lr_scheduler, self.sums)
 
 
-class _Records(TrainerCallback):
-    """Turns the Trainer's logs into records. Parts are summed over the steps since the last log."""
-
-    def __init__(self, emit: Emit, parts: dict[str, float | Tensor], before: Spent) -> None:
-        self.emit, self.parts, self.before, self.since = emit, parts, before, 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.since = state.global_step
-        self.emit("progress", done=state.global_step, total=state.max_steps, unit="steps")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        logs: Mapping[str, float] = kwargs["logs"]
-        if "loss" not in logs or state.global_step == self.since:
-            return
-        steps, self.since = state.global_step - self.since, state.global_step
-        parts = dict(zip(self.parts, averaged([float(part) for part in self.parts.values()], args.device), strict=True))
-        self.emit(
-            "loss",
-            step=self.before.steps + state.global_step,
-            tokens=self.before.tokens + state.num_input_tokens_seen,
-            loss=logs["loss"],
-            lr=logs["learning_rate"],
-            gradient_norm=logs["grad_norm"],
-            **{name: value / steps for name, value in parts.items()},
-        )
-        self.emit("progress", done=state.global_step, total=state.max_steps, unit="steps")
-        self.parts.update(dict.fromkeys(self.parts, 0.0))
-
-
-class _Checkpoints(TrainerCallback):
-    """Asks for a checkpoint by the clock, since steps take milliseconds in one plan and minutes in another, and marks
-    each that is whole with the seconds of training that went into it."""
-
-    def __init__(self, spent: float) -> None:
-        self.begun = time.perf_counter() - spent
-        self.last = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begun
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        due = averaged([float(time.perf_counter() - self.last >= CHECKPOINT_EVERY)], args.device)[0] > 0
-        if due and state.global_step < state.max_steps:
-            control.should_save = True
-            self.last = time.perf_counter()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if ranks() > 1:
-            # Each rank adds its own random numbers to a checkpoint.
-            torch.distributed.barrier()
-        if not state.is_world_process_zero:
-            return
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        unfinished = folder / f"{SECONDS}.partial"
-        unfinished.write_text(json.dumps(self.seconds()))
-        unfinished.replace(folder / SECONDS)
-
-
-def whole_checkpoint(folder: Path) -> tuple[Path | None, float]:
-    """The newest checkpoint that was written to its end, with its seconds of training; a kill may leave a torso."""
-    marks = list(folder.glob(f"checkpoint-*/{SECONDS}"))
-    if not marks:
-        return None, 0.0
-    newest = max(marks, key=lambda mark: int(mark.parent.name.rpartition("-")[2]))
-    return newest.parent, float(json.loads(newest.read_text()))
+def recompute(model: nn.Module) -> None:
+    """From now on layers keep their inputs alone for backward. Raises MambabenchError for a model that cannot."""
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+        raise MambabenchError(f"{type(model).__name__} has no activation checkpointing; say checkpointing = false")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArguments:
-    return TrainingArguments(
+    gpu = job.device != "cpu"
+    arguments = TrainingArguments(
         output_dir=str(job.scratch / folder),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch // recipe.accumulation // ranks(),
@@ -261,20 +209,28 @@ def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArg
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.lr,
         weight_decay=recipe.weight_decay,
-        adam_beta2=BETA2,
+        adam_beta2=recipe.beta2,
+        optim="adamw_torch_fused",
         max_grad_norm=recipe.clip,
         seed=job.seed,
-        use_cpu=job.device == "cpu",
-        bf16=job.device != "cpu",
+        use_cpu=not gpu,
+        bf16=gpu,
         logging_steps=max(1, steps // 50),
-        include_num_input_tokens_seen="non_padding",
+        # Both would have the host wait for the GPU at every step, as would a copy that blocks.
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="no",
+        accelerator_config={"non_blocking": gpu},
         save_strategy="no",
         save_total_limit=2,
         remove_unused_columns=False,
-        dataloader_pin_memory=job.device != "cpu",
+        dataloader_pin_memory=gpu,
         disable_tqdm=True,
         report_to=[],
+        **(sharding() if recipe.parallel == "fsdp" and ranks() > 1 else {}),
     )
+    if arguments.fsdp_plugin_args:
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = exact_policy()
+    return arguments
 
 
 def run(trainer: SummedLossTrainer, job: Job) -> Spent:
@@ -283,13 +239,13 @@ def run(trainer: SummedLossTrainer, job: Job) -> Spent:
     if job.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     checkpoint, seconds = whole_checkpoint(Path(str(trainer.args.output_dir)))
-    checkpoints = _Checkpoints(seconds)
+    checkpoints = Checkpoints(job.checkpoint_s, seconds)
     trainer.add_callback(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     before = trainer.before
     return Spent(
         before.steps + trainer.state.global_step,
-        before.tokens + int(trainer.state.num_input_tokens_seen),
+        before.tokens + trainer.sums.tokens(),
         before.seconds + checkpoints.seconds(),
     )
 
@@ -310,17 +266,20 @@ def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
         ("trainable_share", trained / total, ""),
         ("peak_memory", _peak_bytes(job.device), "bytes"),
     ]
+    if step_time := trainer.records.step_time():
+        facts += [("step_time", step_time, "s"), ("training_rate", spent.tokens / spent.steps / step_time, "tokens/s")]
     facts += [(f"weight_per_{trainer.unit}_{name}", weight, "") for name, weight in trainer.weights.items() if weight]
     for name, value, unit in facts:
         job.emit("fact", name=name, value=value, unit=unit)
 
 
 def save(job: Job, module: nn.Module) -> None:
-    """Writes the trained module as the stage's result, like its parent."""
+    """Writes the stage's result: its parent, with what was trained. Ranks take part in it together."""
     assert job.backend is not None
     assert job.parent is not None
+    tensors = gather(module, rank() == 0)
     if rank() == 0:
-        job.backend.save(module, job.out, like=job.parent.path)
+        job.backend.save(restored(job.parent, tensors), job.out, like=job.parent.path)
 
 
 def _peak_bytes(device: str) -> int:

@@ -22,7 +22,7 @@ from .config import Structurer, restore
 from .environment import code, machine, versions
 from .events import Muted, Recorder
 from .forkserver import ATTEMPT, CODE, LEASED, THREADS, watch
-from .interfaces import DTYPES, Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
+from .interfaces import CHECKPOINT_S, DTYPES, Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
 from .locks import Lock
 from .plugins import Registry, make, registry
 from .ranks import together
@@ -242,6 +242,7 @@ class Work:
             out=self.out,
             emit=self.recorder,
             cache=self.store.cache,
+            checkpoint_s=float(self.step["needs"].get("checkpoint_s", CHECKPOINT_S)),
         )
 
     def _bench(self) -> Bench:

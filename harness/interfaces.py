@@ -104,6 +104,10 @@ class Choice:
     config: Any
 
 
+CHECKPOINT_S = 30.0
+"""Seconds between checkpoints, about: what a killed training loses at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a step takes from the machine. `timeout_s` is wall time from the child's start, in seconds."""
@@ -113,6 +117,8 @@ class Needs:
     timeout_s: float = 3600.0
     ranks: int = 1
     """Processes that do the step together, each with a GPU of its own where there are any."""
+    checkpoint_s: float = CHECKPOINT_S
+    """Seconds between checkpoints of a training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,6 +359,8 @@ class Job:
     cache: Path | None = None
     """Where steps of one store may keep what others can use again, under names made of all that decides it. May be
     emptied at any time."""
+    checkpoint_s: float = CHECKPOINT_S
+    """What a killed training may lose."""
 
 
 class Distiller(Protocol):

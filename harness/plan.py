@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ConfigError, Structurer, show
-from .interfaces import Choice, MambabenchError
+from .interfaces import CHECKPOINT_S, Choice, MambabenchError
 from .plugins import Registry, suggest
 
 SCHEMA = 1
@@ -65,6 +65,8 @@ class Limits:
     """Seconds a step."""
     train_gpus: int = 1
     """GPUs that train a stage together; on the CPU, processes. The batch stays as it is and is split among them."""
+    checkpoint: float = CHECKPOINT_S
+    """Seconds between checkpoints of a training; more where writing one takes long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,10 +365,12 @@ def _skip(entry: Any) -> Skip:
 def _limits(value: Any) -> Limits:
     if not isinstance(value, Mapping):
         raise ConfigError("", f"expected a table, got {show(value)}")
-    _known(value, ("timeout", "train_gpus"))
+    _known(value, ("timeout", "train_gpus", "checkpoint"))
     limits = Limits()
     if "timeout" in value:
-        limits = replace(limits, timeout=_seconds(value["timeout"]))
+        limits = replace(limits, timeout=_seconds(value["timeout"], "timeout"))
+    if "checkpoint" in value:
+        limits = replace(limits, checkpoint=_seconds(value["checkpoint"], "checkpoint"))
     if "train_gpus" in value:
         gpus = value["train_gpus"]
         if type(gpus) is not int or gpus < 1:
@@ -375,10 +379,10 @@ def _limits(value: Any) -> Limits:
     return limits
 
 
-def _seconds(value: Any) -> float:
+def _seconds(value: Any, name: str) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
         return float(value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", value) if isinstance(value, str) else None
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:
-        raise ConfigError("timeout", f'expected a time such as "3 min", "90 s" or "2 h", got {show(value)}')
+        raise ConfigError(name, f'expected a time such as "3 min", "90 s" or "2 h", got {show(value)}')
     return float(match[1]) * _UNITS[match[2]]

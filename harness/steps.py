@@ -432,6 +432,7 @@ class _Expander:
                 alone=alone,
                 timeout_s=self.plan.limits.timeout,
                 ranks=ranks,
+                checkpoint_s=self.plan.limits.checkpoint,
             ),
             record=record,
             modules=modules,

@@ -1,17 +1,19 @@
 """Packing, accumulation, resuming: what all trainers share."""
 
+import math
 import shutil
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mambabench.distillers import training
+from mambabench.distillers import checkpoints, training
+from mambabench.distillers.checkpoints import SECONDS, whole_checkpoint
 from mambabench.distillers.distillation import DistillationTrainer
 from mambabench.distillers.losses import IGNORED
 from mambabench.distillers.mixers import choose_trained
 from mambabench.distillers.plugin import ProgressiveConfig
-from mambabench.distillers.training import Recipe, whole_checkpoint
+from mambabench.distillers.training import Recipe
 from mambabench.distillers.windows import Windows, collate, pack, read_windows
 from mambabench.harness.interfaces import MambabenchError
 from transformers import TrainerCallback
@@ -202,32 +204,39 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_training_resumes_to_the_same_weights(make_job, hybrid, teacher, windows, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 0.0)
-    whole, trainer = distil(make_job("whole"), hybrid, teacher, windows, steps=7, batch=5)
-    training.run(trainer, make_job("whole"))
+def test_a_killed_training_resumes_to_the_same_weights_and_records(make_job, hybrid, teacher, windows, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
+    steps, killed_at = 110, 66
+    uninterrupted = make_job("whole")
+    whole, trainer = distil(uninterrupted, hybrid, teacher, windows, steps=steps, batch=2)
+    training.run(trainer, uninterrupted)
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
+            if state.global_step == killed_at:
                 raise Killed
 
-    job = make_job("killed")
-    _, trainer = distil(job, hybrid, teacher, windows, steps=7, batch=5)
+    job = make_job("killed", checkpoint_s=0.0)
+    _, trainer = distil(job, hybrid, teacher, windows, steps=steps, batch=2)
     trainer.add_callback(Kill())
     with pytest.raises(Killed):
         training.run(trainer, job)
-    torso = job.scratch / "trainer" / "checkpoint-5"
-    shutil.copytree(job.scratch / "trainer" / "checkpoint-3", torso)
-    (torso / training.SECONDS).unlink()
+    torso = job.scratch / "trainer" / f"checkpoint-{killed_at}"
+    shutil.copytree(job.scratch / "trainer" / f"checkpoint-{killed_at - 2}", torso)
+    (torso / SECONDS).unlink()
     checkpoint, seconds = whole_checkpoint(job.scratch / "trainer")
     assert checkpoint is not None
-    assert checkpoint.name == "checkpoint-4"
+    assert checkpoint.name == f"checkpoint-{killed_at - 1}"
+    assert (killed_at - 1) % trainer.args.logging_steps, "a record that is half from before the kill"
     assert seconds > 0
-    resumed, trainer = distil(job, hybrid, teacher, windows, steps=7, batch=5)
+    resumed, trainer = distil(job, hybrid, teacher, windows, steps=steps, batch=2)
     training.report(trainer, job, training.run(trainer, job))
-    assert [loss["step"] for loss in job.emit.of("loss")] == [1, 2, 3, 4, 5, 6, 7]
+    records = job.emit.of("loss")
+    assert [loss["step"] for loss in records] == list(range(2, steps + 1, 2))
+    for one, two in zip(uninterrupted.emit.of("loss"), records, strict=True):
+        assert one == pytest.approx(two, rel=1e-9)
     assert job.emit.facts["training_wall"] > seconds
+    assert job.emit.facts["training_tokens"] == records[-1]["tokens"]
     for (name, one), two in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
 
