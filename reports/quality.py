@@ -12,7 +12,18 @@ from ..harness import statistics as st
 from ..harness.results import Results
 from .options import NoOptions
 from .recovery import LEVEL, OtherItems, average, estimate, inverse, perplexity_ratio, recovery
-from .rows import WHO, drop_empty, failures, in_plan_order, keep_of, measuring, of_suites, suites_with, table_of
+from .rows import (
+    TRAINING,
+    WHO,
+    drop_empty,
+    failures,
+    in_plan_order,
+    keep_of,
+    measuring,
+    of_suites,
+    suites_with,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,7 +76,7 @@ class Quality:
         self.config = config
 
     def frame(self, results: Results) -> pd.DataFrame | None:
-        suites = suites_with(results, traits=("score", "generate"))
+        suites = suites_with(results, traits=("score", "generate")) - suites_with(results, use=TRAINING)
         samples = _merged(results, of_suites(results.samples, suites))
         cells = _merged(results, measuring(results, suites))
         if cells.empty:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Who = tuple[str, str, str]
 WHO = ["model", "decoder", "suite"]
 """What a row of decoding is about."""
+TRAINING = "train-speed"
+"""A suite of steps rather than texts, which has a table of its own."""
 
 
 def in_plan_order(results: Results, of: Iterable[Who]) -> list[Who]:

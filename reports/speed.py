@@ -13,6 +13,7 @@ from .acceptance import accepted_length
 from .losslessness import Check
 from .options import NoOptions
 from .rows import (
+    TRAINING,
     WHO,
     drop_empty,
     failures,
@@ -26,8 +27,6 @@ from .rows import (
 )
 
 LEVEL = 0.95
-TRAINING = "train-speed"
-"""A suite of steps rather than answers, which has a table of its own."""
 MEGA = 1e6
 FIGURES = (
     *("TPOT ms", "speed-up", "lossless", "tokens/s", "accepted length", "TTFT ms", "reference TPOT ms", "k"),

@@ -10,15 +10,15 @@ from ..harness import statistics as st
 from ..harness.metrics import request_frame
 from ..harness.results import Results
 from .options import NoOptions
-from .rows import WHO, drop_empty, failures, measuring, of_suites, only_failures, suites_with, table_of
-from .speed import LEVEL, TRAINING
+from .rows import TRAINING, WHO, drop_empty, failures, measuring, of_suites, only_failures, suites_with, table_of
+from .speed import LEVEL
 
 GIGA, TERA = 1e9, 1e12
 PEAK = "peak memory"
 FLOPS, DEVICE = "FLOPs a step", "FLOP/s of the device"
 FIGURES = (
-    *("step ms", "tokens/s", "of teacher's", "peak GB", "teacher's peak GB", "TFLOP a step", "TFLOP/s", "MFU %"),
-    *("trained M", "blocks"),
+    *("step ms", "tokens/s", "teacher's tokens/s", "of teacher's", "peak GB", "teacher's peak GB"),
+    *("TFLOP a step", "TFLOP/s", "MFU %", "trained M", "blocks"),
 )
 
 
@@ -79,6 +79,8 @@ def _figures(of: pd.DataFrame) -> dict[str, Any]:
     }
     arms = of.pivot_table(index=["key", "block"], columns="arm", values="last_s")
     if {"subject", "reference"} <= set(arms.columns) and not arms.isna().any(axis=None):
+        beside = of[of["arm"] == "reference"]
+        row["teacher's tokens/s"] = st.geometric_mean(beside["tokens"] / beside["last_s"]).value
         row["of teacher's"] = st.paired_quotient(arms["reference"], arms["subject"], LEVEL)
     return row
 

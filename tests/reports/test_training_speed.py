@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mambabench.harness.results import Results
 from mambabench.reports.options import NoOptions
+from mambabench.reports.quality import Quality
 from mambabench.reports.speed import Speed
 from mambabench.reports.training_speed import TrainingSpeed
 
@@ -67,6 +68,7 @@ def test_a_row_says_what_a_step_takes_and_its_quotient_is_of_printed_figures(sto
     assert short["step ms"] == pytest.approx(500)
     assert short["tokens/s"] == pytest.approx(TOKENS / 0.5)
     assert short["of teacher's"].value == pytest.approx(0.9)
+    assert short["of teacher's"].value == pytest.approx(short["tokens/s"] / short["teacher's tokens/s"])
     assert long["of teacher's"].value == pytest.approx(1.5)
     assert long["of teacher's"].low <= 1.5 <= long["of teacher's"].high
     assert (short["windows"], long["windows"]) == (8, 1)
@@ -94,8 +96,9 @@ def test_the_interval_is_that_of_paired_blocks(stores, tmp_path):
     assert widths[0] < 1e-9 < 0.02 < widths[1]
 
 
-def test_training_steps_are_no_decoding(store):
+def test_training_steps_are_neither_decoding_nor_quality(store):
     assert Speed(NoOptions()).frame(Results.read([store])) is None
+    assert Quality(NoOptions()).frame(Results.read([store])) is None
 
 
 def test_without_the_suite_there_is_no_table(stores, tmp_path):
