@@ -5,9 +5,8 @@ from __future__ import annotations
 import bisect
 import hashlib
 import heapq
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..harness import documents
+from ..harness.cache import make_once
 from ..harness.interfaces import MambabenchError, Tokenizer
-from ..harness.keys import digest
-from ..harness.locks import Lock
 from . import batches
 from .losses import IGNORED
 
@@ -73,13 +71,29 @@ def read_windows(path: Path, tokenizer: Tokenizer, context: int, cache: Path | N
     With `cache`, a folder, equal windows are made once and then mapped into memory. Raises MambabenchError where
     nothing is left to learn.
     """
+    file = None if cache is None else _file_of(path, tokenizer, context, cache)
+    made: list[Windows] = []
 
     def make() -> Windows:
         encoded = documents.encode_many(documents.read_documents(path), tokenizer, ended=True)
-        return pack(map(_learnt, encoded), context, str(path))
+        made.append(pack(map(_learnt, encoded), context, str(path)))
+        return made[0]
 
-    name = None if cache is None else _name_of(path, tokenizer, context)
-    return make() if cache is None or name is None else _kept(cache / f"windows-{name}.safetensors", make)
+    if file is not None and make_once(file, lambda out: _write(make(), out)) and not made:
+        try:
+            found = load_file(file)
+            return Windows(*(found[field.name] for field in fields(Windows)))
+        except (SafetensorError, KeyError, OSError):
+            # Damaged: whoever comes next makes it anew.
+            file.unlink(missing_ok=True)
+    return made[0] if made else make()
+
+
+def _write(windows: Windows, file: Path) -> None:
+    try:
+        save_file({field.name: getattr(windows, field.name) for field in fields(Windows)}, file)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def pack(rows: Iterable[tuple[Any, Any]], context: int, name: str = "data") -> Windows:
@@ -160,41 +174,14 @@ def _places(lengths: Sequence[int], context: int) -> tuple[list[int], list[int]]
     return windows, columns
 
 
-def _name_of(path: Path, tokenizer: Tokenizer, context: int) -> str | None:
-    """A hash of all that decides the windows; None for a tokenizer that cannot be written down."""
+def _file_of(path: Path, tokenizer: Tokenizer, context: int, cache: Path) -> Path | None:
+    """Where windows are kept, by a hash of all that decides them; None for a tokenizer that cannot be written down."""
     inner: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if inner is None:
+    source = path / "data.jsonl" if path.is_dir() else path
+    if inner is None or not source.is_file():
         return None
-    file = path / "data.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        return None
-    with file.open("rb") as stream:
+    with source.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
-    template = getattr(tokenizer, "chat_template", None)
-    spoken = [inner.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, str(template), type(tokenizer).__name__]
-    return digest([content, file.suffixes, spoken, context, CODE])
-
-
-def _kept(file: Path, make: Callable[[], Windows]) -> Windows:
-    """The windows in a file, made and written first by the one process that has its lock. Where nothing can be written
-    they are made anew: a cache costs or saves time, nothing else."""
-    try:
-        lock = Lock.take(file.with_suffix(".lock"), wait=True)
-    except MambabenchError:
-        return make()
-    assert lock is not None
-    try:
-        if file.is_file():
-            with suppress(SafetensorError, KeyError, OSError):
-                found = load_file(file)
-                return Windows(*(found[field.name] for field in fields(Windows)))
-        windows = make()
-        unfinished = file.with_suffix(f".{os.getpid()}.partial")
-        try:
-            save_file({field.name: getattr(windows, field.name) for field in fields(Windows)}, unfinished)
-            unfinished.replace(file)
-        except (OSError, SafetensorError):
-            unfinished.unlink(missing_ok=True)
-        return windows
-    finally:
-        lock.release()
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id, str(getattr(tokenizer, "chat_template", None))]
+    decides = [content, source.suffixes, inner.to_str(), *ends, type(tokenizer).__name__, context, CODE]
+    return cache / f"windows-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]}.safetensors"

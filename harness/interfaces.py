@@ -23,17 +23,8 @@ API = 1
 """Version of this contract. Raised only when something is removed or changes its meaning."""
 
 KINDS = (
-    "backend",
-    "distiller",
-    "decoder",
-    "draft",
-    "selector",
-    "source",
-    "suite",
-    "table",
-    "renderer",
-    "launcher",
-    "command",
+    *("backend", "distiller", "decoder", "draft", "selector", "source"),
+    *("suite", "table", "renderer", "launcher", "command"),
 )
 
 
@@ -357,8 +348,7 @@ class Job:
     """Renamed into place when the step ends well."""
     emit: Emit
     cache: Path | None = None
-    """Where steps of one store may keep what others can use again, under names made of all that decides it. May be
-    emptied at any time."""
+    """Where steps keep what others can use (`harness.cache`), named after all that decides it; may be emptied."""
     checkpoint_s: float = CHECKPOINT_S
     """What a killed training may lose."""
 

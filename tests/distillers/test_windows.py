@@ -147,8 +147,9 @@ def test_a_torn_file_and_a_folder_that_cannot_be_written_only_cost_time(text, te
     blocked.write_text("")
     assert_equal(read_windows(text, words, 96, blocked / "cache"), first)
     assert len(made) == 3
-    assert_equal(read_windows(text, words, 96, tmp_path / "cache"), first)
-    assert len(made) == 3
+    for _ in range(2):
+        assert_equal(read_windows(text, words, 96, tmp_path / "cache"), first)
+        assert len(made) == 4
 
 
 def test_books_are_read_document_by_document(tmp_path, make_job):
