@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..harness.interfaces import Artifact, Bench, Job, MambabenchError, Unsupported, silent
+from ..harness.interfaces import Artifact, Bench, Job, MambabenchError, silent
 from ..harness.suites.speed import quiet
 from . import flops
 from .distillation import DistillationTrainer, load_frozen, recipe_of
 from .losses import IGNORED
 from .mixers import choose_trained
+from .placement import lighten
 from .plugin import DistillationConfig
 from .train_speed_config import TrainSpeedConfig
 from .windows import Windows, collate, pack, read_windows
@@ -44,7 +45,7 @@ class TrainSpeed:
             for context in self.config.context:
                 rows = self.config.tokens // context
                 windows = self._windows(bench, context, rows)
-                batches = forever(windows, rows)
+                batches = forever(windows, rows, bench.subject.device)
                 for name, arm in arms.items():
                     seconds = arm.steps(batches, self.config.warmup)[-1]
                     bench.emit("fact", name=f"warm-up, {context} tokens", value=seconds, unit="s", arm=name)
@@ -103,13 +104,16 @@ class Arm:
     ) -> None:
         model = artifact.backend.module(artifact.path)
         self.trained = choose_trained(model, trained, f"train-speed: {artifact.name}")
-        if config.checkpointing:
-            enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-            if enable is None:
-                raise Unsupported(f"train-speed: {artifact.name} knows no checkpointing of activations")
-            enable({"use_reentrant": False})
+        lighten(model, bench.subject.device)
         stage = DistillationConfig(
-            data="", tokens=config.tokens, batch=1, lr=1e-6, ce=config.ce, kl=config.kl, slice=config.slice
+            data="",
+            tokens=config.tokens,
+            batch=1,
+            lr=1e-6,
+            ce=config.ce,
+            kl=config.kl,
+            slice=config.slice,
+            checkpointing=config.checkpointing,
         )
         job = Job(
             seed=bench.seed,
@@ -228,10 +232,12 @@ def device_flops(device: str) -> float | None:
     return None if device == "cpu" else flops.peak(torch.cuda.get_device_name(device))
 
 
-def forever(windows: Windows, rows: int) -> Iterator[dict[str, Any]]:
-    """Batches of `rows` windows without end."""
+def forever(windows: Windows, rows: int, device: str) -> Iterator[dict[str, Any]]:
+    """Batches of `rows` windows without end. They lie on the device, where the stages' loader brings them ahead."""
     whole = range(0, len(windows) - rows + 1, rows)
-    return itertools.cycle([collate([windows[first + row] for row in range(rows)]) for first in whole])
+    batches = (collate([windows[first + row] for row in range(rows)]) for first in whole)
+    there = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+    return itertools.cycle(there)
 
 
 def random_windows(count: int, context: int, vocabulary: int, seed: int) -> Windows:

@@ -89,7 +89,7 @@ def test_a_step_is_the_stage_s_step(bench, hybrid, monkeypatch):
     made = bench()
     arms = load_arms(made, config)
     before = {name: value.clone() for name, value in arms["subject"].model.named_parameters()}
-    batches = forever(TrainSpeed(config)._windows(made, 16, 2), 2)
+    batches = forever(TrainSpeed(config)._windows(made, 16, 2), 2, "cpu")
     arms["subject"].steps(batches, 2)
     moved = {name for name, value in arms["subject"].model.named_parameters() if not torch.equal(before[name], value)}
     assert moved == {name for name in before if ".mamba." in name}
@@ -117,7 +117,7 @@ def test_the_teacher_s_own_row_has_one_arm(bench, teacher):
 
 def test_memory_of_one_model_is_counted_without_the_other_s(bench):
     arms = load_arms(bench(), TrainSpeedConfig(**SMALL | {"train": ("all",)}))
-    batches = forever(TrainSpeed(TrainSpeedConfig(**SMALL))._windows(bench(), 8, 4), 4)
+    batches = forever(TrainSpeed(TrainSpeedConfig(**SMALL))._windows(bench(), 8, 4), 4, "cpu")
     for arm in arms.values():
         arm.steps(batches, 1)
     for arm in arms.values():
@@ -139,7 +139,7 @@ def test_checkpointing_changes_no_gradient(bench):
         config = TrainSpeedConfig(**SMALL, checkpointing=checkpointing)
         arm: Arm = load_arms(made, config)["subject"]
         samples, items = arm.trainer.get_batch_samples(
-            forever(TrainSpeed(config)._windows(made, 8, 4), 4), 1, torch.device("cpu")
+            forever(TrainSpeed(config)._windows(made, 8, 4), 4, "cpu"), 1, torch.device("cpu")
         )
         arm.trainer.training_step(arm.model, samples[0], items)
         gradients.append({name: value.grad for name, value in arm.model.named_parameters() if value.requires_grad})
@@ -151,7 +151,7 @@ def test_text_of_the_plan_is_trained_on_in_whole_windows(bench, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"ids": [5] * length}) + "\n" for length in (40, 3, 3, 16, 16)))
     made = bench(data={"text": text})
-    batches = forever(TrainSpeed(TrainSpeedConfig(**SMALL, data="text"))._windows(made, 16, 2), 2)
+    batches = forever(TrainSpeed(TrainSpeedConfig(**SMALL, data="text"))._windows(made, 16, 2), 2, "cpu")
     assert all(next(batches)["input_ids"].shape == (2, 16) for _ in range(5))
     short = tmp_path / "short.jsonl"
     short.write_text(json.dumps({"ids": [5] * 20}) + "\n")
