@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..harness.interfaces import Unsupported
+
 PEAKS = {
     "H200": 989e12,
     "H100 80GB HBM3": 989e12,
@@ -76,7 +78,8 @@ class Flops:
 
 
 def step(student: nn.Module, teacher: nn.Module | None, work: Work) -> Flops:
-    """FLOPs of a step of training `student`, whose parameters say whether they are trained."""
+    """FLOPs of a step of training `student`, whose parameters say whether they are trained. Raises Unsupported for a
+    model whose parts are not known."""
     forward = inputs = weights = 0.0
     trained = [_place(name) for name, tensor in _named_parameters(student) if tensor.requires_grad]
     lowest = min(trained, default=(1 << 30, 0))
@@ -115,8 +118,10 @@ def peak(device: str) -> float | None:
     return next((flops for name, flops in PEAKS.items() if name in device), None)
 
 
-def _parts(model: nn.Module, work: Work) -> Iterator[tuple[tuple[int, int], float, nn.Parameter | None]]:
+def _parts(model: nn.Module, work: Work) -> Iterator[tuple[tuple[int, int], float, Tensor | None]]:
     """Where each piece of work stands, its FLOPs forward, and its weight if it is a matrix product with one."""
+    if not any(name.endswith((".self_attn", ".mamba")) for name, _ in model.named_modules() if _LAYER.search(name)):
+        raise Unsupported(f"{type(model).__name__}: only the work of layers with self_attn or mamba can be counted")
     for name, module in model.named_modules():
         place = _place(f"{name}.weight")
         if isinstance(module, nn.Linear):
@@ -132,14 +137,17 @@ def _parts(model: nn.Module, work: Work) -> Iterator[tuple[tuple[int, int], floa
 def _state(mixer: nn.Module) -> int:
     """Numbers in the state of a Mamba mixer: A is [inner, N] in Mamba-1, [H] in Mamba-2, where states are as wide as
     heads are."""
-    decay: Tensor = mixer.get_parameter("A_log")
+    decay = getattr(mixer, "A_log", None)
+    if not isinstance(decay, Tensor):
+        raise Unsupported(f"{type(mixer).__name__}: only the work of mixers with A_log can be counted")
     inner = _product(mixer, "out_proj").in_features
     return decay.numel() if decay.dim() == 2 else inner * (inner // len(decay))
 
 
 def _product(module: nn.Module, name: str) -> nn.Linear:
-    product = module.get_submodule(name)
-    assert isinstance(product, nn.Linear)
+    product = getattr(module, name, None)
+    if not isinstance(product, nn.Linear):
+        raise Unsupported(f"{type(module).__name__}: only the work of mixers with {name} can be counted")
     return product
 
 

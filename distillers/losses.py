@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
@@ -92,6 +93,10 @@ class Distillation:
                 weights = torch.tensor(list(self.weights.values()), dtype=values.dtype, device=values.device)
                 (to_logits,) = torch.autograd.grad(values, leaf, weights[:, None].expand_as(values))
             return values.detach(), to_logits
+        if self._in_one_pass(student):
+            from . import triton_losses
+
+            return triton_losses.losses(student, teacher if self.kl else None, targets, self.ce, self.kl)
         parts = []
         log_q = F.log_softmax(_exact(student), dim=-1)
         if self.ce:
@@ -113,6 +118,11 @@ class Distillation:
             gradient = q if gradient is None else gradient.add_(q)
         assert gradient is not None
         return torch.stack(parts), gradient.to(student.dtype)
+
+    def _in_one_pass(self, logits: Tensor) -> bool:
+        """Whether the kernel of `triton_losses` serves: at τ = 1, on a GPU, up to fp32."""
+        warm = not self.kl or self.divergence.temperature == 1
+        return logits.is_cuda and warm and logits.dtype != torch.float64 and find_spec("triton") is not None
 
 
 def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Shared fixtures: real models and data where they are at hand, skipped with a reason where they are not."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -34,6 +35,35 @@ def stores() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module anew, under another name, with its Triton kernels in Triton's interpreter.
+
+    Whether a kernel is interpreted is decided where it is decorated, which for those of Triton's own library is long
+    past: they are exchanged meanwhile.
+    """
+    triton = pytest.importorskip("triton")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for library in (triton.language, triton.language.standard):
+        for name, value in list(vars(library).items()):
+            if isinstance(value, triton.runtime.JITFunction):
+                monkeypatch.setattr(library, name, interpreter.InterpretedFunction(value.fn))
+
+    def load(name: str) -> ModuleType:
+        found = importlib.util.find_spec(name)
+        assert found is not None
+        assert found.origin is not None
+        spec = importlib.util.spec_from_file_location(f"interpreted_{name.rpartition('.')[2]}", found.origin)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

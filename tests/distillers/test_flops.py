@@ -6,6 +6,7 @@ import pytest
 import torch
 from mambabench.distillers.flops import Work, peak, step, work_of
 from mambabench.distillers.mixers import choose_trained
+from mambabench.harness.interfaces import Unsupported
 from torch.utils.flop_counter import FlopCounterMode
 
 WORK = Work(tokens=20, targets=20, documents=[(4, 2), (12, 1)])
@@ -86,3 +87,8 @@ def test_the_speed_of_a_gpu_is_known_by_its_name_or_not_at_all():
     assert peak("NVIDIA H200") == peak("NVIDIA H100 80GB HBM3") == 989e12
     assert peak("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak("NVIDIA GeForce RTX 4090") is None
+
+
+def test_a_model_whose_parts_are_unknown_is_refused():
+    with pytest.raises(Unsupported, match="Linear: only the work of layers"):
+        step(torch.nn.Linear(2, 2), None, WORK)

@@ -1,25 +1,15 @@
 """Gate and rotation in one pass equal the plain form, in Triton's interpreter and on a GPU."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from mambabench.kernels.pointwise import fused, reference, rotate, swiglu
 
-pytest.importorskip("triton")
-FILE = Path(fused.__file__).with_name("triton.py")
-
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted(interpret, monkeypatch):
     """The kernels in Triton's interpreter, in place of those for a GPU."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.spec_from_file_location("interpreted_pointwise", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = interpret(fused.MODULE)
     monkeypatch.setattr(fused, "kernel", lambda _, name: getattr(module, name))
-    return module
 
 
 def turns(length, width, kind, rows=1):
