@@ -78,10 +78,10 @@ class Mamba2(Mamba):
         """The gated norm per head and the output projection. y [B, L, H, P], z [..., H P]."""
         y = y.reshape(z.shape)
         if self.norm is None:
-            out = self._gate(y, z)
+            out = self._gate(y, z).to(z.dtype)
         else:
             out = gated_norm(y, z, self.norm.weight, self.gate_bias, self.width, self.eps)
-        return self.out_proj(out.to(z.dtype))
+        return self.out_proj(out)
 
     def forward(
         self,

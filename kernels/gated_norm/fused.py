@@ -1,4 +1,4 @@
-"""The gated norm by mamba-ssm's Triton kernel, forward and backward, which reads y and z once each way."""
+"""Whether the Triton kernels of the gated norm can serve. They are imported, Triton with them, only where they do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..support import Support, installed, kernel, served
 
-MODULE = "mamba_ssm.ops.triton.layernorm_gated"
+MODULE = f"{__package__}.triton"
+WIDEST = 1024
+"""Of heads: a block of the kernel holds whole ones in registers."""
 
 
 def supports(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Support:
@@ -15,11 +17,11 @@ def supports(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: i
     support = served(y, (torch.bfloat16, torch.float32))
     if not support:
         return support
-    if bias is not None:
-        return Support.no("the kernel's gate has no bias")
-    return installed(MODULE)
+    if width > WIDEST:
+        return Support.no(f"the kernel has heads of up to {WIDEST}, not {width}")
+    return installed("triton")
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Tensor:
-    """Shapes as in the reference's `gated_norm`. Computed in fp32, rounded to y's dtype once."""
-    return kernel(MODULE, "rmsnorm_fn")(y, weight, None, z=z, eps=eps, group_size=width, norm_before_gate=False)
+    """Shapes as in the reference's `gated_norm`."""
+    return kernel(MODULE, "gated_norm")(y, z, weight, bias, width, eps)

@@ -2,7 +2,7 @@
 
     out = weight * g / sqrt(mean(g^2) + eps)    g = y SiLU(z + bias), the mean over a head
 
-It is the norm of mamba-ssm with `norm_before_gate=False` and one group per head.
+It is the norm of mamba-ssm (`rmsnorm_fn`) with `norm_before_gate=False` and a group for every head.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..scan.reference import compute_dtype
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Tensor:
-    """y and z [..., H P], weight [H P], bias [H P] of the gate, width P. Computed, and returned, in fp32 (fp64 for
-    fp64 y)."""
+    """y and z [..., H P], weight [H P], bias [H P] of the gate, width P. Computed in fp32 (fp64 for fp64 y), rounded to
+    z's dtype."""
     kind = compute_dtype(y)
     gate = z.to(kind) if bias is None else z.to(kind) + bias.to(kind)
     gated = (y.to(kind) * F.silu(gate)).unflatten(-1, (-1, width))
-    return F.rms_norm(gated, (width,), None, eps).flatten(-2) * weight.to(kind)
+    return (F.rms_norm(gated, (width,), None, eps).flatten(-2) * weight.to(kind)).to(z.dtype)

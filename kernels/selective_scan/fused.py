@@ -118,7 +118,7 @@ def selective_scan(
         delta_softplus=True,
         return_last_state=True,
     )
-    y = y.transpose(1, 2)
+    y = y.transpose(1, 2).contiguous()
     if spread is not None:
-        y = _Taken.apply(y.reshape(-1, channels), spread.places).view(batch, length, channels)
+        y = _Taken.apply(y.view(-1, channels), spread.places).view(batch, length, channels)
     return y, _Last.apply(last)

@@ -1,7 +1,9 @@
-"""Stand-ins for mamba-ssm and causal-conv1d that hold what the real ones check, and compute by their formulas."""
+"""Stand-ins for mamba-ssm, causal-conv1d and our Triton kernels, which need a GPU: they hold what the real ones check,
+and compute by their formulas."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mambabench.kernels import support
+from mambabench.kernels.gated_norm import fused as norm_fused
 from mambabench.kernels.scan import fused as scan_fused
 
 CALLS: list[str] = []
@@ -106,14 +109,12 @@ def causal_conv1d_fn(
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def rmsnorm_fn(x, weight, bias, z=None, eps=1e-6, group_size=None, norm_before_gate=True):
+def gated_norm(y, z, weight, bias, width, eps):
     CALLS.append("gated_norm")
-    assert z.shape == x.shape
-    assert z.stride(-1) == 1
-    assert not norm_before_gate
-    gated = (x.float() * F.silu(z.float())).unflatten(-1, (-1, group_size))
+    gate = z.float() if bias is None else z.float() + bias
+    gated = (y.float() * F.silu(gate)).unflatten(-1, (-1, width))
     scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-    return ((gated * scale).flatten(-2) * weight.float()).to(x.dtype)
+    return ((gated * scale).flatten(-2) * weight.float()).to(z.dtype)
 
 
 STANDINS = {
@@ -121,9 +122,9 @@ STANDINS = {
     "mamba_ssm.ops": (),
     "mamba_ssm.ops.triton": (),
     "mamba_ssm.ops.triton.ssd_combined": (mamba_chunk_scan_combined,),
-    "mamba_ssm.ops.triton.layernorm_gated": (rmsnorm_fn,),
     "mamba_ssm.ops.selective_scan_interface": (selective_scan_fn,),
     "causal_conv1d": (causal_conv1d_fn,),
+    "mambabench.kernels.gated_norm.triton": (gated_norm,),
 }
 
 
@@ -142,6 +143,8 @@ def standins(monkeypatch: pytest.MonkeyPatch, asked: None) -> list[str]:
     in order."""
     monkeypatch.setattr(support, "on_cuda", lambda tensor: True)
     monkeypatch.setattr(scan_fused, "may_round", lambda: True)
+    if importlib.util.find_spec("triton") is None:
+        monkeypatch.setattr(norm_fused, "installed", lambda module: support.Support.yes())
     for name, functions in STANDINS.items():
         module = types.ModuleType(name)
         for function in functions:

@@ -264,25 +264,31 @@ def test_a_convolution_shorter_than_its_window_keeps_what_was_before(where: Wher
     assert support.reasons() == {}
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("low_gate", [False, True])
-def test_gated_norm(low_gate: bool, where: Where) -> None:
+def test_gated_norm(low_gate: bool, biased: bool, where: Where) -> None:
     heads, width = 3, 64 if where.device == "cuda" else 8
     shape = (2, where.length, heads * width)
-    inputs = draw(0, where, {"y": shape, "z": shape, "weight": shape[2:]})
+    shapes = {"y": shape, "z": (*shape[:2], shape[2] + 8), "weight": shape[2:]} | (
+        {"bias": shape[2:]} if biased else {}
+    )
+    inputs = draw(0, where, shapes)
     if low_gate:
         inputs["z"] = inputs["z"].bfloat16()
+
+    def run(way: Callable, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor]:
+        return (way(y, z[..., 8:], weight, bias, width, 1e-5),)
+
     got, want = both(
         where,
-        lambda y, z, weight: (gated_norm(y, z, weight, None, width, 1e-5),),
-        lambda y, z, weight: (gated_norm_reference(y, z, weight, None, width, 1e-5),),
+        lambda **leaves: run(gated_norm, **leaves),
+        lambda **leaves: run(gated_norm_reference, **leaves),
         inputs,
         set(),
     )
-    assert got["y"].dtype == where.dtype
+    assert got["y"].dtype == inputs["z"].dtype
     assert support.reasons() == {}
-    if low_gate:
-        where = Where(where.device, torch.bfloat16, where.length)
-    agree(where, got, want)
+    agree(Where(where.device, torch.bfloat16, where.length) if low_gate else where, got, want)
 
 
 @pytest.mark.gpu
