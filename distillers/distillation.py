@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..harness.interfaces import Artifact, Job, MambabenchError
 from . import training
 from .batches import counted, read
-from .fused import plain_head, summed_losses, without_head
+from .fused import head_weight, plain_head, summed_losses, without_head
 from .losses import Distillation, Divergence, shifted
 from .plugin import DistillationConfig
 from .windows import Windows
@@ -41,34 +41,40 @@ class DistillationTrainer(training.SummedLossTrainer):
         # In phases, layers borrow the teacher's attention, and need it whole.
         self.teacher = None if teacher is None else self.beside(teacher, shared=recipe.phases == 1)
         self.student = model
+        head = plain_head(model)
+        # DDP, where it has to look for weights that a step leaves out, would take one that is used beside its forward
+        # for such.
+        self.unseen = recipe.phases > 1 and training.ranks() > 1 and head is not None and head.weight.requires_grad
+        if self.slice and self.unseen:
+            raise MambabenchError(
+                "slice: several GPUs cannot train the head while layers join in turn; say slice = 0"
+            )
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
         targets = shifted(inputs["labels"]).flatten()
         places = counted(inputs, targets)
         targets, given = targets[places], read(self.student, inputs)
         teacher = self.teacher if self.loss.kl else None
-        told = their_head = None
+        told = None
         with ExitStack() as heads:
             size = self.slice or self._fitting(teacher)
             if size:
-                head = heads.enter_context(without_head(self.student))
-                their_head = None if teacher is None else heads.enter_context(without_head(teacher))
+                for asked in (self.student,) if teacher is None else (self.student, teacher):
+                    heads.enter_context(without_head(asked))
             said = model(**given, use_cache=False).logits.flatten(0, 1)[places]
             if teacher is not None:
                 with torch.no_grad():
                     told = teacher(**given, use_cache=False).logits.flatten(0, 1)[places]
         if not size:
             return dict(zip(self.weights, self.loss(said, told, targets).sum(1), strict=True))
+        head, their_head = head_weight(self.student), None if teacher is None else head_weight(teacher)
         total, sums = summed_losses(self.loss, targets, said, head, told, their_head, size)
         return {**dict(zip(self.weights, sums, strict=True)), training.TOTAL: total}
 
     def _fitting(self, teacher: nn.Module | None) -> int:
-        """Positions whose logits a GPU holds at a time if the plan does not say; 0: the models make all of them.
-
-        Ranks may have their weights in parts (FSDP), which only a model's own forward puts together.
-        """
+        """Positions whose logits a GPU holds at a time if the plan does not say; 0: the models make all of them."""
         models = [self.student] if teacher is None else [self.student, teacher]
-        if self.args.device.type != "cuda" or self.accelerator.num_processes > 1 or not all(map(plain_head, models)):
+        if self.args.device.type != "cuda" or self.unseen or not all(map(plain_head, models)):
             return 0
         words = max(head.out_features for head in map(plain_head, models) if head is not None)
         return max(1, LOGITS // words)

@@ -19,7 +19,7 @@ from ..harness.documents import encode_ended, read_preferences
 from ..harness.interfaces import Job, MambabenchError, Tokenizer
 from . import training
 from .distillation import load_frozen
-from .fused import token_losses, without_head
+from .fused import head_weight, token_losses, without_head
 from .losses import IGNORED, dpo, sequence_logprob, shifted, token_cross_entropy
 from .mixers import choose_trained
 from .placement import lighten
@@ -119,9 +119,9 @@ def answer_logprob(model: nn.Module, bare: nn.Module, inputs: Mapping[str, Tenso
     if not size:
         return sequence_logprob(model(input_ids=inputs["input_ids"], use_cache=False).logits, targets)
     counted = targets != IGNORED
-    with without_head(bare) as head:
+    with without_head(bare):
         hidden = model(input_ids=inputs["input_ids"], use_cache=False).logits[counted]
-    (nat,) = token_losses(_negative_logprob, targets[counted], hidden, head, size=size)
+    (nat,) = token_losses(_negative_logprob, targets[counted], hidden, head_weight(bare), size=size)
     rows = counted.nonzero()[:, 0]
     return -torch.zeros(len(targets), dtype=nat.dtype, device=nat.device).index_add(0, rows, nat)
 

@@ -196,6 +196,13 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) and head.bias is None else None
 
 
+def head_weight(model: nn.Module) -> Tensor:
+    """The weight [V, E] of a plain head; after the model has run, since one that is sharded puts it together then."""
+    head = plain_head(model)
+    assert head is not None
+    return head.weight
+
+
 @contextmanager
 def without_head(model: nn.Module) -> Iterator[Tensor]:
     """Makes the model return its last hidden states as logits meanwhile; yields the head's weight [V, E].

@@ -41,6 +41,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def held(tensor: Tensor) -> int:
+    """How many numbers of a tensor this rank has."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+
+
 def like(tensor: Tensor, place: Tensor) -> Tensor:
     """A whole tensor as `place` is: on its device and, where that is spread over ranks, spread alike."""
     tensor = tensor.to(place.device)

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from ..harness.interfaces import Job, MambabenchError
 from .checkpoints import Checkpoints, load_states, load_weights, save_states, save_weights, whole_checkpoint
 from .passes import Passes
-from .placement import exact_policy, gather, restored, sharding
+from .placement import exact_policy, gather, held, restored, sharding
 from .processes import rank, ranks
 from .records import LOSS, Records, Spent, Sums
 from .windows import Windows, collate
@@ -266,6 +266,9 @@ def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
         ("trainable_share", trained / total, ""),
         ("peak_memory", _peak_bytes(job.device), "bytes"),
     ]
+    if ranks() > 1:
+        share = sum(map(held, parameters)) / total
+        facts += [("ranks", ranks(), ""), ("weights_held_share", share, "")]
     if step_time := trainer.records.step_time():
         facts += [("step_time", step_time, "s"), ("training_rate", spent.tokens / spent.steps / step_time, "tokens/s")]
     facts += [(f"weight_per_{trainer.unit}_{name}", weight, "") for name, weight in trainer.weights.items() if weight]

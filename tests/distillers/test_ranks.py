@@ -1,11 +1,12 @@
 """Several processes that train together do what one does with the same batch."""
 
 import json
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 from mambabench.harness.store import Store
 from safetensors.torch import load_file
+from torch import Tensor
 
 PLAN = """
 schema = 1
@@ -69,33 +70,46 @@ def run(mambabench, tmp_path):
         assert done.returncode == 0, done.stderr
         at = Store.open(store)
         keys = {cell["label"].partition("@")[0]: cell["key"] for cell in at.run()["cells"]}
-        return keys, {stage: (losses(at, keys[stage]), weights(at, keys[stage])) for stage in STAGES}
+        return keys, {stage: result(at, keys[stage]) for stage in STAGES}
 
     return run
 
 
-def losses(store, key):
-    events = map(json.loads, (store.finished(key) / "events.jsonl").read_text().splitlines())
-    return [{k: v for k, v in event.items() if k not in ("kind", "t")} for event in events if event["kind"] == "loss"]
+@dataclass
+class Result:
+    losses: list[dict[str, float]]
+    weights: dict[str, Tensor]
+    facts: dict[str, float]
 
 
-def weights(store, key):
-    return load_file(Path(store.artifact(key)) / "model.safetensors")
+def result(store, key):
+    events = [json.loads(line) for line in (store.finished(key) / "events.jsonl").read_text().splitlines()]
+    losses = [{k: v for k, v in each.items() if k not in ("kind", "t")} for each in events if each["kind"] == "loss"]
+    facts = {event["name"]: event["value"] for event in events if event["kind"] == "fact"}
+    return Result(losses, load_file(store.artifact(key) / "model.safetensors"), facts)
 
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one_does(run):
+    """With a copy of the weights each, or with half of them each."""
     keys, alone = run("alone")
-    same, pair = run("pair", "limits.train_gpus=2")
-    assert same == keys
-    for stage in STAGES:
-        (one, before), (two, after) = alone[stage], pair[stage]
-        assert len(one) == len(two) >= 3
-        for record, again in zip(one, two, strict=True):
-            assert again == pytest.approx(record, rel=1e-3), stage
-        assert before.keys() == after.keys()
-        for name, weight in before.items():
-            assert (weight - after[name]).abs().max() <= 2e-4 * weight.abs().max() + 1e-7, (stage, name)
+    for parallel, share in (("ddp", 1.0), ("fsdp", 0.5)):
+        options = [f"stages.{stage}.parallel={parallel}" for stage in ("align", "tune", "prefer")]
+        same, pair = run(parallel, "limits.train_gpus=2", *options)
+        assert same["teacher/teach"] == keys["teacher/teach"]
+        assert (same == keys) == (parallel == "ddp")
+        for stage in STAGES:
+            one, two = alone[stage], pair[stage]
+            assert len(one.losses) == len(two.losses) >= 3
+            for record, again in zip(one.losses, two.losses, strict=True):
+                assert again == pytest.approx(record, rel=1e-3), stage
+            assert one.weights.keys() == two.weights.keys()
+            for name, weight in one.weights.items():
+                assert weight.dtype == two.weights[name].dtype
+                assert (weight - two.weights[name]).abs().max() <= 2e-4 * weight.abs().max() + 1e-7, (stage, name)
+            assert two.facts["ranks"] == 2
+            expected = share if stage != "teacher/teach" else 1.0
+            assert two.facts["weights_held_share"] == pytest.approx(expected, abs=0.1), stage
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(mambabench, tmp_path):
