@@ -25,7 +25,11 @@ SUMMED = {
 """Heading -> fact and factor, of what stages add up to."""
 HIGHEST = {"trained %": ("trainable_share", 100.0), "peak memory MB": ("peak_memory", 1e-6)}
 """Of what the greediest stage counts for."""
-LAST = {"tokens/s": ("training_rate", 1.0), "MFU %": ("model_flop_utilisation", 100.0)}
+LAST = {
+    "tokens/s": ("training_rate", 1.0),
+    "MFU %": ("model_flop_utilisation", 100.0),
+    "GPU shared by": ("gpu_shared_by", 1.0),
+}
 """Of what the last stage counts for."""
 
 

@@ -32,7 +32,7 @@ def made(stores, path, seeds):
                 stage = "all" if model.endswith("all") else "rest" if model == "on" else "mixers"
                 took = [fact("training_tokens", 3_000_000), fact("training_gpu", 10 + 2 * seed, "s")]
                 took += [fact("trainable_share", SHARES[model]), fact("peak_memory", 5e9), fact("training_rate", 1e5)]
-                took += [fact("model_flop_utilisation", 0.25 + 0.1 * seed)]
+                took += [fact("model_flop_utilisation", 0.25 + 0.1 * seed), fact("gpu_shared_by", 4)]
                 builder.step(f"{model}/{stage}@seed{seed}", "train", facts=took)
             # The same documents for all, whose losses differ by a constant but for what seeds add.
             text = stores.losses_of_text(np.random.default_rng(0), nll=NLL[model] + 0.01 * seed, task="val")
@@ -70,6 +70,7 @@ def test_what_it_took_is_added_over_stages_and_averaged_over_seeds(results):
     assert half["peak memory MB"] == pytest.approx(5000)
     assert half["tokens/s"] == pytest.approx(1e5)
     assert half["MFU %"] == pytest.approx(30)
+    assert half["GPU shared by"] == 4
 
 
 def test_one_seed_has_no_column_of_seeds_and_no_divergence_no_table(stores, tmp_path, make):
