@@ -18,8 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..harness.interfaces import Job, MambabenchError
+from ..harness.interfaces import Job, MambabenchError, Unsupported
+from . import flops
 from .checkpoints import Checkpoints, load_states, load_weights, save_states, save_weights, whole_checkpoint
+from .losses import IGNORED
 from .passes import Passes
 from .placement import exact_policy, gather, held, restored, sharding
 from .processes import rank, ranks
@@ -250,6 +252,21 @@ def run(trainer: SummedLossTrainer, job: Job) -> Spent:
     )
 
 
+def flops_per_step(trainer: SummedLossTrainer) -> float | None:
+    """What a step over all ranks asks for, as `flops` counts it; None where that is not known, or not the same in
+    every step."""
+    windows = trainer.train_dataset
+    if not isinstance(windows, Windows) or trainer.recipe.phases > 1 or trainer.model is None:
+        return None
+    teacher = getattr(trainer, "teacher", None) if "kl" in trainer.weights else None
+    targets = (windows.labels[:, 1:] != IGNORED).sum(1)
+    work = flops.work_of(windows.positions, windows.lengths, targets, trainer.recipe.batch)
+    try:
+        return flops.step(trainer.model, teacher, work).total
+    except Unsupported:
+        return None
+
+
 def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
     """Emits what a whole stage took and trained, and what a token weighs in each part of its loss."""
     assert trainer.model is not None
@@ -271,6 +288,11 @@ def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
         facts += [("ranks", ranks(), ""), ("weights_held_share", share, "")]
     if step_time := trainer.records.step_time():
         facts += [("step_time", step_time, "s"), ("training_rate", spent.tokens / spent.steps / step_time, "tokens/s")]
+    if need := flops_per_step(trainer):
+        facts.append(("training_flops_per_step", need, ""))
+        most = flops.peak(torch.cuda.get_device_name(trainer.args.device)) if gpus else None
+        if step_time and most:
+            facts.append(("model_flop_utilisation", need / (step_time * most * gpus), ""))
     facts += [(f"weight_per_{trainer.unit}_{name}", weight, "") for name, weight in trainer.weights.items() if weight]
     for name, value, unit in facts:
         job.emit("fact", name=name, value=value, unit=unit)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mambabench.distillers import checkpoints, training
 from mambabench.distillers.checkpoints import SECONDS, whole_checkpoint
 from mambabench.distillers.distillation import DistillationTrainer
+from mambabench.distillers.flops import step, work_of
 from mambabench.distillers.losses import IGNORED
 from mambabench.distillers.mixers import choose_trained
 from mambabench.distillers.plugin import ProgressiveConfig
@@ -179,6 +180,9 @@ def test_the_loss_that_is_logged_is_the_weighted_sum_of_its_parts(make_job, hybr
     assert job.emit.facts["weight_per_token_ce"] == 1.0
     assert job.emit.facts["weight_per_token_kl"] == 0.5
     assert 0 < job.emit.facts["trainable_share"] < 1
+    work = work_of(windows.positions, windows.lengths, (windows.labels[:, 1:] != IGNORED).sum(1), 4)
+    assert job.emit.facts["training_flops_per_step"] == step(trainer.student, trainer.teacher, work).total > 0
+    assert "model_flop_utilisation" not in job.emit.facts, "a CPU has no known peak"
     assert job.emit.facts["training_wall"] > 0
 
 
