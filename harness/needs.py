@@ -23,13 +23,13 @@ BANDWIDTH = 4.8e12
 """Bytes per second of an H200's memory."""
 DECODING = 0.6
 """Share of the bandwidth that decoding reaches."""
-TRAINED, FROZEN, TEACHING = 16, 4, 2
-"""Bytes a weight: fp32 weight, gradient and two moments of Adam; fp32 weight alone; bf16 weight of a teacher."""
+TRAINED, FROZEN, TEACHING = 16, 2, 2
+"""Bytes a weight: fp32 weight, gradient and two moments of Adam; bf16 weight alone; bf16 weight of a teacher."""
 GIB = 2.0**30
 BASIS = (
     f"Estimated for H200 GPUs at {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s, decoding at {DECODING:.0%} of "
-    f"{BANDWIDTH / 1e12:.1f} TB/s; fp32 weights, gradients and Adam of what is trained, no activation checkpointing, "
-    "nothing sharded. Measuring is left out."
+    f"{BANDWIDTH / 1e12:.1f} TB/s; fp32 weights, gradients and Adam of what is trained, bf16 weights of what "
+    "is not. Measuring is left out."
 )
 
 
@@ -169,27 +169,31 @@ def _training(step: Step, plan: Plan, shape: Shape) -> Need:
     taught = bool(config.get("kl")) or "reference" in config
     context = int(config.get("context", 2048))
     forward = 2 * multiplied + shape.attention_flops(context, kept)
-    flops = 2 * forward + 2 * min(trained, multiplied)
+    flops = (3 if config.get("checkpointing") else 2) * forward + 2 * min(trained, multiplied)
     if taught:
         flops += 2 * shape.multiplied + shape.attention_flops(context, shape.layers)
     tokens = int(config["tokens"]) if "tokens" in config else None
-    rows = -(-int(config.get("batch", 1)) // int(config.get("accumulation", 1))) * (1 if "tokens" in config else 2)
+    ranks = step.needs.ranks
+    windows = -(-int(config.get("batch", 1)) // int(config.get("accumulation", 1)) // ranks)
+    rows, again = windows * (1 if "tokens" in config else 2), bool(config.get("checkpointing"))
+    taught_bytes = shape.parameters * TEACHING if taught and not config.get("precompute") else 0
+    weights = trained * TRAINED + (parameters - trained) * FROZEN + taught_bytes
     return Need(
         label=step.labels[0],
         tokens=tokens,
-        memory=trained * TRAINED
-        + (parameters - trained) * FROZEN
-        + (shape.parameters * TEACHING if taught else 0)
-        + _activations(shape, rows * context, int(config.get("slice") or 0), taught),
+        memory=weights / (ranks if config.get("parallel") == "fsdp" else 1)
+        + _activations(shape, rows * context, int(config.get("slice") or 0), taught, again),
         hours=None if tokens is None else tokens * flops / (PEAK * UTILISATION) / 3600,
         data="" if tokens is not None else "as many tokens as its pairs have",
     )
 
 
-def _activations(shape: Shape, tokens: int, positions: int, taught: bool) -> float:
+def _activations(shape: Shape, tokens: int, positions: int, taught: bool, again: bool) -> float:
     """Bytes kept for backward in bf16: per layer some twelve vectors of the residual stream's width and four of the
-    MLP's, and the logits in fp32 with their gradient, of all tokens or of a slice of positions."""
-    layers = 2.0 * tokens * shape.layers * (12 * shape.hidden + 4 * shape.intermediate)
+    MLP's (or what enters it, if it is computed `again`), and the logits in fp32 with their gradient, of all tokens or
+    of a slice of positions."""
+    inside = 2.0 * tokens * (12 * shape.hidden + 4 * shape.intermediate)
+    layers = inside + 2.0 * tokens * shape.layers * shape.hidden if again else inside * shape.layers
     return layers + 4.0 * min(tokens, positions or tokens) * shape.vocabulary * (3 if taught else 2)
 
 

@@ -59,6 +59,7 @@ def test_the_plans_of_the_paper_have_its_hyper_parameters(expanded, name):
     assert (tune.ce, tune.kl) == ((0.0, 1.0) if name.startswith("llama3.") else (1.0, 0.0))
     assert (prefer.lr, prefer.batch, prefer.context, prefer.warmup) == (5e-7, 32, 1024, 0.1)
     assert (prefer.beta, prefer.epochs, prefer.reference) in ((0.01, 1.0, "start"), (0.1, 3.0, "start"))
+    assert (align.beta2, tune.beta2, prefer.beta2) == (0.98, 0.999, 0.999)
     trained = {label for step in steps if step.kind == "train" for label in step.labels}
     assert {label.partition("/")[2] for label in trained} == {"align@seed0", "tune@seed0", "prefer@seed0"}
 
@@ -116,6 +117,11 @@ def test_less_is_held_with_slices_and_smaller_parts(expanded):
         return next(need.memory for need in needs(plan, steps) if need.label == "mamba2-50/tune@seed0")
 
     assert memory() < memory("stages.tune.slice=0") < memory("stages.tune.slice=0", "stages.tune.accumulation=32")
+    large = "stages.tune.accumulation=8"
+    whole = memory(large)
+    assert memory(large, "stages.tune.checkpointing=true") < whole
+    shared = (large, "limits.train_gpus=2")
+    assert memory(*shared, "stages.tune.parallel=fsdp") < 0.55 * whole < memory(*shared) < whole
 
 
 def test_what_cannot_be_estimated_is_said(folder, expanded):
