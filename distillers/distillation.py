@@ -107,11 +107,18 @@ def load_frozen(model: Artifact, device: str) -> nn.Module:
 
 
 def load_teacher(job: Job, config: DistillationConfig, stage: str) -> nn.Module | None:
-    """The teacher, where the loss or the stage asks for one."""
+    """The model that the divergence asks, the plan's teacher if the stage names no other; None without a divergence."""
     if not config.kl:
         return None
-    if job.teacher is None:
+    asked = job.models[config.teacher] if config.teacher else job.teacher
+    if asked is None:
         raise MambabenchError(
             f"{stage}: kl = {config.kl:g} needs a teacher; say kl = 0 where the teacher itself trains"
         )
-    return load_frozen(job.teacher, job.device)
+    assert job.parent is not None
+    words, own = (of.backend.describe(of.path)["vocab_size"] for of in (asked, job.parent))
+    if words != own:
+        raise MambabenchError(
+            f"{stage}: the teacher {asked.name} has a vocabulary of {words} tokens, {job.parent.name} one of {own}"
+        )
+    return load_frozen(asked, job.device)

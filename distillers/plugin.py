@@ -164,6 +164,9 @@ class DistillationConfig:
     """Weight of the cross entropy, per token."""
     kl: float = 0.1
     """Weight of the divergence from the teacher, per token. (The paper's 0.1 is per sequence: some 200 per token.)"""
+    teacher: ModelRef = ""
+    """The model that the divergence asks, where that is not the plan's teacher: one of the plan, of the same
+    vocabulary. The attention that layers are aligned with, or run until they join, is the teacher's in any case."""
     kl_kind: Literal["forward", "reverse", "js"] = "forward"
     """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
     js_beta: float = 0.5
@@ -186,6 +189,8 @@ class DistillationConfig:
             raise ValueError("ce and kl are both 0; one of them must be above 0")
         if not self.train:
             raise ValueError("train is empty; it must name what is trained")
+        if self.teacher and not self.kl:
+            raise ValueError("teacher is named and kl is 0, so that nobody asks it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

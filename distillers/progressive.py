@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..harness.interfaces import Job, MambabenchError
 from . import training
 from .batches import counted, read
-from .distillation import DistillationTrainer, load_frozen, recipe_of
+from .distillation import DistillationTrainer, load_frozen, load_teacher, recipe_of
 from .losses import alignment, shifted
 from .mixers import choose_trained, compared, give_back, lend, mixers, replaced
 from .placement import lighten
@@ -49,13 +49,17 @@ class Progressive:
         lighten(student, job.device)
         choose_trained(student, aligned or config.train, name)
         joining = join(config.schedule, sorted(mixers(student, "mamba")), config.sets)
-        teacher = load_frozen(job.teacher, job.device)
-        before = align(job, student, teacher, windows, config)
+        teacher = load_teacher(job, config, "progressive")
+        former = None
+        if config.align_tokens or len(joining) > 1:
+            shared = teacher is not None and not config.teacher
+            former = teacher if shared else load_frozen(job.teacher, job.device)
+        before = align(job, student, former, windows, config)
         choose_trained(student, config.train, name)
         recipe = recipe_of(config, phases=len(joining))
         trainer = DistillationTrainer(job, student, teacher, windows, recipe, config, before)
-        if len(joining) > 1:
-            trainer.add_callback(_Joining(student, teacher, joining))
+        if former is not None and len(joining) > 1:
+            trainer.add_callback(_Joining(student, former.to(trainer.args.device), joining))
         training.report(trainer, job, training.run(trainer, job))
         choose_trained(student, (*aligned, *config.train), name)
         training.save(job, student)
@@ -86,11 +90,11 @@ def join(schedule: str, layers: Sequence[int], sets: Sequence[Sequence[int]]) ->
 
 
 class _Joining(TrainerCallback):
-    """Lends the teacher's attention to the layers that have not joined yet; the step number decides, so that a resumed
-    training goes on alike."""
+    """Lends the attention that they replace to the layers that have not joined yet; the step number decides, so that a
+    resumed training goes on alike."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, joining: Sequence[frozenset[int]]) -> None:
-        self.pairs, self.joining = replaced(student, teacher), joining
+    def __init__(self, student: nn.Module, former: nn.Module, joining: Sequence[frozenset[int]]) -> None:
+        self.pairs, self.joining = replaced(student, former), joining
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -137,10 +141,11 @@ class AlignmentTrainer(training.SummedLossTrainer):
 
 
 def align(
-    job: Job, student: nn.Module, teacher: nn.Module, windows: Windows, config: ProgressiveConfig
+    job: Job, student: nn.Module, former: nn.Module | None, windows: Windows, config: ProgressiveConfig
 ) -> training.Spent:
-    """The first phase, if `align_tokens` asks for one; returns what it took. A finished one is not run again."""
-    if not config.align_tokens:
+    """The first phase, if `align_tokens` asks for one; returns what it took. A finished one is not run again.
+    `former` has the attention that the mixers replace."""
+    if not config.align_tokens or former is None:
         return training.Spent()
     finished = job.scratch / ALIGNED
     if finished.is_file():
@@ -149,7 +154,7 @@ def align(
         return training.Spent(**kept["spent"])
     # All the model's layers run as they were, so that a copy for each GPU has to do.
     recipe = replace(recipe_of(config), tokens=config.align_tokens, checkpointing=False, parallel="ddp")
-    spent = training.run(AlignmentTrainer(job, student, teacher, windows, recipe), job)
+    spent = training.run(AlignmentTrainer(job, student, former, windows, recipe), job)
     if rank():
         return spent
     learnt = {name: value.detach().cpu() for name, value in student.named_parameters() if value.requires_grad}

@@ -289,7 +289,10 @@ class _Expander:
         return {"file": str(file), "fingerprint": self.fingerprints.path(file)}
 
     def _model(self, name: str, where: str, seed: int) -> Made:
-        assert self.teacher is not None
+        if self.teacher is None:
+            raise ConfigError(
+                where, f"{name!r} is not there yet: this makes the teacher, from which all models are made"
+            )
         if name != TEACHER and name not in self.plan.models:
             raise ConfigError(where, f"unknown model {name!r}{suggest(name, [TEACHER, *self.plan.models])}")
         return self.teacher if name == TEACHER else self._chain(name, seed)
