@@ -45,12 +45,16 @@ class Mamba1(Mamba):
         bound = self.rank**-0.5
         uniform(self.dt_proj.weight, -bound, bound, generator)
 
-    def _split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [..., E] -> gate z [..., D]; C [..., D]; what a token leaves for later ones: x | B | raw dt
-        [..., 2 G P + D]."""
+    def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """h [..., E] -> gate z [..., D], C [..., D], x and B [..., G P], raw dt [..., D]."""
         z, x, b, c, low = self.in_proj(h).split((self.inner, self.shared, self.shared, self.inner, self.rank), dim=-1)
         b, c = self._normed(b, c)
-        return z, c, torch.cat((x, b, self.dt_proj(low)), dim=-1)
+        return z, c, x, b, self.dt_proj(low)
+
+    def _split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [..., E] -> z; C; what a token leaves for later ones: x | B | raw dt [..., 2 G P + D]."""
+        z, c, *left = self._project(h)
+        return z, c, torch.cat(left, dim=-1)
 
     def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x and B [..., G P], raw dt [..., D]."""
@@ -91,8 +95,7 @@ class Mamba1(Mamba):
     ) -> Tensor:
         """A whole sequence. h [B, L, E]; keep bool [B, L, 1] marks real tokens: padding enters neither the
         convolution nor the state, so that left padding is as if it were not there; nor does another document."""
-        z, c, kept = self._split(h)
-        x, b, raw = self._parts(kept)
+        z, c, x, b, raw = self._project(h)
         if keep is not None:
             x = x * keep
         x = self._conv(self._repeat(x), documents=documents)[0]

@@ -48,15 +48,19 @@ class Mamba2(Mamba):
             self.norm.weight.fill_(1)
 
     def _split(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h [..., E] -> gate z [..., H P]; what a token leaves for later ones: [..., (2 G + H) P + H].
-
-        Norms of B and C, where the teacher had them, are over each head and part of what is left.
-        """
+        """h [..., E] -> gate z [..., H P]; what a token leaves for later ones: [..., (2 G + H) P + H]."""
         z, kept = self.in_proj(h).split((self.inner, self.channels + self.heads), dim=-1)
         if self.b_norm is None:
             return z, kept
-        x, b, c, dt = kept.split((self.shared, self.shared, self.inner, self.heads), dim=-1)
-        return z, torch.cat((x, *self._normed(b, c), dt), dim=-1)
+        u, raw = self._parts(kept)
+        return z, torch.cat((self._inputs(u), raw), dim=-1)
+
+    def _inputs(self, u: Tensor) -> Tensor:
+        """The convolution's inputs, in which B and C have their norms, where the teacher had them."""
+        if self.b_norm is None:
+            return u
+        x, b, c = u.split((self.shared, self.shared, self.inner), dim=-1)
+        return torch.cat((x, *self._normed(b, c)), dim=-1)
 
     def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The convolution's inputs [..., (2 G + H) P] and the raw dt [..., H]."""
@@ -94,9 +98,8 @@ class Mamba2(Mamba):
     ) -> Tensor:
         """A whole sequence. h [B, L, E]; keep bool [B, L, 1] marks real tokens: padding enters neither the
         convolution nor the state, so that left padding is as if it were not there; nor does another document."""
-        z, kept = self._split(h)
-        u, raw = self._parts(kept)
-        dt = self._dt(raw)
+        z, u, raw = self.in_proj(h).split((self.inner, self.channels, self.heads), dim=-1)
+        u, dt = self._inputs(u), self._dt(raw)
         if keep is not None:
             u, dt = u * keep, dt * keep
         x, b, c = self._heads(self._conv(u, documents=documents)[0], (cos, sin))
