@@ -26,6 +26,8 @@ DECODING = 0.6
 TRAINED, FROZEN, TEACHING = 16, 2, 2
 """Bytes a weight: fp32 weight, gradient and two moments of Adam; bf16 weight alone; bf16 weight of a teacher."""
 GIB = 2.0**30
+REMOVED = "removed"
+"""The backend that puts nothing in the attention's place."""
 BASIS = (
     f"Estimated for H200 GPUs at {UTILISATION:.0%} of {PEAK / 1e12:.0f} TFLOP/s, decoding at {DECODING:.0%} of "
     f"{BANDWIDTH / 1e12:.1f} TB/s; fp32 weights, gradients and Adam of what is trained, bf16 weights of what "
@@ -122,16 +124,40 @@ def needs(plan: Plan, steps: Steps) -> list[Need]:
 
     Raises MambabenchError for a plan that trains its teacher, whose sizes only the trainer knows.
     """
-    if plan.teacher.path is None:
-        raise MambabenchError(
-            f"{plan.file}: what a plan needs is estimated from its teacher's config.json; this one trains its teacher"
-        )
-    shape = read_shape(Path(plan.teacher.path))
+    shape = _teacher(plan)
     return [
         _data(step, shape) if step.kind == "data" else _training(step, plan, shape)
         for step in steps
         if step.kind in ("data", "train")
     ]
+
+
+def _teacher(plan: Plan) -> Shape:
+    """From its folder, or from the options of the stage that draws it at random."""
+    if plan.teacher.path is not None:
+        return read_shape(Path(plan.teacher.path))
+    made = plan.stages[plan.teacher.train[0]].config if plan.teacher.train else None
+    if not getattr(made, "vocabulary", 0):
+        raise MambabenchError(
+            f"{plan.file}: what a plan needs is estimated from its teacher's config.json; this one trains its teacher"
+        )
+    options: Any = made
+    return Shape(
+        layers=options.layers,
+        hidden=options.hidden,
+        intermediate=options.intermediate,
+        heads=options.heads,
+        kv_heads=options.kv_heads or options.heads,
+        head_dim=options.head_dim or options.hidden // options.heads,
+        vocabulary=options.vocabulary,
+        tied=bool(options.tied),
+    )
+
+
+def _asked(config: Mapping[str, Any], plan: Plan, shape: Shape) -> Shape:
+    """The shape of the model that a divergence asks; one without a folder of its own is as large as the teacher."""
+    named = plan.models.get(config.get("teacher") or "")
+    return read_shape(Path(named.path)) if named and named.path else shape
 
 
 def _data(step: Step, shape: Shape) -> Need:
@@ -158,25 +184,30 @@ def _data(step: Step, shape: Shape) -> Need:
 
 def _training(step: Step, plan: Plan, shape: Shape) -> Need:
     config: Mapping[str, Any] = step.record["component"]["config"]
+    if "parent" not in step.inputs:
+        return Need(label=step.labels[0], memory=FROZEN * shape.parameters, data="drawn at random")
+    asked = _asked(config, plan, shape)
     own = plan.models[step.record["model"]].path if step.record["model"] != TEACHER else None
     shape = read_shape(Path(own)) if own else shape
     kept = _kept(plan, step.record["model"], shape.layers)
     converted = shape.layers - kept
-    parameters = shape.parameters + converted * shape.gate
-    multiplied = shape.multiplied + converted * shape.gate
+    # A gate more than the attention has, or the attention less.
+    more = -shape.mixer if (step.record["backend"] or {}).get("name") == REMOVED else shape.gate
+    parameters = shape.parameters + converted * more
+    multiplied = shape.multiplied + converted * more
     mixers = list(config.get("train", ())) == ["mixers"]
-    trained = converted * (shape.mixer + shape.gate) if mixers else parameters
+    trained = converted * (shape.mixer + more) if mixers else parameters
     taught = bool(config.get("kl")) or "reference" in config
     context = int(config.get("context", 2048))
     forward = 2 * multiplied + shape.attention_flops(context, kept)
     flops = (3 if config.get("checkpointing") else 2) * forward + 2 * min(trained, multiplied)
     if taught:
-        flops += 2 * shape.multiplied + shape.attention_flops(context, shape.layers)
+        flops += 2 * asked.multiplied + asked.attention_flops(context, asked.layers)
     tokens = int(config["tokens"]) if "tokens" in config else None
     ranks = step.needs.ranks
     windows = -(-int(config.get("batch", 1)) // int(config.get("accumulation", 1)) // ranks)
     rows, again = windows * (1 if "tokens" in config else 2), bool(config.get("checkpointing"))
-    taught_bytes = shape.parameters * TEACHING if taught and not config.get("precompute") else 0
+    taught_bytes = asked.parameters * TEACHING if taught and not config.get("precompute") else 0
     weights = trained * TRAINED + (parameters - trained) * FROZEN + taught_bytes
     return Need(
         label=step.labels[0],

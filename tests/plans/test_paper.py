@@ -35,7 +35,16 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def expanded(folder, tmp_path, monkeypatch):
+def larger(tmp_path):
+    """The same of 70 billion parameters."""
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    (tmp_path / "larger").mkdir()
+    (tmp_path / "larger" / "config.json").write_text(json.dumps(LLAMA3 | shape))
+    return tmp_path / "larger"
+
+
+@pytest.fixture
+def expanded(folder, larger, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -43,7 +52,8 @@ def expanded(folder, tmp_path, monkeypatch):
 
     def make(file, *overrides):
         loaded = registry()
-        plan = read_plan(file, loaded, [f"teacher.path={folder}", *overrides])
+        large = [f"models.llama-70b.path={larger}"] if file.stem.startswith("llama3.") else []
+        plan = read_plan(file, loaded, [f"teacher.path={folder}", *large, *overrides])
         return plan, expand(plan, loaded, Fingerprints(tmp_path / "cache"), {})
 
     return make
@@ -62,6 +72,42 @@ def test_the_plans_of_the_paper_have_its_hyper_parameters(expanded, name):
     assert (align.beta2, tune.beta2, prefer.beta2) == (0.98, 0.999, 0.999)
     trained = {label for step in steps if step.kind == "train" for label in step.labels}
     assert {label.partition("/")[2] for label in trained} == {"align@seed0", "tune@seed0", "prefer@seed0"}
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b", "llama3.2-3b"])
+def test_their_second_stage_asks_the_larger_model_that_the_paper_asked(expanded, larger, name):
+    plan, steps = expanded(PAPER / f"{name}.toml")
+    told = {label: step for step in steps for label in step.labels}
+    assert read_shape(larger).parameters == 70_553_706_496
+    assert told["mamba2-50/tune@seed0"].record["models"].keys() == {"llama-70b"}
+    assert not told["mamba2-50/align@seed0"].record["models"]
+    assert not any(step.kind == "measure" and step.record["model"] == "llama-70b" for step in steps)
+    own = next(need for need in needs(plan, steps) if need.label == "mamba2-50/tune@seed0")
+    same = expanded(PAPER / f"{name}.toml", 'stages.tune.teacher=""')
+    alone = next(need for need in needs(*same) if need.label == "mamba2-50/tune@seed0")
+    assert own.memory - alone.memory == pytest.approx(2 * (70.55e9 - 8.03e9), rel=1e-3)
+    # A forward pass of the larger model costs two and a half times what a training step of the student costs.
+    assert 2.5 < own.hours / alone.hours < 3.5
+
+
+def test_a_shape_without_weights_says_what_it_needs(expanded, tmp_path):
+    gpu = PAPER.parent / "gpu"
+    loaded = registry()
+    plan = read_plan(gpu / "shape-8b.toml", loaded, [])
+    made, _, stage = needs(plan, expand(plan, loaded, Fingerprints(tmp_path / "cache"), {}))
+    assert made.memory == 2 * 8_030_261_248
+    assert stage.tokens == 81_920
+    assert 60 < stage.memory / GIB < 130
+
+
+def test_a_model_without_attention_needs_less(expanded):
+    def found(*overrides):
+        told = needs(*expanded(PAPER / "zephyr-7b.toml", *overrides))
+        return next(need for need in told if need.label == "mamba-50/tune@seed0")
+
+    traded, gone = found(), found("models.mamba-50.use=removed", "models.mamba-50.train=['tune']")
+    layers, mixer, gate = 16, 41_943_040, 16_777_216
+    assert traded.memory - gone.memory == pytest.approx(16 * layers * (mixer + gate))
 
 
 def test_each_stage_of_a_chain_is_trained_once(expanded):
@@ -134,7 +180,8 @@ def test_what_cannot_be_estimated_is_said(folder, expanded):
 
 
 def test_the_command_prints_what_a_plan_needs(mambabench, folder, tmp_path):
-    arguments = ("plan", PAPER / "llama3.2-3b.toml", "--set", f"teacher.path={folder}", "--needs")
+    arguments = ["plan", PAPER / "llama3.2-3b.toml", "--needs", "--set", f"teacher.path={folder}"]
+    arguments += ["--set", f"models.llama-70b.path={folder}"]
     told = mambabench(*arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert told.returncode == 0, told.stderr
     lines = told.stdout.splitlines()
