@@ -36,6 +36,11 @@ def positions_of(*rows: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.cat([torch.arange(size) for size in row]) for row in rows])
 
 
+def refused() -> set[str]:
+    """Those of the mixers' operations that our own form ran since reasons were cleared."""
+    return {"conv", "scan", "selective_scan", "gated_norm"} & set(support.reasons())
+
+
 def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double().cpu() - want.double().cpu()).norm() / want.double().norm().clamp(min=1e-30))
 
@@ -79,7 +84,7 @@ def test_a_mixer_is_no_further_from_the_truth_than_three_times_our_own_form(name
     elif case == "padded":
         keep = torch.ones(2, LENGTH, 1, dtype=torch.bool)
         keep[0, :17] = keep[1, -9:] = False
-    angles = torch.rand(2, LENGTH, 1, config.head_dim)
+    angles = torch.rand(2, LENGTH, 1, config.head_dim // 2).repeat(1, 1, 1, 2)
 
     def run(module: torch.nn.Module) -> Tensor:
         weight = next(module.parameters())
@@ -92,7 +97,7 @@ def test_a_mixer_is_no_further_from_the_truth_than_three_times_our_own_form(name
     want = gradients(mixer, run, "cpu", "fp64")
     support._met.clear()
     got = gradients(mixer, run, "cuda", "kernels")
-    assert not set(support.reasons()) - {"gated_norm"}, support.reasons()
+    assert refused() == set(), support.reasons()
     ours = gradients(mixer, run, "cuda", "ours")
     errors = {n: (relative(got[n], want[n]), relative(ours[n], want[n])) for n in want}
     limits = {n: 3 * own + 2e-3 for n, (_, own) in errors.items()}
@@ -125,9 +130,9 @@ def test_the_gradient_of_a_hybrid_is_as_near_to_that_of_fp64_as_with_our_own_for
     want = gradients(model, run, "cpu", "fp64")
     support._met.clear()
     kernels = gradients(model, run, "cuda", "kernels")
-    assert support.reasons() == {}
+    assert refused() == set(), support.reasons()
     exact = gradients(model, run, "cuda", "fp32")
-    assert set(support.reasons()) <= {"scan"}
+    assert refused() <= {"scan"}, support.reasons()
     ours = gradients(model, run, "cuda", "ours")
     found = {}
     for kind, given in (("kernels", kernels), ("fp32", exact), ("ours", ours)):
@@ -151,5 +156,7 @@ def test_layers_computed_again_in_backward_run_as_they_ran_before(name: str) -> 
     plain = gradients(model, run, "cuda", "kernels")
     model.gradient_checkpointing_enable()
     again = gradients(model.train(), run, "cuda", "kernels")
+    assert torch.equal(again.pop("result"), plain.pop("result"))
     for key, want in plain.items():
-        assert relative(again[key], want) < 1e-5, key
+        # The kernels add up in any order in backward, which flips the last bit of some numbers in bf16.
+        assert relative(again[key], want.cpu()) < 2e-3, key
