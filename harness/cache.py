@@ -22,6 +22,9 @@ def make_once(file: Path, write: Callable[[Path], None]) -> bool:
     unfinished = file.with_suffix(f".{os.getpid()}.partial")
     try:
         if not file.is_file():
+            for left in file.parent.glob(f"{file.stem}.*.partial"):
+                # Of a process that was killed: no other writes while the lock is held.
+                left.unlink(missing_ok=True)
             write(unfinished)
             unfinished.replace(file)
     except OSError:

@@ -43,6 +43,12 @@ def test_what_cannot_be_written_is_told_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == ["file"]
 
 
+def test_what_a_kill_left_is_cleared(tmp_path):
+    (tmp_path / "a.123.partial").write_text("half")
+    assert make_once(tmp_path / "a.txt", lambda file: file.write_text("a"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.lock", "a.txt"]
+
+
 def test_an_error_of_the_maker_is_its_own(tmp_path):
     def fail(file):
         raise ValueError("no text")
