@@ -161,7 +161,7 @@ class HybridModel(HybridPreTrainedModel):
             if cu_seq_lens_q is None or max_length_q is None or real is not None:
                 documents = Packed.of(positions, real)
             else:
-                documents = Packed.known(positions, cu_seq_lens_q, max_length_q)
+                documents = Packed.known(positions, cu_seq_lens_q.int(), int(max_length_q))
         elif real is not None:
             position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
         else:

@@ -175,7 +175,7 @@ class DistillationConfig:
     """Softens both distributions of the divergence, whose gradient is scaled back by its square."""
     slice: int = 0
     """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
-    0: those of all positions."""
+    0: those of all positions, on a GPU as many as half a gigabyte holds."""
     train: tuple[str, ...] = ("mixers",)
     """What is trained: `mixers` (the Mamba mixers), `all`, or globs over names of parameters (`*.layers.3.mlp.*`)."""
 
