@@ -22,7 +22,7 @@ from .config import REMOVED, HybridConfig
 from .mamba import EXACT
 from .mixers import MAMBAS
 from .plugin import Mamba2HybridConfig, MambaConfig, RemovedConfig
-from .weights import INDEX, Weights, shards, write
+from .weights import SINGLE, Weights, index_of, shards, write
 
 
 def check_parent(parent: Path) -> HybridConfig:
@@ -38,14 +38,16 @@ def check_parent(parent: Path) -> HybridConfig:
 
 def adopt(parent: Path, out: Path) -> None:
     """Takes a teacher's folder, or a released hybrid's, as it is: the weights are hard links (or copies), the config is
-    ours. Only released Mamba-1 layers are laid out anew."""
+    ours. Released Mamba-1 layers are laid out anew, and PyTorch's own files become safetensors."""
     is_released = released.is_released(parent)
     config = released.check(parent) if is_released else check_parent(parent)
     out.mkdir(parents=True, exist_ok=True)
     if is_released and "mamba" in config.mixers:
         released.write_fused(parent, config, out)
-    else:
+    elif all(path.suffix == ".safetensors" for path in shards(parent)):
         link_weights(parent, out)
+    else:
+        write(out, _kept(config, Weights(parent)))
     checkpoint.save_config(config, out)
     checkpoint.copy_side_files(parent, out)
 
@@ -54,8 +56,8 @@ def link_weights(parent: Path, out: Path) -> None:
     """All shards, and their index."""
     for path in shards(parent):
         link(path, out / path.name)
-    if (parent / INDEX).is_file():
-        shutil.copyfile(parent / INDEX, out / INDEX)
+    if (index := index_of(parent / SINGLE)).is_file():
+        shutil.copyfile(index, out / index.name)
 
 
 def link(source: Path, target: Path) -> None:
@@ -125,14 +127,19 @@ def _tensors(
     lost = tuple(f"model.layers.{index}.self_attn." for index in traded)
     if isinstance(options, RemovedConfig):
         lost += tuple(f"model.layers.{index}.input_layernorm." for index in traded)
+    yield from _kept(config, weights, lost)
+    if not isinstance(options, RemovedConfig):
+        for index in traded:
+            yield from _trade(config, weights, index, seed, options).items()
+
+
+def _kept(config: HybridConfig, weights: Weights, lost: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """The tensors whose names do not begin as one of `lost`; a tied head is left out."""
     if config.tie_word_embeddings:
         lost += ("lm_head.",)
     for name in weights:
         if not name.startswith(lost) and not checkpoint.IGNORED.search(name):
             yield name, weights[name]
-    if not isinstance(options, RemovedConfig):
-        for index in traded:
-            yield from _trade(config, weights, index, seed, options).items()
 
 
 def _trade(

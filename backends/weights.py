@@ -1,23 +1,33 @@
 """The tensors of a checkpoint folder: which file holds each, read one at a time, written in shards.
 
 Headers are read without weights, so that a folder is refused before anything is loaded or copied; tensors are views of
-mapped files, so that a model of any size can be copied from folder to folder with a shard's memory.
+mapped files, so that a model of any size can be copied from folder to folder with a shard's memory. Safetensors are
+read, or else PyTorch's own files, of which nothing but tensors is taken; safetensors are written.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..harness.interfaces import MambabenchError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, PICKLED = "model.safetensors", "pytorch_model.bin"
+KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+"""safetensors' names of dtypes."""
 SHARD = 5_000_000_000
 """Largest file that is written, in bytes, where no single tensor is larger."""
 
@@ -34,7 +44,8 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """On CPU, a view of the mapped file."""
-        tensor: Tensor = self._opened[self.files[name]].get_tensor(name)
+        file = self._opened[self.files[name]]
+        tensor: Tensor = file[name] if isinstance(file, dict) else file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -45,21 +56,30 @@ class Weights(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors' name of the dtype, without reading the tensor."""
-        part = self._opened[self.files[name]].get_slice(name)
+        file = self._opened[self.files[name]]
+        if isinstance(file, dict):
+            return tuple(file[name].shape), KINDS.get(file[name].dtype, str(file[name].dtype))
+        part = file.get_slice(name)
         return tuple(part.get_shape()), str(part.get_dtype())
+
+
+def index_of(single: Path) -> Path:
+    """Where the index of shards stands, if there are some in place of a single file."""
+    return single.with_name(f"{single.name}.index.json")
 
 
 def shards(folder: Path) -> list[Path]:
     """The files of a folder's weights: those that its index lists, or the single one."""
-    index, single = folder / INDEX, folder / SINGLE
-    if index.is_file():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict):
-            raise MambabenchError(f"{index}: has no weight_map")
-        return [folder / name for name in sorted(set(listed.values()))]
-    if single.is_file():
-        return [single]
-    raise MambabenchError(f"{folder}: no {SINGLE} and no {INDEX}")
+    for single in (folder / SINGLE, folder / PICKLED):
+        index = index_of(single)
+        if index.is_file():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict):
+                raise MambabenchError(f"{index}: has no weight_map")
+            return [folder / name for name in sorted(set(listed.values()))]
+        if single.is_file():
+            return [single]
+    raise MambabenchError(f"{folder}: no {SINGLE} and no {index_of(folder / SINGLE).name}, nor {PICKLED}")
 
 
 def write(out: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -88,8 +108,8 @@ def write(out: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         (out / _shard(number, 0)).replace(out / name)
     if count > 1:
         where = {tensor: names[number] for number, held in enumerate(written, 1) for tensor in held}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        listed = {"metadata": {"total_size": total}, "weight_map": where}
+        index_of(out / SINGLE).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,9 +129,26 @@ def _shard(number: int, count: int) -> str:
 
 
 def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise MambabenchError(f"{path}: the file is missing, but the index names it")
+    if path.suffix == ".bin":
+        return _unpickle(path)
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise MambabenchError(f"{path}: the file is missing, but the index names it") from None
     except SafetensorError as error:
         raise MambabenchError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `torch.save`, mapped where its format allows it. Nothing in it is run."""
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MambabenchError(f"{path}: not a whole file of tensors alone ({reason})") from None
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise MambabenchError(f"{path}: not a mapping of names to tensors")
+    return loaded

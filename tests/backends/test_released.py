@@ -103,6 +103,20 @@ def test_it_comes_in_and_goes_out_tensor_for_tensor(
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_may_be_a_file_of_pytorch_s_own(
+    kind: str, make: Make, teacher_backend: TeacherBackend, tmp_path: Path
+) -> None:
+    folder = make(kind)
+    teacher_backend.convert(folder, range(4), tmp_path / "in", seed=0)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    teacher_backend.convert(folder, range(4), tmp_path / "pickled", seed=0)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "pickled"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_it_is_no_parent_before_it_is_taken(
     make: Make, teacher_backend: TeacherBackend, hybrid_backend: Mamba2HybridBackend, tmp_path: Path
 ) -> None:

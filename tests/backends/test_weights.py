@@ -9,7 +9,7 @@ import torch
 from mambabench import MambabenchError
 from mambabench.backends import weights
 from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
-from mambabench.backends.weights import Weights, write
+from mambabench.backends.weights import PICKLED, Weights, write
 from transformers import AutoModelForCausalLM
 
 
@@ -47,6 +47,75 @@ def test_a_teacher_in_shards_is_taken_over_by_links(
     assert teacher_backend.describe(tmp_path / "artifact")["parameters"] == sum(
         t.numel() for t in Weights(llama).values()
     )
+
+
+@pytest.fixture(params=["one file", "shards", "old format"])
+def pickled(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Path:
+    """The Llama as PyTorch's own files, its tied head in them as well."""
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for path in llama.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = dict(Weights(llama))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    names = sorted(tensors)
+    parts = [names[::2], names[1::2]] if request.param == "shards" else [names]
+    files = [f"pytorch_model-{number:05d}-of-00002.bin" for number in (1, 2)] if len(parts) > 1 else [PICKLED]
+    for file, part in zip(files, parts, strict=True):
+        whole = {name: tensors[name].clone() for name in part}
+        torch.save(whole, folder / file, _use_new_zipfile_serialization=request.param != "old format")
+    if len(parts) > 1:
+        where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        (folder / f"{PICKLED}.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+def test_pytorch_s_own_files_are_the_same_model(
+    pickled: Path, llama: Path, half: Path, teacher_backend: TeacherBackend, hybrid_backend: Mamba2HybridBackend
+) -> None:
+    ids = torch.randint(61, (1, 9))
+    want = teacher_backend.module(llama)(input_ids=ids).logits
+    assert torch.equal(teacher_backend.module(pickled)(input_ids=ids).logits, want)
+    assert teacher_backend.describe(pickled) == teacher_backend.describe(llama)
+    teacher_backend.convert(pickled, range(4), pickled.parent / "taken", seed=0)
+    hybrid_backend.convert(pickled, [1, 3], pickled.parent / "half", seed=0)
+    for made, like in (("taken", llama), ("half", half)):
+        assert [path.name for path in (pickled.parent / made).glob("*.bin")] == []
+        new, old = Weights(pickled.parent / made), Weights(like)
+        assert new.keys() == old.keys()
+        assert all(torch.equal(new[name], old[name]) for name in old)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return print, ("run",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model.norm.weight": Evil()}, "not a whole file of tensors alone"),
+        ([torch.zeros(2)], "not a mapping of names to tensors"),
+        ({"step": 3}, "not a mapping of names to tensors"),
+    ],
+)
+def test_nothing_but_tensors_is_taken_from_them(
+    content: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / PICKLED)
+    with pytest.raises(MambabenchError, match=f"{PICKLED}: {message}"):
+        Weights(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_torn_one_is_named(tmp_path: Path) -> None:
+    torch.save({"model.norm.weight": torch.zeros(500)}, tmp_path / PICKLED)
+    whole = (tmp_path / PICKLED).read_bytes()
+    for rest in (whole[:700], b""):
+        (tmp_path / PICKLED).write_bytes(rest)
+        with pytest.raises(MambabenchError, match=f"{PICKLED}: not a whole file of tensors alone"):
+            Weights(tmp_path)
 
 
 def test_a_shard_that_is_missing_is_named(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
