@@ -42,3 +42,25 @@ def test_padding_starts_no_document() -> None:
     keep = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
     assert Documents.of(positions[:1], keep[:1]) is None
     assert Documents.of(positions, keep).index.tolist() == [[0] * 6, [0, 0, 0, 0, 1, 1]]
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3), st.integers(0, 2))
+def test_spread_rows_have_a_place_in_front_of_every_document_but_the_first(rows: list[list[int]], known: int) -> None:
+    length = max(sum(row) for row in rows)
+    rows = [[*row[:-1], row[-1] + length - sum(row)] for row in rows]
+    positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in rows])
+    most = max(len(row) for row in rows) - 1
+    index = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows])
+    for documents in (Documents.of(positions), Documents(index), Documents(index, most + known)):
+        if documents is None:
+            assert most == 0
+            continue
+        spread = documents.spread
+        assert spread.length >= length + most
+        laid = torch.full((len(rows) * spread.length,), -1)
+        laid[spread.places] = positions.flatten()
+        for row, places, breaks in zip(rows, laid.view(len(rows), -1), spread.breaks, strict=True):
+            want = torch.cat([torch.cat((torch.tensor([-2]), torch.arange(size))) for size in row])[1:]
+            assert places.masked_fill(breaks, -2)[: len(want)].tolist() == want.tolist()
+            assert not breaks[len(want) :].any()
+            assert (places[len(want) :] == -1).all()
