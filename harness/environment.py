@@ -22,7 +22,14 @@ PACKAGES = (
     *("mamba-ssm", "causal-conv1d", "numpy", "pandas", "pyarrow", "scipy", "ray"),
 )
 SETTINGS = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "CUDA_", "CUBLAS_", "NVIDIA_TF32", "PYTORCH_", "TORCH_", "TRITON_")
-SETTINGS_EXACT = ("PYTHONHASHSEED", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "MAMBABENCH_PLUGINS")
+SETTINGS_EXACT = (
+    "PYTHONHASHSEED",
+    "TOKENIZERS_PARALLELISM",
+    "HF_HUB_OFFLINE",
+    "MAMBABENCH_KERNELS",
+    "MAMBABENCH_PLUGINS",
+    "MAMBA_DETERMINISTIC",
+)
 
 
 def capture(extra: Mapping[str, str] | None = None) -> dict[str, str]:
