@@ -39,13 +39,14 @@ class Where:
     dtype: torch.dtype
     length: int
 
-    def bounds(self, products: bool) -> Bounds:
-        """bf16 keeps 8 bits, and what enters a matrix product is rounded as well; fp32 is exact but for products in
-        tf32, which keep 11 bits."""
+    def bounds(self, rounding: str) -> Bounds:
+        """bf16 keeps 8 bits, and what enters a matrix product is rounded as well. fp32 is exact, but on a GPU for matrix
+        products in `tf32`, which keep 10 bits and cut off the others, and for `fast` exponentials, whose errors every
+        step of a recurrence adds to."""
         if self.dtype == torch.bfloat16:
             return Bounds(5e-3, 1e-2, 2e-2)
-        if self.device == "cuda" and products:
-            return Bounds(1e-3, 2e-3, 5e-3)
+        if self.device == "cuda" and rounding:
+            return {"tf32": Bounds(2e-3, 4e-3, 1e-2), "fast": Bounds(1e-4, 1e-3, 1e-3)}[rounding]
         return Bounds(1e-5, 1e-4, 1e-4)
 
 
@@ -104,8 +105,8 @@ def both(
     return found[0], found[1]
 
 
-def agree(where: Where, got: dict[str, Tensor], want: dict[str, Tensor], products: bool = False) -> None:
-    bounds = where.bounds(products)
+def agree(where: Where, got: dict[str, Tensor], want: dict[str, Tensor], rounding: str = "") -> None:
+    bounds = where.bounds(rounding)
     errors = {name: relative(got[name], want[name]) for name in want}
     limits = {
         name: bounds.summed if name[1:] in SUMMED else bounds.gradient if name.startswith("d") else bounds.result
@@ -167,7 +168,7 @@ def test_scan(repeat: int, case: str, where: Where) -> None:
     assert got["y"].dtype == where.dtype
     assert got["state"].dtype == torch.float32
     assert support.reasons() == {}
-    agree(where, got, want, products=True)
+    agree(where, got, want, "tf32")
 
 
 @pytest.mark.parametrize("repeat", [1, 4])
@@ -209,7 +210,7 @@ def test_selective_scan(repeat: int, case: str, where: Where) -> None:
     assert got["y"].dtype == where.dtype
     assert got["state"].dtype == torch.float32
     assert support.reasons() == {}
-    agree(where, got, want)
+    agree(where, got, want, "fast")
 
 
 def test_the_last_state_of_mamba1_says_that_it_has_no_gradient(where: Where) -> None:
@@ -301,5 +302,5 @@ def test_low_precision_scan_is_as_good_as_its_inputs_allow() -> None:
     inputs["dt"], inputs["A"] = torch.nn.functional.softplus(inputs["dt"] - 2), -inputs["A"].exp()
     with support.reference_only():
         got, want = both(place, scan, scan_reference, inputs, set())
-    assert support.reasons()["scan"][-1] == "the reference was asked for"
+    assert "the reference was asked for" in support.reasons()["scan"]
     agree(Where("cuda", torch.float32, 300), {n: got[n] for n in ("y", "state")}, {n: want[n] for n in ("y", "state")})
