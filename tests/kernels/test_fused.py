@@ -40,7 +40,7 @@ class Where:
     length: int
 
     def bounds(self, rounding: str) -> Bounds:
-        """bf16 keeps 8 bits, and what enters a matrix product is rounded as well. fp32 is exact, but on a GPU for matrix
+        """bf16 keeps 8 bits, and what enters a matrix product is rounded too. fp32 is exact, but on a GPU for matrix
         products in `tf32`, which keep 10 bits and cut off the others, and for `fast` exponentials, whose errors every
         step of a recurrence adds to."""
         if self.dtype == torch.bfloat16:
