@@ -23,8 +23,9 @@ class Cost:
 
     title = "Cost"
     note = (
-        "What each stage of training told of itself; numbers are means over seeds. Training wall: over all attempts, "
-        "where one was resumed. Loss: the last one recorded. Weights: as loaded for decoding."
+        "What each stage of training, and a choice of layers by trial, told of itself; numbers are means over seeds. "
+        "Training wall: over all attempts, where one was resumed. Loss: the last one recorded. "
+        "Weights: as loaded for decoding."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -34,6 +35,7 @@ class Cost:
         cells = results.cells[results.cells["kind"] == "train"]
         known = results.facts
         facts, measured = known[known["kind"] == "train"], known[known["name"] == "weights"]
+        selections = known[(known["kind"] == "select") & (known["arm"] == "")]
         if cells.empty and measured.empty:
             return None
         losses = results.losses
@@ -44,6 +46,13 @@ class Cost:
         weights = measured.groupby("model")["value"].max().astype(float) / 1e6
         for model in results.models["model"]:
             group = cells[cells["model"] == model]
+            if len(chosen := selections[selections["model"] == model]):
+                row = {"model": model, "stage": "(layers chosen)", "seeds": chosen["key"].nunique()}
+                for (name, unit), values in chosen.groupby(["name", "unit"], sort=False):
+                    heading, value = _fact(name, unit, values["value"])
+                    row[heading] = value
+                    told[heading] = None
+                rows.append(row)
             if group.empty:
                 made = known[(known["model"] == model) & (known["kind"] == "convert")]
                 row = {"model": model, "stage": "", "seeds": 0, "weights MB": weights.get(model)}

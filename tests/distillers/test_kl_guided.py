@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from mambabench.backends.hybrid import MambaBackend, RemovedBackend
+from mambabench.backends.plugin import MambaConfig, RemovedConfig
+from mambabench.distillers import kl_guided
 from mambabench.distillers.kl_guided import KlGuided
 from mambabench.distillers.losses import IGNORED, Divergence, shifted
 from mambabench.distillers.plugin import KlGuidedConfig
@@ -42,7 +45,7 @@ def deep(teacher, hybrid, tmp_path_factory):
 
 @pytest.fixture
 def select(make_job, write_standin, deep):
-    def run(name, parent=None, model=None, **options):
+    def run(name, parent=None, model=None, device="cpu", **options):
         teacher, none = deep
         job = make_job(
             name,
@@ -51,6 +54,7 @@ def select(make_job, write_standin, deep):
             teacher=teacher,
             parent=parent or teacher,
             backend=teacher.backend,
+            device=device,
         )
         config = KlGuidedConfig(**{"model": "none", "data": "text", "tokens": 300, "batch": 2, **options})
         return KlGuided(config).select(job), job
@@ -58,15 +62,43 @@ def select(make_job, write_standin, deep):
     return run
 
 
+@pytest.fixture(params=["mamba2", "mamba"])
+def none(request, deep, tmp_path):
+    """The teacher with Mamba-2 or Mamba-1 in every layer."""
+    if request.param == "mamba2":
+        return deep[1]
+    backend = MambaBackend(MambaConfig())
+    backend.convert(deep[0].path, [], tmp_path / "mamba", 0)
+    return Artifact("none", tmp_path / "mamba", backend)
+
+
 @pytest.mark.parametrize("greedy", [False, True])
-def test_the_layer_that_matters_is_kept_and_kept_alone(select, greedy):
-    kept, job = select("job", share=0.25, greedy=greedy)
+def test_the_layer_that_matters_is_kept_and_kept_alone(select, none, greedy):
+    kept, job = select("job", model=none, share=0.25, greedy=greedy)
     assert kept == [2]
     facts = {(fact["name"], fact.get("arm", "")): fact["value"] for fact in job.emit.of("fact")}
     gains = [facts["kl_gain", f"layer {layer}"] for layer in range(4)]
     assert max(gains) == gains[2]
     assert facts["kl_none_restored", ""] - gains[2] == pytest.approx(facts["kl_chosen_restored", ""], abs=1e-9)
     assert facts["selection_wall", ""] > 0
+    assert facts["selection_gpu", ""] == 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same_layer_for_as_many_tokens(select, none):
+    on_cpu, there = (select(device, model=none, device=device, share=0.25) for device in ("cpu", "cuda:0"))
+    assert on_cpu[0] == there[0] == [2]
+    told, facts = on_cpu[1].emit.facts, there[1].emit.facts
+    assert facts["selection_tokens"] == told["selection_tokens"]
+    assert facts["selection_gpu"] == facts["selection_wall"] > 0
+    assert facts["kl_none_restored"] == pytest.approx(told["kl_none_restored"], rel=0.1)
+
+
+def test_slices_of_positions_change_nothing(select, monkeypatch):
+    whole = select("whole", share=0.5)[1].emit.facts
+    monkeypatch.setattr(kl_guided, "SLICE", 7)
+    parts = select("parts", share=0.5)[1].emit.facts
+    assert parts["kl_chosen_restored"] == pytest.approx(whole["kl_chosen_restored"], rel=1e-9)
 
 
 def test_the_divergence_is_the_mean_over_the_tokens_of_the_sample(select, deep):
@@ -97,5 +129,9 @@ def test_a_model_that_has_attention_left_cannot_be_restored(select, deep, hybrid
     teacher, _ = deep
     hybrid.backend.convert(teacher.path, [1], tmp_path / "some", 0)
     some = Artifact("some", tmp_path / "some", hybrid.backend)
-    with pytest.raises(MambabenchError, match="none has attention in layer 1"):
+    with pytest.raises(MambabenchError, match="none has attention in layer 1; name a model that is all Mamba"):
         select("job", model=some, share=0.5)
+    backend = RemovedBackend(RemovedConfig())
+    backend.convert(teacher.path, [], tmp_path / "bare", 0)
+    with pytest.raises(MambabenchError, match="none has nothing that attention could stand in for in layer 0"):
+        select("bare", model=Artifact("bare", tmp_path / "bare", backend), share=0.5)
