@@ -16,6 +16,7 @@ from .batches import counted, read
 from .fused import head_weight, plain_head, summed_losses, without_head
 from .losses import Distillation, Divergence, shifted
 from .plugin import DistillationConfig
+from .processes import ranks
 from .windows import Windows
 
 LOGITS = 2**28
@@ -44,11 +45,9 @@ class DistillationTrainer(training.SummedLossTrainer):
         head = plain_head(model)
         # DDP, where it has to look for weights that a step leaves out, would take one that is used beside its forward
         # for such.
-        self.unseen = recipe.phases > 1 and training.ranks() > 1 and head is not None and head.weight.requires_grad
+        self.unseen = recipe.phases > 1 and ranks() > 1 and head is not None and head.weight.requires_grad
         if self.slice and self.unseen:
-            raise MambabenchError(
-                "slice: several GPUs cannot train the head while layers join in turn; say slice = 0"
-            )
+            raise MambabenchError("slice: several GPUs cannot train the head while layers join in turn; say slice = 0")
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
         targets = shifted(inputs["labels"]).flatten()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..harness.documents import encode_ended, read_preferences
-from ..harness.interfaces import Job, MambabenchError, Tokenizer
+from ..harness.interfaces import Artifact, Job, MambabenchError, Tokenizer
 from . import training
 from .distillation import load_frozen
 from .fused import head_weight, token_losses, without_head
@@ -24,6 +24,10 @@ from .losses import IGNORED, dpo, sequence_logprob, shifted, token_cross_entropy
 from .mixers import choose_trained
 from .placement import lighten
 from .plugin import DpoConfig
+from .processes import rank, ranks
+
+TOLD = "reference.pt"
+"""What the reference said of all pairs, in the scratch folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +37,21 @@ class Pairs(Dataset[dict[str, Tensor]]):
     rows: Sequence[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
     dropped: int
     """Pairs left out, because an answer began beyond the context."""
+    told: Tensor | None = None
+    """What the reference says of both answers, nat [pairs, 2], where it was asked beforehand."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         (chosen, chosen_labels), (rejected, rejected_labels) = self.rows[index]
-        return {
+        row = {
             "chosen": chosen,
             "chosen_labels": chosen_labels,
             "rejected": rejected,
             "rejected_labels": rejected_labels,
         }
+        return row if self.told is None else {**row, "told": self.told[index]}
 
 
 def read_pairs(path: Path, tokenizer: Tokenizer, context: int) -> Pairs:
@@ -69,18 +76,22 @@ def collate_pairs(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """B pairs as 2 B rows, the chosen ones first, padded at the right.
 
     `labels` [B, 2] has one label a pair: transformers divides by their number, which makes the loss a mean over pairs.
+    `counted` are the places of answers, as `batches.known` has them; `told` [2 B] is what the reference said.
     """
     ids = [row[side] for side in ("chosen", "rejected") for row in rows]
     answers = [row[f"{side}_labels"] for side in ("chosen", "rejected") for row in rows]
     pad = torch.nn.utils.rnn.pad_sequence
     lengths = torch.tensor([len(row) for row in ids])
     padded = pad(ids, batch_first=True)
-    return {
+    targets = pad(answers, batch_first=True, padding_value=IGNORED)
+    batch = {
         "input_ids": padded,
         "attention_mask": (torch.arange(padded.shape[1]) < lengths[:, None]).long(),
-        "answers": pad(answers, batch_first=True, padding_value=IGNORED),
+        "answers": targets,
+        "counted": (shifted(targets) != IGNORED).flatten().nonzero().squeeze(1),
         "labels": torch.tensor([[IGNORED, 0]]).repeat(len(rows), 1),
     }
+    return {**batch, "told": torch.stack([row["told"] for row in rows], 1).flatten()} if "told" in rows[0] else batch
 
 
 class PreferenceTrainer(training.SummedLossTrainer):
@@ -90,18 +101,51 @@ class PreferenceTrainer(training.SummedLossTrainer):
     unit = "pair"
 
     def __init__(
-        self, job: Job, model: nn.Module, reference: nn.Module, pairs: Pairs, recipe: training.Recipe, config: DpoConfig
+        self, job: Job, model: nn.Module, reference: Artifact, pairs: Pairs, recipe: training.Recipe, config: DpoConfig
     ) -> None:
         steps = math.ceil(config.epochs * len(pairs) / recipe.batch)
         weights = {"dpo": 1.0, "margin": 0.0, "accuracy": 0.0}
         super().__init__(job, model, pairs, recipe, weights, steps, collator=collate_pairs)
         self.config, self.student = config, model
-        self.reference = self.beside(reference)
+        self.reference: nn.Module | None = None
+        kept = job.scratch / TOLD
+        if config.precompute and kept.is_file():
+            self.train_dataset = replace(pairs, told=torch.load(kept, weights_only=True))
+            return
+        self.reference = self.beside(load_frozen(reference, job.device))
+        if config.precompute:
+            told = self.ask(self.reference, pairs)
+            if rank() == 0:
+                unfinished = kept.with_suffix(".partial")
+                torch.save(told, unfinished)
+                unfinished.replace(kept)
+            self.train_dataset, self.reference = replace(pairs, told=told), None
+
+    @torch.no_grad()
+    def ask(self, reference: nn.Module, pairs: Pairs) -> Tensor:
+        """Log-probabilities of all answers, nat fp32 [pairs, 2]. Ranks share the pairs; all run equally often."""
+        number, device = ranks(), self.args.device
+        size = self.recipe.batch // self.recipe.accumulation // number
+        told = torch.zeros(len(pairs), 2, device=device)
+        for first in range(0, len(pairs), size * number):
+            rows = [row % len(pairs) for row in range(first, first + size * number)]
+            mine = rows[rank() * size :][:size]
+            batch = {name: value.to(device) for name, value in collate_pairs([pairs[row] for row in mine]).items()}
+            with self.accelerator.autocast():
+                said = answer_logprob(reference, reference, batch, self.config.slice)
+            told[mine] = said.view(2, -1).T.float()
+        if number > 1:
+            # None is above 0, which stands where another rank asked.
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN)
+        return told.cpu()
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         said = answer_logprob(model, self.student, inputs, self.config.slice)
-        with torch.no_grad():
-            told = answer_logprob(self.reference, self.reference, inputs, self.config.slice)
+        if self.reference is None:
+            told = inputs["told"]
+        else:
+            with torch.no_grad():
+                told = answer_logprob(self.reference, self.reference, inputs, self.config.slice)
         (chosen, rejected), (ref_chosen, ref_rejected) = said.chunk(2), told.chunk(2)
         preference = dpo(chosen, rejected, ref_chosen, ref_rejected, self.config.beta)
         margin = preference.chosen_reward - preference.rejected_reward
@@ -118,11 +162,11 @@ def answer_logprob(model: nn.Module, bare: nn.Module, inputs: Mapping[str, Tenso
     targets = shifted(inputs["answers"])
     if not size:
         return sequence_logprob(model(input_ids=inputs["input_ids"], use_cache=False).logits, targets)
-    counted = targets != IGNORED
+    places = inputs["counted"]
     with without_head(bare):
-        hidden = model(input_ids=inputs["input_ids"], use_cache=False).logits[counted]
-    (nat,) = token_losses(_negative_logprob, targets[counted], hidden, head_weight(bare), size=size)
-    rows = counted.nonzero()[:, 0]
+        hidden = model(input_ids=inputs["input_ids"], use_cache=False).logits.flatten(0, 1)[places]
+    (nat,) = token_losses(_negative_logprob, targets.flatten()[places], hidden, head_weight(bare), size=size)
+    rows = places // targets.shape[1]
     return -torch.zeros(len(targets), dtype=nat.dtype, device=nat.device).index_add(0, rows, nat)
 
 
@@ -159,7 +203,7 @@ class Dpo:
             checkpointing=config.checkpointing,
             parallel=config.parallel,
         )
-        trainer = PreferenceTrainer(job, student, load_frozen(asked, job.device), pairs, recipe, config)
+        trainer = PreferenceTrainer(job, student, asked, pairs, recipe, config)
         training.report(trainer, job, training.run(trainer, job))
         job.emit("fact", name="pairs", value=len(pairs), unit="pairs")
         job.emit("fact", name="pairs_dropped", value=pairs.dropped, unit="pairs")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -157,7 +157,7 @@ class SummedLossTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if self.args.fsdp_plugin_args and not self.is_fsdp_enabled:
-            state.distributed_type = DistributedType.FSDP
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 

@@ -47,6 +47,7 @@ data = "pairs"
 epochs = 2
 batch = 4
 accumulation = 2
+precompute = true
 lr = 1e-3
 [models.pure]
 use = "mamba2-hybrid"

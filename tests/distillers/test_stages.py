@@ -267,6 +267,21 @@ def test_dpo_begins_at_log_2_and_widens_the_margin(start, pairs, hybrid):
     assert (job.emit.facts["pairs"], job.emit.facts["pairs_dropped"]) == (12, 0)
 
 
+def test_a_reference_that_was_asked_beforehand_says_the_same(start, pairs):
+    records = []
+    for precompute in (False, True):
+        job = start(str(precompute), pairs)
+        config = DpoConfig(
+            data="data", batch=8, accumulation=2, epochs=2, lr=1e-3, reference="teacher", precompute=precompute
+        )
+        Dpo(config).train(job)
+        records.append(job.emit.of("loss"))
+        assert (job.scratch / "reference.pt").is_file() == precompute
+    assert len(records[0]) == 3
+    for one, two in zip(*records, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
 def test_the_teacher_as_reference_gives_another_start(start, pairs):
     job = start("job", pairs)
     Dpo(DpoConfig(data="data", batch=4, reference="teacher", beta=1.0)).train(job)
