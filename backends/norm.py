@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.rms_norm import rms_norm
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32 or better inside."""
@@ -18,8 +20,5 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """In x's dtype; under autocast on a GPU in autocast's, so that the products that follow need no copies."""
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            # Autocast would widen x first, and torch's one kernel wants x and weight alike; it computes in fp32 anyway.
-            with torch.autocast("cuda", enabled=False):
-                normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-            return normed.to(torch.get_autocast_dtype("cuda"))
+            return rms_norm(x, self.weight, self.eps, torch.get_autocast_dtype("cuda"))
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
