@@ -48,6 +48,7 @@ class TrainSpeed:
                 batches = forever(windows, rows, bench.subject.device)
                 for name, arm in arms.items():
                     seconds = arm.steps(batches, self.config.warmup)[-1]
+                    arm.peak = 0
                     bench.emit("fact", name=f"warm-up, {context} tokens", value=seconds, unit="s", arm=name)
                     bench.emit("fact", name=f"FLOPs a step, {context} tokens", value=arm.flops(windows, rows), arm=name)
                 gc.collect()
@@ -164,7 +165,7 @@ class Arm:
         held = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for tensor in (*self.model.parameters(), *self.model.buffers(), *state)
-            if tensor.device == self.trainer.args.device
+            if tensor.device.type == self.trainer.args.device.type
         }
         return sum(held.values())
 
