@@ -1,0 +1,58 @@
+"""What the host says of a batch is what a device would have found."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mambabench.distillers.batches import counted, known, read
+from mambabench.distillers.losses import IGNORED, shifted
+from mambabench.distillers.windows import collate, pack
+
+documents = st.lists(st.integers(2, 20), min_size=1, max_size=12)
+
+
+def windows_of(sizes, context):
+    return pack([([number + 1] * size, [number + 1] * size) for number, size in enumerate(sizes)], context)
+
+
+@given(documents, st.integers(2, 24))
+def test_documents_and_what_counts_are_found_on_the_host(sizes, context):
+    windows = windows_of(sizes, context)
+    batch = collate([windows[row] for row in range(len(windows))])
+    targets = shifted(batch["labels"]).flatten()
+    assert torch.equal(targets[batch["counted"]], targets[targets != IGNORED])
+    assert torch.equal(counted({}, targets), batch["counted"])
+    length = batch["input_ids"].shape[1]
+    positions = windows.positions[:, :length].long()
+    if "position_ids" not in batch:
+        assert torch.equal(positions, torch.arange(length).expand_as(positions))
+        assert "cu_seq_lens_q" not in batch
+        return
+    assert torch.equal(batch["position_ids"], positions)
+    offsets = batch["cu_seq_lens_q"]
+    assert offsets.dtype == torch.int32
+    assert offsets[-1] == positions.numel()
+    assert offsets[:-1].tolist() == (positions.flatten() == 0).nonzero().flatten().tolist()
+    assert batch["max_length_q"] == int(offsets.diff().max())
+
+
+def test_windows_of_one_document_each_say_nothing_of_documents():
+    windows = windows_of([8, 8, 5], 8)
+    batch = collate([windows[row] for row in range(3)])
+    assert not {"position_ids", "cu_seq_lens_q", "max_length_q"} & set(batch)
+
+
+def test_a_model_is_given_what_it_names_and_positions_always(hybrid):
+    positions = torch.tensor([[0, 1, 0, 1]])
+    batch = {"input_ids": positions, "labels": positions, **known(positions, positions)}
+
+    class Other(torch.nn.Module):
+        def forward(self, input_ids, **_):
+            return input_ids
+
+    assert set(read(Other(), batch)) == {"input_ids", "position_ids"}
+    student = hybrid.backend.module(hybrid.path)
+    assert set(read(student, batch)) == {"input_ids", "position_ids", "cu_seq_lens_q", "max_length_q"}
+    with torch.no_grad():
+        told = student(**read(student, batch)).logits
+        found = student(input_ids=positions, position_ids=positions).logits
+    assert torch.equal(told, found)
