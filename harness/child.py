@@ -21,7 +21,7 @@ from typing import Any
 from .config import Structurer, restore
 from .environment import code, machine, versions
 from .events import Muted, Recorder
-from .forkserver import ATTEMPT, CODE, LEASED, THREADS, watch
+from .forkserver import ATTEMPT, CODE, LEASED, SHARE, THREADS, watch
 from .interfaces import CHECKPOINT_S, DTYPES, Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
 from .locks import Lock
 from .plugins import Registry, make, registry
@@ -73,6 +73,8 @@ def work_on(
         work = Work(store, key, step, registry(plugins), device, recorder, rank)
         work.run()
         if rank == 0:
+            if step["kind"] == "train" and os.environ.get(SHARE):
+                recorder("fact", name="gpu_shared_by", value=int(os.environ[SHARE]), unit="steps")
             facts = recorder.finish()
             if step["kind"] in ARTIFACT_KINDS:
                 work.sign(facts, attempt)
@@ -137,6 +139,7 @@ class Attempt:
             "device": device,
             "threads": torch.get_num_threads(),
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+            "gpu_shared_by": int(os.environ.get(SHARE) or 1),
             "first_record_s": since(recorder.first),
             "last_record_s": since(recorder.last),
             "peak_rss_bytes": _peak_rss(),

@@ -30,11 +30,11 @@ import psutil
 from .locks import Lock
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-SERVER, LEASED, ATTEMPT, THREADS, CODE = (
-    f"MAMBABENCH_{name}" for name in ("SERVER", "LEASED", "ATTEMPT", "THREADS", "CODE")
+SERVER, LEASED, ATTEMPT, THREADS, CODE, SHARE = (
+    f"MAMBABENCH_{name}" for name in ("SERVER", "LEASED", "ATTEMPT", "THREADS", "CODE", "SHARE")
 )
-"""Variables of a child: process of the server, Unix time of the lease, number of the attempt, threads, and
-`environment.code()` as JSON from before the imports."""
+"""Variables of a child: process of the server, Unix time of the lease, number of the attempt, threads,
+`environment.code()` as JSON from before the imports, and how many steps may be on its GPU, where that is not one."""
 
 POLL_S = 0.2
 MOST_DESCRIPTORS = 64

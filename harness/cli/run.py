@@ -56,6 +56,7 @@ def show_plan(
 @click.command("run")
 @_plan_options
 @click.option("--launcher", default="local", show_default=True, help="The launcher component.")
+@click.option("--share", type=click.IntRange(1), default=1, help="Steps that may use one GPU at the same time [1].")
 @click.option("--jobs", type=click.IntRange(0), default=0, help="Steps side by side [cores, or one a GPU].")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads a step [1].")
 @click.option("--retry", is_flag=True, help="Run steps again that failed.")
@@ -66,6 +67,7 @@ def run_plan(
     only: str | None,
     gpus: str | None,
     launcher: str,
+    share: int,
     jobs: int,
     threads: int,
     retry: bool,
@@ -81,7 +83,8 @@ def run_plan(
     plan, steps = _expand(file, overrides, only, indices)
     _warn_of_broken()
     component = loaded.find("launcher", launcher)
-    options: dict[str, Any] = {"use": launcher, "gpus": list(indices), "jobs": jobs, "threads": threads}
+    options: dict[str, Any] = {"use": launcher, "gpus": list(indices), "share": share}
+    options |= {"jobs": jobs, "threads": threads}
     known = {item.name for item in dataclasses.fields(component.config)}
     choice = Structurer(loaded).choice("launcher", {k: v for k, v in options.items() if k == "use" or k in known})
     at = Store.create(store or _default_store(plan))

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 class LocalConfig:
     gpus: tuple[int, ...] = ()
     """Numbers of the GPUs to use, as `nvidia-smi` counts them; none runs everything on the CPU."""
+    share: int = 1
+    """Steps that may use one GPU at the same time, if each needs a single one and none must be alone."""
     jobs: int = 0
-    """Steps side by side. 0: one per GPU, or one per core where no GPU is used."""
+    """Steps side by side. 0: `share` per GPU, or one per core where no GPU is used."""
     threads: int = 0
     """Threads a step. 0: one on the CPU, an equal share of the cores beside a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.share < 1:
+            raise ValueError(f"share is {self.share}; it must be at least 1")

@@ -183,8 +183,8 @@ class LocalLauncher:
     """Starts steps on this host's CPU or GPUs."""
 
     def __init__(self, config: LocalConfig) -> None:
-        self.gpus = config.gpus
-        self.jobs = config.jobs or len(config.gpus) or cores()
+        self.gpus, self.share = config.gpus, config.share
+        self.jobs = config.jobs or len(config.gpus) * config.share or cores()
         self.threads = config.threads or (max(1, cores() // self.jobs) if config.gpus else 1)
         self._modules: list[str] = []
         self._server: ForkServer | None = None
@@ -220,7 +220,7 @@ class LocalLauncher:
             return None
         if len(server.children) >= self.jobs:
             return None
-        lease = take(needs, self.gpus, self._runtime)
+        lease = take(needs, self.gpus, self._runtime, self.share)
         if lease is None:
             if not server.children:
                 self.waiting = obstacle(needs, self._runtime)
@@ -228,6 +228,8 @@ class LocalLauncher:
         threads = str(self.threads)
         devices = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))}
         surroundings = {**env, **devices, "OMP_NUM_THREADS": threads, forkserver.THREADS: threads}
+        if lease.share > 1:
+            surroundings[forkserver.SHARE] = str(lease.share)
         return server.start(command, surroundings, log, lease)
 
     def _awaited(self) -> ForkServer | None:

@@ -26,7 +26,8 @@ def main(arguments):
     what, out = arguments
     if what == "tell":
         facts = {name: os.environ.get(name) for name in (
-            "CUDA_VISIBLE_DEVICES", "MAMBABENCH_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GIVEN")}
+            "CUDA_VISIBLE_DEVICES", "MAMBABENCH_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GIVEN",
+            "MAMBABENCH_SHARE")}
         facts |= {"argv": sys.argv, "path": sys.path, "group": os.getpgrp() == os.getpid(), "parent": os.getppid()}
         open(out, "w").write(json.dumps(facts))
         print("said on standard output")
@@ -142,6 +143,20 @@ def test_a_child_gets_its_arguments_environment_log_and_group(launch: Make, tmp_
     assert "" not in facts["path"]
     assert os.getcwd() not in facts["path"]
     assert "said on standard output" in (tmp_path / "out.log").read_text()
+
+
+def test_steps_that_share_a_gpu_run_side_by_side_and_know_it(launch: Make, tmp_path: Path) -> None:
+    import json
+
+    launcher = launch(gpus=(3,), share=2)
+    assert launcher.jobs == 2
+    hanging = start(launcher, "hang", tmp_path / "one", Needs(gpus=1))
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1))) == 4
+    facts = json.loads((tmp_path / "out").read_text())
+    assert (facts["CUDA_VISIBLE_DEVICES"], facts["MAMBABENCH_SHARE"]) == ("3", "2")
+    hanging.kill()
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1, alone=True))) == 4
+    assert json.loads((tmp_path / "out").read_text())["MAMBABENCH_SHARE"] is None
 
 
 def test_a_module_that_cannot_be_imported_is_told_in_the_log_and_stops_nothing(launch: Make, tmp_path: Path) -> None:

@@ -36,6 +36,26 @@ def test_gpus_are_taken_all_or_none(tmp_path: Path) -> None:
     assert leases.take(Needs(gpus=2), (0, 1, 2), tmp_path) is not None
 
 
+def test_a_gpu_is_shared_by_as_many_steps_as_may(tmp_path: Path) -> None:
+    held = [leases.take(Needs(gpus=1), (0, 1), tmp_path, share=2) for _ in range(5)]
+    assert held[4] is None
+    some = [lease for lease in held if lease is not None]
+    assert [lease.gpus for lease in some] == [(0,), (1,), (0,), (1,)]
+    assert {lease.share for lease in some} == {2}
+    # Those that want a GPU for themselves wait for all who share it, and the other way round.
+    for needs in (Needs(gpus=1, alone=True), Needs(gpus=2)):
+        assert leases.take(needs, (0, 1), tmp_path, share=2) is None
+    assert leases.take(Needs(gpus=1), (0, 1), tmp_path) is None
+    for lease in some:
+        lease.release()
+    both = leases.take(Needs(gpus=2), (0, 1), tmp_path, share=2)
+    assert both is not None
+    assert both.share == 1
+    assert leases.take(Needs(gpus=1), (0, 1), tmp_path, share=2) is None
+    both.release()
+    assert leases.take(Needs(gpus=1), (0, 1), tmp_path, share=2) is not None
+
+
 def test_quiet_is_shared_by_all_and_held_by_one_alone(tmp_path: Path) -> None:
     some = [leases.take(Needs(), (), tmp_path) for _ in range(2)]
     assert leases.take(Needs(alone=True), (), tmp_path) is None
