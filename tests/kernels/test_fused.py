@@ -44,9 +44,9 @@ class Where:
         products in `tf32`, which keep 10 bits and cut off the others, and for `fast` exponentials, whose errors every
         step of a recurrence adds to."""
         if self.dtype == torch.bfloat16:
-            return Bounds(5e-3, 1e-2, 2e-2)
+            return Bounds(4e-3, 6e-3, 6e-3)
         if self.device == "cuda" and rounding:
-            return {"tf32": Bounds(2e-3, 4e-3, 1e-2), "fast": Bounds(1e-4, 1e-3, 1e-3)}[rounding]
+            return {"tf32": Bounds(2e-3, 4e-3, 4e-3), "fast": Bounds(1e-4, 1e-3, 1e-3)}[rounding]
         return Bounds(1e-5, 1e-4, 1e-4)
 
 
