@@ -10,6 +10,7 @@ import gc
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..harness.interfaces import Artifact, Bench, Job, MambabenchError, silent
-from ..harness.suites.speed import quiet
 from . import flops
 from .distillation import DistillationTrainer, load_frozen, recipe_of
 from .losses import IGNORED
@@ -36,8 +36,8 @@ class TrainSpeed:
 
     def run(self, bench: Bench) -> None:
         """Emits the end of every step as a burst, and what each model trains and holds as facts."""
-        with quiet(bench.subject.device):
-            arms = load_arms(bench, self.config)
+        arms = load_arms(bench, self.config)
+        with frozen():
             total, block = self.config.pairs * len(self.config.context), 0
             bench.emit("progress", done=0, total=total, unit="blocks")
             if (most := device_flops(bench.subject.device)) is not None:
@@ -51,8 +51,6 @@ class TrainSpeed:
                     arm.peak = 0
                     bench.emit("fact", name=f"warm-up, {context} tokens", value=seconds, unit="s", arm=name)
                     bench.emit("fact", name=f"FLOPs a step, {context} tokens", value=arm.flops(windows, rows), arm=name)
-                gc.collect()
-                gc.freeze()
                 for _ in range(self.config.pairs):
                     order = list(arms) if block % 2 == 0 else list(arms)[::-1]
                     for place, name in enumerate(order):
@@ -90,6 +88,17 @@ class TrainSpeed:
                 f"train-speed: {self.config.data} fills {len(whole)} windows of {context} tokens; a step needs {rows}"
             )
         return Windows(*(getattr(windows, each.name)[whole] for each in fields(Windows)))
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Spares the garbage collector meanwhile what there is already."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Arm:

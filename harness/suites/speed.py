@@ -30,7 +30,7 @@ class Speed:
         self.config = config
 
     def run(self, bench: Bench) -> None:
-        with quiet(bench.subject.device):
+        with _quiet(bench.subject.device):
             arms = load_arms(bench)
             model = arms["subject"].model
             total = self.config.pairs * len(self.config.batch)
@@ -164,7 +164,7 @@ def _emit_peaks(bench: Bench, peaks: dict[str, int]) -> None:
 
 
 @contextmanager
-def quiet(device: str) -> Iterator[None]:
+def _quiet(device: str) -> Iterator[None]:
     """Holds torch to one thread on CPU, where several wait for each other on a shared machine, and afterwards gives
     back to the garbage collector what was frozen before the measured blocks."""
     before = torch.get_num_threads()
