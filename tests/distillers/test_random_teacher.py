@@ -20,9 +20,9 @@ SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "intermediate": 4
 
 @pytest.fixture
 def make_teacher(make_job):
-    def make(name="teacher", seed=0, data=None, **options) -> Artifact:
+    def make(name="teacher", seed=0, data=None, device="cpu", **options) -> Artifact:
         backend = TeacherBackend(TeacherConfig())
-        job = make_job(name, backend=backend, seed=seed, data=data or {})
+        job = make_job(name, backend=backend, seed=seed, data=data or {}, device=device)
         RandomTeacher(RandomTeacherConfig(**options)).train(job)
         return Artifact("teacher", job.out, backend)
 
@@ -53,6 +53,16 @@ def test_the_seed_decides_the_weights(make_teacher):
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(one[name], again[name])
     assert not torch.equal(one[name], other[name])
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_weights_of_a_teacher_that_runs_there(make_teacher):
+    made = make_teacher(device="cuda:0", **SHAPE, head_dim=16, init=0.1)
+    tensors = load_file(made.path / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert tensors["lm_head.weight"].float().std() == pytest.approx(0.1, rel=0.05)
+    logits = made.backend.frozen(made.path, "cuda:0")(input_ids=torch.randint(300, (2, 20), device="cuda:0")).logits
+    assert logits.isfinite().all()
 
 
 def test_a_config_json_gives_what_the_options_leave_open(make_teacher, tmp_path):
