@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 from mambabench.harness.store import Store
 from safetensors.torch import load_file
 from torch import Tensor
@@ -64,9 +65,10 @@ def run(mambabench, tmp_path):
     file = tmp_path / "ranks.toml"
     file.write_text(PLAN)
 
-    def run(name, *overrides):
+    def run(name, *overrides, gpus=""):
         store = tmp_path / name
         words = [word for override in overrides for word in ("--set", override)]
+        words += ["--gpus", gpus] if gpus else []
         done = mambabench("run", file, "--store", store, *words)
         assert done.returncode == 0, done.stderr
         at = Store.open(store)
@@ -120,3 +122,24 @@ def test_a_batch_that_ranks_cannot_share_is_refused(mambabench, tmp_path):
     done = mambabench("run", file, "--store", tmp_path / "store", "--only", "teacher/teach", *wrong)
     assert done.returncode == 1
     assert "batch = 3 with accumulation = 1 cannot be split among 2 GPUs" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("parallel", "share"), [("ddp", 1.0), ("fsdp", 0.5)])
+def test_two_gpus_train_as_one_does(run, parallel, share):
+    """The same loss curves at the same batch, but for the rounding of bf16."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"torch finds {torch.cuda.device_count()} GPUs, and two are needed")
+    _, alone = run("alone", gpus="0")
+    options = [f"stages.{stage}.parallel={parallel}" for stage in ("align", "tune", "prefer")]
+    _, pair = run("pair", "limits.train_gpus=2", *options, gpus="0,1")
+    for stage in STAGES:
+        one, two = alone[stage], pair[stage]
+        assert [record["tokens"] for record in one.losses] == [record["tokens"] for record in two.losses]
+        assert [record["loss"] for record in two.losses] == pytest.approx(
+            [record["loss"] for record in one.losses], rel=5e-3
+        )
+        assert all(weight.dtype == one.weights[name].dtype for name, weight in two.weights.items())
+        assert two.facts["training_gpu"] == pytest.approx(2 * two.facts["training_wall"])
+        expected = share if stage != "teacher/teach" else 1.0
+        assert two.facts["weights_held_share"] == pytest.approx(expected, abs=0.1), stage

@@ -184,6 +184,9 @@ def test_the_loss_that_is_logged_is_the_weighted_sum_of_its_parts(make_job, hybr
     assert job.emit.facts["training_flops_per_step"] == step(trainer.student, trainer.teacher, work).total > 0
     assert "model_flop_utilisation" not in job.emit.facts, "a CPU has no known peak"
     assert job.emit.facts["training_wall"] > 0
+    step_time, rate = job.emit.facts["step_time"], job.emit.facts["training_rate"]
+    assert 0 < step_time < job.emit.facts["training_wall"]
+    assert rate * step_time == pytest.approx(job.emit.facts["training_tokens"] / 6)
 
 
 def test_the_parts_of_a_loss_are_means_over_the_labels_of_the_step(make_job, hybrid, teacher, windows):

@@ -1,0 +1,126 @@
+"""A run that is killed in the middle of a stage goes on from there, to the same losses, as if nothing had been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+from mambabench.harness.store import Store
+
+PLAN = """
+schema = 1
+name = "resume"
+[data]
+text = { use = "standin", part = "train", documents = 64 }
+[teacher]
+train = ["teach"]
+[stages.teach]
+use = "train-teacher"
+data = "text"
+tokens = 2_000
+layers = 2
+hidden = 16
+intermediate = 16
+context = 80
+[stages.align]
+use = "progressive"
+schedule = "stepwise"
+data = "text"
+tokens = 80_000
+context = 80
+batch = 8
+kl = 0.5
+[models.pure]
+use = "mamba2-hybrid"
+chunk = 16
+keep = 0
+train = ["align"]
+[limits]
+checkpoint = 0.1
+"""
+
+
+def until(true, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def killed_in_the_middle(command, partial):
+    """Runs until a checkpoint of the stage is whole and a record has followed it, and kills the run alone."""
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    events, begun = partial / "events.jsonl", []
+
+    def halfway():
+        assert run.poll() is None, "the run ended before it was to be killed"
+        marks = list(partial.glob("scratch/trainer/checkpoint-*/seconds.json"))
+        if not marks:
+            return False
+        begun.append(max(int(mark.parent.name.rpartition("-")[2]) for mark in marks))
+        lines = [json.loads(line) for line in events.read_text().splitlines() if line.endswith("}")]
+        return max((line["step"] for line in lines if line["kind"] == "loss"), default=0) > begun[0]
+
+    until(halfway)
+    family = [run, *psutil.Process(run.pid).children(recursive=True)]
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    until(lambda: not any(psutil.pid_exists(each.pid) for each in family[1:]), 5.0)
+    return begun[0]
+
+
+def interrupted(tmp_path, mambabench, *options):
+    """Losses of the stage of an uninterrupted run and of one that was killed, and the step of the first checkpoint."""
+    file = tmp_path / "resume.toml"
+    file.write_text(PLAN)
+    found, steps = [], 0
+    for name in ("whole", "killed"):
+        store = tmp_path / name
+        words = ["run", file, "--store", store, *options]
+        if name == "killed":
+            key = next(cell["key"] for cell in found[0][0].run()["cells"] if cell["label"] == "pure/align@seed0")
+            command = [sys.executable, "-P", "-m", "mambabench", *map(str, words)]
+            steps = killed_in_the_middle(command, store / "partial" / key)
+        done = mambabench(*words)
+        assert done.returncode == 0, done.stderr
+        at = Store.open(store)
+        found.append((at, losses(at)))
+    attempts = {at.outcome(next(iter(keys(at))))["attempt"] for at, _ in found}
+    assert attempts == {1}, "a killed run uses up no attempt"
+    return found[0][1], found[1][1], steps
+
+
+def keys(store):
+    return {cell["key"] for cell in store.run()["cells"] if cell["label"] == "pure/align@seed0"}
+
+
+def losses(store):
+    (key,) = keys(store)
+    return pd.read_parquet(store.finished(key) / "losses.parquet").drop(columns=["key", "t"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, mambabench, ranks):
+    whole, resumed, steps = interrupted(tmp_path, mambabench, "--set", f"limits.train_gpus={ranks}")
+    assert steps < whole["step"].max()
+    assert len(whole) >= 50
+    # Bit for bit: every record once, before the checkpoint and after it, across the layers' phases.
+    pd.testing.assert_frame_equal(whole, resumed, check_exact=ranks == 1, rtol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_killed_run_goes_on_to_the_same_losses_on_a_gpu(tmp_path, mambabench):
+    """With frozen weights in bf16, trained ones in fp32, and kernels that add in any order."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    whole, resumed, _ = interrupted(tmp_path, mambabench, "--gpus", "0", "--set", "stages.align.tokens=600_000")
+    assert list(resumed["step"]) == list(whole["step"])
+    assert list(resumed["tokens"]) == list(whole["tokens"])
+    assert ((resumed["loss"] - whole["loss"]).abs() <= 0.02 * whole["loss"]).all()
