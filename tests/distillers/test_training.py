@@ -13,6 +13,7 @@ from mambabench.distillers.distillation import DistillationTrainer
 from mambabench.distillers.flops import step, work_of
 from mambabench.distillers.losses import IGNORED
 from mambabench.distillers.mixers import choose_trained
+from mambabench.distillers.placement import lighten
 from mambabench.distillers.plugin import ProgressiveConfig
 from mambabench.distillers.training import Recipe
 from mambabench.distillers.windows import Windows, collate, pack, read_windows
@@ -251,3 +252,30 @@ def test_a_killed_training_resumes_to_the_same_weights_and_records(make_job, hyb
 def test_a_batch_that_cannot_be_split_is_refused(make_job, hybrid, teacher, windows):
     with pytest.raises(MambabenchError, match="batch = 8 cannot be split into accumulation = 3"):
         distil(make_job(), hybrid, teacher, windows, steps=1, batch=8, accumulation=3)
+
+
+class Hurry(TrainerCallback):
+    """Makes any wait for the GPU an error from where a step begins to where it ends; the first ones compile kernels."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step > 5:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(make_job, hybrid, teacher, windows):
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    job = make_job(device="cuda:0")
+    _, trainer = distil(job, hybrid, teacher, windows, steps=20, batch=8, accumulation=2, slice=64)
+    lighten(trainer.student, job.device)
+    lighten(trainer.teacher, job.device)
+    trainer.callback_handler.callbacks.insert(0, Hurry())
+    try:
+        training.run(trainer, job)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(job.emit.of("loss")) == 20
