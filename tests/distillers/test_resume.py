@@ -75,19 +75,23 @@ def killed_in_the_middle(command, partial):
     return begun[0]
 
 
-def interrupted(tmp_path, mambabench, *options):
-    """Losses of the stage of an uninterrupted run and of one that was killed, and the step of the first checkpoint."""
+def interrupted(tmp_path, mambabench, *options, begun=(), ended=()):
+    """Losses of the stage of an uninterrupted run and of one that was killed, and the step of the first checkpoint.
+
+    `begun` are further options of the run that is killed, `ended` of the one that resumes it.
+    """
     file = tmp_path / "resume.toml"
     file.write_text(PLAN)
     found, steps = [], 0
     for name in ("whole", "killed"):
         store = tmp_path / name
         words = ["run", file, "--store", store, *options]
+        last = [*words, *ended] if name == "killed" else words
         if name == "killed":
             key = next(cell["key"] for cell in found[0][0].run()["cells"] if cell["label"] == "pure/align@seed0")
-            command = [sys.executable, "-P", "-m", "mambabench", *map(str, words)]
+            command = [sys.executable, "-P", "-m", "mambabench", *map(str, [*words, *begun])]
             steps = killed_in_the_middle(command, store / "partial" / key)
-        done = mambabench(*words)
+        done = mambabench(*last)
         assert done.returncode == 0, done.stderr
         at = Store.open(store)
         found.append((at, losses(at)))
@@ -106,13 +110,16 @@ def losses(store):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, mambabench, ranks):
-    whole, resumed, steps = interrupted(tmp_path, mambabench, "--set", f"limits.train_gpus={ranks}")
+@pytest.mark.parametrize(("begun", "ended", "parallel"), [(1, 1, "ddp"), (2, 2, "ddp"), (2, 1, "fsdp"), (1, 2, "fsdp")])
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, mambabench, begun, ended, parallel):
+    """Every record once, from before the checkpoint and after it, across the layers' phases, in any number of ranks."""
+    ranks = [("--set", f"limits.train_gpus={number}") for number in (begun, ended)]
+    options = ("--set", f"stages.align.parallel={parallel}")
+    whole, resumed, steps = interrupted(tmp_path, mambabench, *options, begun=ranks[0], ended=ranks[1])
     assert steps < whole["step"].max()
     assert len(whole) >= 50
-    # Bit for bit: every record once, before the checkpoint and after it, across the layers' phases.
-    pd.testing.assert_frame_equal(whole, resumed, check_exact=ranks == 1, rtol=1e-6)
+    # Alone, bit for bit; several ranks add in another order.
+    pd.testing.assert_frame_equal(whole, resumed, check_exact=begun == ended == 1, rtol=1e-3)
 
 
 @pytest.mark.gpu
