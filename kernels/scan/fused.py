@@ -11,9 +11,13 @@ from torch import Tensor
 
 from ..documents import Documents
 from ..support import Support, installed, kernel, served
+from ..tuning import compile_side_by_side
 from .reference import exact, mask_dt
 
 MODULE = "mamba_ssm.ops.triton.ssd_combined"
+TUNED = tuple(
+    f"mamba_ssm.ops.triton.ssd_{part}" for part in ("bmm", "chunk_scan", "chunk_state", "combined", "state_passing")
+)
 CHUNK = 128
 """With a C for every head, the products of C and B take as much memory as the states between chunks where a chunk is
 as long as a state is wide. It changes nothing else but rounding, so the model's own `chunk` is not used."""
@@ -66,6 +70,7 @@ def scan(
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in the reference's `scan`. y has x's dtype, the state is fp32."""
+    compile_side_by_side(TUNED)
     repeat = C.shape[2] // x.shape[2]
     y, final = kernel(MODULE, "mamba_chunk_scan_combined")(
         _repeated(x, repeat),

@@ -143,6 +143,7 @@ def standins(monkeypatch: pytest.MonkeyPatch, asked: None) -> list[str]:
     in order."""
     monkeypatch.setattr(support, "on_cuda", lambda tensor: True)
     monkeypatch.setattr(scan_fused, "may_round", lambda: True)
+    monkeypatch.setattr(scan_fused, "TUNED", ())
     if importlib.util.find_spec("triton") is None:
         monkeypatch.setattr(norm_fused, "installed", lambda module: support.Support.yes())
     for name, functions in STANDINS.items():

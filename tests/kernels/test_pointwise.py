@@ -72,8 +72,10 @@ def test_on_a_gpu_both_are_as_near_to_float64_as_the_plain_form(kind):
             value = way(*leaves, *rest)
             made = (value, *torch.autograd.grad(value, leaves, upstream))
             errors.append([float((one.double() - two).norm()) for one, two in zip(made, truth, strict=True)])
-        for ours, theirs in zip(*errors, strict=True):
-            assert ours <= 1.1 * theirs + 1e-12, function.__name__
+        # Both are computed in fp32; where that is also what they are stored in, either may round better by luck.
+        unit = torch.finfo(torch.float32).eps
+        for ours, theirs, exactly in zip(*errors, truth, strict=True):
+            assert ours <= max(1.1 * theirs, unit * float(exactly.norm())), function.__name__
 
 
 def test_on_a_cpu_the_plain_form_runs():

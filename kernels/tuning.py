@@ -1,0 +1,51 @@
+"""Triton's autotuner tries a dozen forms of each kernel and compiles them one after the other, which for the kernels of
+a scan's forward and backward takes minutes on a machine that has not met them. Here they compile side by side."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+THREADS = 16
+"""At most: beyond it the interpreter's lock is what they wait for."""
+
+
+@functools.cache
+def compile_side_by_side(names: tuple[str, ...]) -> None:
+    """Has the tuned kernels of these modules compile all their forms at once, before the first is timed.
+
+    What is chosen stays as it was. Kernels that already prune their forms are left alone.
+    """
+    for name in names:
+        for tuner in _tuners(importlib.import_module(name)):
+            if tuner.early_config_prune is None:
+                tuner.early_config_prune = _Compiled(tuner)
+
+
+def _tuners(module: ModuleType) -> list[Any]:
+    from triton.runtime.autotuner import Autotuner
+
+    return [found for found in vars(module).values() if isinstance(found, Autotuner) and len(found.configs) > 1]
+
+
+class _Compiled:
+    """Called by the autotuner with the forms to try, whenever it meets new sizes or dtypes."""
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+
+    def __call__(self, configs: list[Any], given: Mapping[str, Any], **named: Any) -> list[Any]:
+        import triton
+
+        named |= {"warmup": True}
+        threads = min(THREADS, len(os.sched_getaffinity(0)))
+        # A form that does not compile is the autotuner's to find out: it counts it as infinitely slow.
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for config in configs:
+                self.tuner.fn.run(*given.values(), **named, **config.all_kwargs())
+        return configs
