@@ -49,12 +49,16 @@ def run(mambabench, tmp_path, name):
 
 @pytest.mark.slow
 def test_the_slice_has_a_row_for_each_model_and_window(mambabench, tmp_path):
-    rows = run(mambabench, tmp_path, "slice-8b")["training-speed"]
-    assert [row["model"] for row in rows] == [model for model in ("teacher", "half", "none", "mamba") for _ in range(4)]
+    table = run(mambabench, tmp_path, "slice-8b")["training-speed"]
+    skipped = {("teacher", "all"), ("teacher", "mixers"), ("mamba", "mixers")}
+    assert {(row["model"], row["suite"]) for row in table if row["state"].startswith("skipped")} == skipped
+    rows = [row for row in table if not row["state"].startswith("skipped")]
+    cells = [("half", "all"), ("half", "mixers"), ("none", "all"), ("none", "mixers"), ("mamba", "all")]
+    assert [(row["model"], row["suite"]) for row in rows] == [cell for cell in cells for _ in range(2)]
     for row in rows:
         assert float(row["tokens/s"]) > 0
         assert float(row["TFLOP a step"]) > 0
-        assert bool(row["of teacher's"]) == (row["model"] != "teacher")
+        assert float(row["of teacher's"]) > 0
         assert int(row["window tokens"]) * int(row["windows"]) == 64
 
 
