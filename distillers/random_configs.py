@@ -44,6 +44,10 @@ class RandomTeacherConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be below 0")
         if missing := [name for name in SHAPE if not self.config and not getattr(self, name)]:
             raise ValueError(f"{missing[0]} is not given; a shape needs {', '.join(SHAPE)}, or a `config`")
+        if self.heads and self.hidden % self.heads and not self.head_dim:
+            raise ValueError(f"hidden is {self.hidden}, which {self.heads} heads do not divide; say head_dim")
+        if self.heads and self.kv_heads and self.heads % self.kv_heads:
+            raise ValueError(f"heads is {self.heads}, which {self.kv_heads} kv_heads do not divide")
         if self.init <= 0:
             raise ValueError(f"init is {self.init}; it must be above 0")
 

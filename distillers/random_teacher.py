@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -43,12 +45,11 @@ class RandomTeacher:
             raise MambabenchError("random-teacher: the teacher's backend is missing")
         given = job.data[self.config.config] if self.config.config else None
         tokenizer, shape = byte_tokenizer(), read_shape(self.config, given)
-        if shape["vocab_size"] < len(tokenizer):
+        config = _config(shape | {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})
+        if config.vocab_size < len(tokenizer):
             raise MambabenchError(
-                f"random-teacher: vocabulary is {shape['vocab_size']}; its tokenizer has {len(tokenizer)} tokens"
+                f"random-teacher: vocabulary is {config.vocab_size}; its tokenizer has {len(tokenizer)} tokens"
             )
-        shape |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        config: Any = AutoConfig.for_model(shape.pop("model_type"), **shape)
         torch.manual_seed(job.seed)
         with torch.device(job.device):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.config.dtype))
@@ -84,6 +85,16 @@ def read_shape(config: RandomTeacherConfig, file: Path | None) -> dict[str, Any]
     for name in ("architectures", "transformers_version", "torch_dtype", "dtype", "pad_token_id"):
         fields.pop(name, None)
     return fields | {"initializer_range": config.init}
+
+
+def _config(shape: Mapping[str, Any]) -> Any:
+    """transformers' config of a shape. Raises MambabenchError for one that it knows no model of."""
+    try:
+        return AutoConfig.for_model(**shape)
+    except (StrictDataclassError, ValueError) as error:
+        # Its last line, without the list of all that it knows.
+        reason = str(error).splitlines()[-1].partition(". ")[0].strip()
+        raise MambabenchError(f"random-teacher: no such model ({reason})") from None
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

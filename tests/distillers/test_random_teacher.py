@@ -106,6 +106,29 @@ def test_a_file_that_is_no_config_is_refused(make_teacher, tmp_path):
         make_teacher(data={"it": tmp_path / "sizes.json"}, config="it")
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model_type": "foo"}, "Unrecognized model identifier: foo"),
+        ({"model_type": "llama", "hidden_size": 9, "num_attention_heads": 2}, "hidden size .9. is not a multiple of"),
+    ],
+)
+def test_a_shape_of_no_model_is_refused_in_a_line(make_teacher, tmp_path, fields, reason):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(MambabenchError, match=rf"random-teacher: no such model \(.*{reason}") as refused:
+        make_teacher(data={"it": tmp_path}, config="it")
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"heads": 3}, "hidden is 32, which 3 heads do not divide"), ({"kv_heads": 3}, "which 3 kv_heads do not divide")],
+)
+def test_heads_that_do_not_fit_are_refused_in_the_plan(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        RandomTeacherConfig(**SHAPE | options)
+
+
 @pytest.mark.parametrize("text", ["plain", " leading space\n\ttabs", "naïve 雪 🙂", ""])
 def test_its_tokenizer_gives_back_every_text(make_teacher, text):
     made = make_teacher(**SHAPE)
