@@ -22,7 +22,7 @@ def conv(
 ) -> tuple[Tensor, Tensor]:
     """The convolution of `reference`, with SiLU behind it if asked, by causal-conv1d where it serves."""
     given = u, weight, bias, window, lengths, documents
-    if chosen("conv", fused.supports(*given)):
+    if chosen("conv", fused.supports(u, weight, bias, window, documents)):
         return fused.conv(*given, silu)
     y, end = reference.conv(*given)
     return F.silu(y) if silu else y, end

@@ -15,14 +15,9 @@ ALIGNED = 8
 
 
 def supports(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    window: Tensor | None = None,
-    lengths: Tensor | None = None,
-    documents: Documents | None = None,
+    u: Tensor, weight: Tensor, bias: Tensor, window: Tensor | None = None, documents: Documents | None = None
 ) -> Support:
-    """Whether `conv` can serve these inputs."""
+    """Whether `conv` can serve these of its inputs; `lengths` may be any."""
     support = served(u, (torch.bfloat16, torch.float32))
     if not support:
         return support

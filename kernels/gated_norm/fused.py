@@ -12,8 +12,8 @@ WIDEST = 1024
 """Of heads: a block of the kernel holds whole ones in registers."""
 
 
-def supports(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Support:
-    """Whether `gated_norm` can serve these inputs."""
+def supports(y: Tensor, width: int) -> Support:
+    """Whether `gated_norm` can serve these of its inputs; the others may be any."""
     support = served(y, (torch.bfloat16, torch.float32))
     if not support:
         return support

@@ -28,19 +28,8 @@ def may_round() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def supports(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
-    chunk: int = CHUNK,
-    documents: Documents | None = None,
-) -> Support:
-    """Whether `scan` can serve these inputs."""
+def supports(x: Tensor, C: Tensor) -> Support:
+    """Whether `scan` can serve these of its inputs; the others may be any."""
     support = served(x, (torch.bfloat16, torch.float32))
     if not support:
         return support

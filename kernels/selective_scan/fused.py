@@ -22,19 +22,8 @@ FORGET = 2.0**40
 has."""
 
 
-def supports(
-    x: Tensor,
-    raw: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    bias: Tensor | None = None,
-    state: Tensor | None = None,
-    keep: Tensor | None = None,
-    documents: Documents | None = None,
-) -> Support:
-    """Whether `selective_scan` can serve these inputs."""
+def supports(x: Tensor, A: Tensor, state: Tensor | None = None) -> Support:
+    """Whether `selective_scan` can serve these of its inputs; the others may be any."""
     support = served(x, (torch.bfloat16, torch.float32))
     if not support:
         return support

@@ -129,31 +129,31 @@ def test_a_reason_is_logged_once(standins, caplog) -> None:
 
 def test_fp32_stays_exact_unless_torch_may_round_it(standins, monkeypatch) -> None:
     monkeypatch.setattr(scan_room.fused, "may_round", lambda: False)
-    refused = scan_room.fused.supports(*scan_inputs(torch.float32))
+    x, *_, c, _ = scan_inputs(torch.float32)
+    refused = scan_room.fused.supports(x, c)
     assert refused.reason == "the kernel rounds fp32 inputs to tf32, which torch is not set to allow"
-    assert scan_room.fused.supports(*scan_inputs())
-    assert selective_room.fused.supports(*selective_inputs(torch.float32))
+    assert scan_room.fused.supports(x.bfloat16(), c.bfloat16())
+    u, _, decay, *_ = selective_inputs(torch.float32)
+    assert selective_room.fused.supports(u, decay)
     assert conv_room.fused.supports(*conv_inputs(torch.float32))
 
 
 def test_what_a_kernel_does_not_know_is_refused(standins) -> None:
-    x, *rest = selective_inputs()
-    assert "empty state" in selective_room.fused.supports(x, *rest, state=torch.zeros(2, 8, 4)).reason
-    assert "up to 256 states" in selective_room.fused.supports(x, x, torch.zeros(8, 257), *rest[2:]).reason
+    x, _, decay, *_ = selective_inputs()
+    assert "empty state" in selective_room.fused.supports(x, decay, torch.zeros(2, 8, 4)).reason
+    assert "up to 256 states" in selective_room.fused.supports(x, torch.zeros(8, 257)).reason
     u, weight, bias = conv_inputs()
     documents = Documents(torch.zeros(2, 5, dtype=torch.int32))
-    assert "in front of packed" in conv_room.fused.supports(u, weight, bias, u[:, :3], None, documents).reason
+    assert "in front of packed" in conv_room.fused.supports(u, weight, bias, u[:, :3], documents).reason
     assert "does not divide 12" in conv_room.fused.supports(*conv_inputs(channels=12)).reason
     assert "in one dtype" in conv_room.fused.supports(u, weight, bias.bfloat16()).reason
-    assert "up to 1024, not 2048" in norm_room.fused.supports(*norm_inputs()[:4], 2048, 1e-5).reason
-    empty = tuple(t[:, :0] if t.ndim == 4 or t.shape == (2, 5, 4) else t for t in scan_inputs())
-    assert scan_room.fused.supports(*empty).reason == "there are no tokens"
+    assert "up to 1024, not 2048" in norm_room.fused.supports(norm_inputs()[0], 2048).reason
+    assert scan_room.fused.supports(x[:, :0], x[:, :0]).reason == "there are no tokens"
 
 
 def test_a_batch_beyond_int32_is_refused(standins) -> None:
-    x, dt, A, B, C, D = (t.to("meta") for t in scan_inputs())
-    large = C[:1, :1].expand(2**12, 2**12, -1, -1)
-    assert "int32" in scan_room.fused.supports(x, dt, A, B, large, D).reason
+    x, *_, c, _ = (t.to("meta") for t in scan_inputs())
+    assert "int32" in scan_room.fused.supports(x, c[:1, :1].expand(2**12, 2**12, -1, -1)).reason
 
 
 def test_nothing_is_imported_on_cpu() -> None:
