@@ -63,13 +63,9 @@ class Distillation:
         self.config = config
 
     def frame(self, results: Results) -> pd.DataFrame | None:
-        suites = suites_with(results, use=SUITE) | suites_with(results, use="perplexity")
-        cells = measuring(results, suites)
         if measuring(results, suites_with(results, use=SUITE)).empty:
             return None
-        samples = of_suites(results.samples, suites)
-        samples = samples[samples["metric"].isin([PERPLEXITY, KL])]
-        rows = [_row(results, samples, model) for model in results.models["model"]]
+        cells, samples, rows = measuring(results, _suites(results)), _samples(results), rows_of(results)
         models, failed = results.models.set_index("model"), failures(cells, ("model",))
         teachers = {models["store"][row.model]: row for row in rows if row.model in results.teachers}
         tasks = list(samples.groupby(["metric", "task"], sort=False).groups)
@@ -87,9 +83,9 @@ class Distillation:
             for where, part in row.samples.items():
                 value = estimate(part)
                 of[heads[where]] = value.exp() if where[0] == PERPLEXITY else value
-            beside = {RATIO: teachers.get(models["store"][row.model]), TRAINED_ON: _trained_on(row, rows)}
+            beside = {RATIO: teachers.get(models["store"][row.model]), TRAINED_ON: trained_on(row, rows)}
             for end, other in beside.items():
-                of |= {heads[where] + end: ratio for where, ratio in _ratios(row, other).items()}
+                of |= {heads[where] + end: ratio for where, ratio in ratios(row, other).items()}
             shown.append(of)
         figures = [head + end for head in heads.values() for end in ("", RATIO, TRAINED_ON)]
         took = [*HIGHEST, *SUMMED, *LAST]
@@ -99,6 +95,21 @@ class Distillation:
         if frame["seeds"].max() <= 1:
             frame = frame.drop(columns="seeds")
         return drop_empty(frame, ["attention", "stages", *took, *figures, "state"])
+
+
+def rows_of(results: Results) -> list[Row]:
+    """One per model, in plan order."""
+    samples = _samples(results)
+    return [_row(results, samples, model) for model in results.models["model"]]
+
+
+def _suites(results: Results) -> set[tuple[str, str]]:
+    return suites_with(results, use=SUITE) | suites_with(results, use="perplexity")
+
+
+def _samples(results: Results) -> pd.DataFrame:
+    samples = of_suites(results.samples, _suites(results))
+    return samples[samples["metric"].isin([PERPLEXITY, KL])]
 
 
 def _row(results: Results, samples: pd.DataFrame, model: str) -> Row:
@@ -124,7 +135,7 @@ def _took(facts: pd.DataFrame, stages: Sequence[str]) -> dict[str, float]:
     return took
 
 
-def _trained_on(row: Row, rows: Sequence[Row]) -> Row | None:
+def trained_on(row: Row, rows: Sequence[Row]) -> Row | None:
     """The one model that kept all attention and was trained as this one."""
     if not row.stages or row.keeps_all:
         return None
@@ -140,7 +151,7 @@ def _effort(row: Row) -> tuple[float | None, bool]:
     return row.took.get("training tokens M"), row.took.get("trained %", 0.0) == 100
 
 
-def _ratios(row: Row, other: Row | None) -> dict[tuple[str, str], st.Estimate]:
+def ratios(row: Row, other: Row | None) -> dict[tuple[str, str], st.Estimate]:
     """The row's perplexities over the other's, where both were measured on the same documents."""
     found: dict[tuple[str, str], st.Estimate] = {}
     for where, part in row.samples.items():

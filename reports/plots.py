@@ -29,8 +29,11 @@ MARKS = ("o", "s", "D", "^", "v", "P", "X")
 
 def plots_of(frames: Mapping[str, DataFrame], results: Results) -> tuple[Plot, ...]:
     """The plots for which there is data."""
-    plots = (_quality_and_speed(frames, results), _accepted_lengths(results))
-    return tuple(plot for plot in plots if plot is not None)
+    from .training_plots import ladder, loss_curves
+
+    measured = (_quality_and_speed(frames, results), _accepted_lengths(results))
+    rungs = ladder(results) if "distillation" in frames else ()
+    return (*rungs, *(plot for plot in measured if plot is not None), *loss_curves(results))
 
 
 def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plot | None:
@@ -54,7 +57,7 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
     ]
     if not points:
         return None
-    figure, axes = _canvas()
+    figure, axes = canvas()
     models = list(dict.fromkeys(point[0] for point in points))
     decoders = list(dict.fromkeys(point[1] for point in points))
     for model, decoder, speed_, value in points:
@@ -66,14 +69,14 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
         )  # fmt: skip
     _label(axes, points, [COLOURS[models.index(point[0]) % len(COLOURS)] for point in points])
     if measure.endswith("perplexity"):
-        _wide_range(axes, [number(point[3]) for point in points])
+        wide_range(axes, [number(point[3]) for point in points])
     axes.set_xlabel("decoding speed, tokens/s")
     axes.set_ylabel(measure)
     axes.margins(x=0.08, y=0.18)
     better = "lower" if measure.endswith("perplexity") else "higher"
     batch = "" if "batch" not in speed else f" at batch {int(speed['batch'].iloc[0])}"
     note = f"One point per model and decoder{batch}; {better} and further right is better; bars are standard errors."
-    return Plot("quality-speed", "Quality against decoding speed", note, _svg(figure))
+    return Plot("quality-speed", "Quality against decoding speed", note, svg_of(figure))
 
 
 def _measure(quality: DataFrame) -> str | None:
@@ -105,7 +108,7 @@ def _label(axes: Axes, points: Sequence[tuple[str, str, float, Any]], colours: S
         )  # fmt: skip
 
 
-def _wide_range(axes: Axes, values: Sequence[float]) -> None:
+def wide_range(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis where values differ by more than a factor of five, labelled with plain numbers."""
     if min(values) <= 0 or max(values) < 5 * min(values):
         return
@@ -126,7 +129,7 @@ def _accepted_lengths(results: Results) -> Plot | None:
     groups = [(of, group["accepted"] + 1) for of, group in rounds.groupby(["model", "decoder"], sort=False)]
     order = {name: place for place, name in enumerate(results.models["model"])}
     groups.sort(key=lambda group: order.get(group[0][0], len(order)))
-    figure, axes = _canvas()
+    figure, axes = canvas()
     longest = int(max(lengths.max() for _, lengths in groups))
     width = 0.8 / len(groups)
     for place, ((model, decoder), lengths) in enumerate(groups):
@@ -141,14 +144,27 @@ def _accepted_lengths(results: Results) -> Plot | None:
     axes.set_ylabel("share of rounds, %")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     note = "Tokens that a round of verification yields, the correction or bonus token included."
-    return Plot("accepted-lengths", "Accepted lengths", note, _svg(figure))
+    return Plot("accepted-lengths", "Accepted lengths", note, svg_of(figure))
 
 
-def _canvas() -> tuple[Any, Axes]:
+def canvas() -> tuple[Any, Axes]:
+    """A figure with one pair of axes."""
+    figure, (axes,) = canvases(1)
+    return figure, axes
+
+
+def canvases(count: int) -> tuple[Any, Sequence[Axes]]:
+    """A figure with axes side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    every = [figure.add_subplot(1, count, place + 1) for place in range(count)]
+    for axes in every:
+        _dress(axes)
+    return figure, every
+
+
+def _dress(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -158,10 +174,9 @@ def _canvas() -> tuple[Any, Axes]:
     axes.yaxis.label.set_color(INK)
     axes.grid(True, color="#8888", linewidth=0.5, alpha=0.35)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg_of(figure: Any) -> str:
     """The figure as an SVG element, the same bytes every time."""
     import matplotlib
 

@@ -23,6 +23,12 @@ def estimate(part: pd.DataFrame) -> st.Estimate:
     return st.over_seeds(value, weight, clusters, keys)
 
 
+def with_interval(part: pd.DataFrame) -> st.Estimate:
+    """The same with its interval, in which what seeds add counts."""
+    own = estimate(part)
+    return _with_seeds(own, own.seed_se, part).with_interval(LEVEL)
+
+
 def average(parts: Sequence[pd.DataFrame]) -> st.Estimate:
     """The average of tasks; its error between seeds is the spread of the seeds' averages."""
     ratios = [part.groupby("seed")[["value", "weight"]].sum() for part in parts]
