@@ -6,7 +6,6 @@ is some 1e-6 nat a token, of either sign, and sums over tokens are taken in fp64
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..documents import Document, encode_many, read_documents
-from ..interfaces import Artifact, Bench, MambabenchError, Tokenizer, Unsupported
+from ..documents import Document, encode_many
+from ..interfaces import Artifact, Bench, Tokenizer, Unsupported
 from .configs import DivergenceConfig
-from .perplexity import Window, cut
+from .perplexity import Window, batches, groups
 from .texts import pad
 
 LOGITS_AT_A_TIME = 1 << 26
@@ -40,17 +39,8 @@ class Divergence:
         models = None
         if subject.path != told.path:
             models = _load(told, bench.subject.device), _load(subject, bench.subject.device)
-        documents = read_documents(bench.data[self.config.data])
-        if self.config.limit:
-            documents = itertools.islice(documents, self.config.limit)
-        done = 0
-        bench.emit("progress", done=0, total=self.config.limit, unit="documents")
-        while group := list(itertools.islice(documents, 16 * self.config.batch)):
+        for group in groups(bench, self.config):
             self._measure(group, tokenizer, models, bench)
-            done += len(group)
-            bench.emit("progress", done=done, total=self.config.limit or done, unit="documents")
-        if not done:
-            raise MambabenchError(f"{bench.data[self.config.data]}: no documents to read")
 
     def _measure(
         self, group: Sequence[Document], tokenizer: Tokenizer, models: tuple[Any, Any] | None, bench: Bench
@@ -58,14 +48,7 @@ class Divergence:
         encoded = list(encode_many(group, tokenizer))
         nat = [0.0] * len(group)
         if models is not None:
-            windows = [
-                window
-                for number, (ids, context) in enumerate(encoded)
-                for window in cut(number, ids, context, self.config.context)
-            ]
-            windows.sort(key=lambda window: len(window.ids))
-            for first in range(0, len(windows), self.config.batch):
-                chosen = windows[first : first + self.config.batch]
+            for chosen in batches(encoded, self.config):
                 values = _of_windows(chosen, *models, bench.subject.device)
                 for window, value in zip(chosen, values, strict=True):
                     nat[window.document] += value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..documents import Document, encode_many, read_documents
 from ..interfaces import Bench, MambabenchError, Stepper, Tokenizer
-from .configs import PerplexityConfig
+from .configs import DivergenceConfig, PerplexityConfig
 from .texts import check_room, pad
 
 
@@ -31,30 +31,13 @@ class Perplexity:
     def run(self, bench: Bench) -> None:
         model = bench.subject.load()
         check_room("perplexity", model, self.config.context - 1)
-        documents = read_documents(bench.data[self.config.data])
-        if self.config.limit:
-            documents = itertools.islice(documents, self.config.limit)
-        done = 0
-        bench.emit("progress", done=0, total=self.config.limit, unit="documents")
-        # Batches are made of documents of similar length, within groups that keep records coming.
-        while group := list(itertools.islice(documents, 16 * self.config.batch)):
+        for group in groups(bench, self.config):
             self._measure(group, model, bench)
-            done += len(group)
-            bench.emit("progress", done=done, total=self.config.limit or done, unit="documents")
-        if not done:
-            raise MambabenchError(f"{bench.data[self.config.data]}: no documents to score")
 
     def _measure(self, group: Sequence[Document], model: Stepper, bench: Bench) -> None:
         encoded = list(encode_many(group, model.tokenizer))
-        windows = [
-            window
-            for number, (ids, context) in enumerate(encoded)
-            for window in cut(number, ids, context, self.config.context)
-        ]
-        windows.sort(key=lambda window: len(window.ids))
         nll = [0.0] * len(group)
-        for first in range(0, len(windows), self.config.batch):
-            chosen = windows[first : first + self.config.batch]
+        for chosen in batches(encoded, self.config):
             scores = model.score(*pad([window.ids for window in chosen], model.device))
             for row, window in enumerate(chosen):
                 scored = scores.logprob[row, window.context - 1 : len(window.ids) - 1]
@@ -88,6 +71,35 @@ def scored_bytes(document: Document, ids: Sequence[int], context: int, tokenizer
     # A character that the context's end cuts into is scored.
     before = tokenizer.decode(ids[:context], skip_special_tokens=True).rstrip("\ufffd")
     return len(tokenizer.decode(ids, skip_special_tokens=True).encode()) - len(before.encode())
+
+
+def groups(bench: Bench, config: PerplexityConfig | DivergenceConfig) -> Iterator[list[Document]]:
+    """The documents of a suite's data, so many at a time that records keep coming, with progress as they are done.
+
+    Raises MambabenchError where there are none."""
+    documents = read_documents(bench.data[config.data])
+    if config.limit:
+        documents = itertools.islice(documents, config.limit)
+    done = 0
+    bench.emit("progress", done=0, total=config.limit, unit="documents")
+    while group := list(itertools.islice(documents, 16 * config.batch)):
+        yield group
+        done += len(group)
+        bench.emit("progress", done=done, total=config.limit or done, unit="documents")
+    if not done:
+        raise MambabenchError(f"{bench.data[config.data]}: no documents to score")
+
+
+def batches(
+    encoded: Iterable[tuple[list[int], int]], config: PerplexityConfig | DivergenceConfig
+) -> Iterator[list[Window]]:
+    """The windows of documents (ids, and how many of them are context), those of similar length side by side."""
+    windows = [
+        window for number, (ids, context) in enumerate(encoded) for window in cut(number, ids, context, config.context)
+    ]
+    windows.sort(key=lambda window: len(window.ids))
+    for first in range(0, len(windows), config.batch):
+        yield windows[first : first + config.batch]
 
 
 def cut(document: int, ids: Sequence[int], context: int, longest: int) -> Iterator[Window]:
