@@ -1,6 +1,5 @@
 """The plans for one GPU: accepted as they stand, and run whole on a tiny stand-in of their teacher."""
 
-import csv
 import lzma
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from mambabench.harness.steps import expand
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PLANS = Path(__file__).resolve().parents[2] / "plans" / "gpu"
-TOKENS = {"ladder": 100_000_000, "ablations": 16_000_000, "chain": 32_000_000}
+TOKENS = {"ladder": 48_000_000, "ablations": 16_000_000, "chain": 32_000_000}
 LAYERS = 8
 SMALL = (
     "stages.*.tokens=900",
@@ -94,23 +93,10 @@ def test_plans_are_accepted_with_their_tokens(given, tmp_path, name):
         assert written["data/pairs"] == 4096 * 64
 
 
-def run(mambabench, tmp_path, name, *overrides):
-    """The tables of a plan that was run, by name."""
-    words = [word for override in overrides for word in ("--set", override)]
-    done = mambabench("run", PLANS / f"{name}.toml", "--store", tmp_path / "store", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    mambabench("report", tmp_path / "store", "--to", "csv")
-    tables = {}
-    for file in (tmp_path / "store" / "report" / "csv").glob("*.csv"):
-        with file.open() as stream:
-            tables[file.stem] = list(csv.DictReader(stream))
-    return tables
-
-
 @pytest.mark.slow
-def test_the_ladder_has_a_row_for_each_share_and_what_was_trained(mambabench, tmp_path, given):
-    tables = run(mambabench, tmp_path, "ladder", *given, *SMALL)
-    rows = {row["model"]: row for row in tables["distillation"]}
+def test_the_ladder_has_a_row_for_each_share_and_what_was_trained(tables, given):
+    found = tables("ladder", *given, *SMALL)
+    rows = {row["model"]: row for row in found["distillation"]}
     frozen, whole = (
         [f"{model}{end}" for model in ("teacher-on", "half", "quarter", "eighth", "none")] for end in ("", "-all")
     )
@@ -129,13 +115,13 @@ def test_the_ladder_has_a_row_for_each_share_and_what_was_trained(mambabench, tm
 
 
 @pytest.mark.slow
-def test_every_arm_of_the_ablations_runs(mambabench, tmp_path, given):
-    tables = run(mambabench, tmp_path, "ablations", *given, *SMALL, *SMALL_PAIRS)
-    assert len(tables["distillation"]) == 23
+def test_every_arm_of_the_ablations_runs(tables, given):
+    found = tables("ablations", *given, *SMALL, *SMALL_PAIRS)
+    assert len(found["distillation"]) == 23
 
 
 @pytest.mark.slow
-def test_each_stage_of_the_chain_has_a_row(mambabench, tmp_path, given):
-    tables = run(mambabench, tmp_path, "chain", *given, *SMALL, *SMALL_PAIRS)
-    assert [row["model"] for row in tables["quality"]] == ["teacher", "aligned", "tuned", "preferred"]
-    assert all(row["pairs-val prefers_chosen %"] for row in tables["quality"])
+def test_each_stage_of_the_chain_has_a_row(tables, given):
+    found = tables("chain", *given, *SMALL, *SMALL_PAIRS)
+    assert [row["model"] for row in found["quality"]] == ["teacher", "aligned", "tuned", "preferred"]
+    assert all(row["pairs-val prefers_chosen %"] for row in found["quality"])

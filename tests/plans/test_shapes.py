@@ -1,6 +1,5 @@
 """The plans that measure big shapes are accepted as they stand, and run whole at a small size on a CPU."""
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -33,23 +32,15 @@ def test_the_shape_is_llama_3_s_of_8_billion(tmp_path, name):
     assert not any(step.lacking for step in expand(plan, loaded, Fingerprints(tmp_path), {}))
 
 
-def run(mambabench, tmp_path, name):
-    """The tables of the small plan, by name."""
+def overrides(name):
+    """What makes the plan small."""
     sizes = {f"stages.make.{option}": value for option, value in SMALL.items()} | SMALLER[name]
-    words = [word for option, value in sizes.items() for word in ("--set", f"{option}={value}")]
-    done = mambabench("run", PLANS / f"{name}.toml", "--store", tmp_path / "store", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    mambabench("report", tmp_path / "store", "--to", "csv")
-    tables = {}
-    for file in (tmp_path / "store" / "report" / "csv").glob("*.csv"):
-        with file.open() as stream:
-            tables[file.stem] = list(csv.DictReader(stream))
-    return tables
+    return [f"{option}={value}" for option, value in sizes.items()]
 
 
 @pytest.mark.slow
-def test_the_slice_has_a_row_for_each_model_and_window(mambabench, tmp_path):
-    table = run(mambabench, tmp_path, "slice-8b")["training-speed"]
+def test_the_slice_has_a_row_for_each_model_and_window(tables):
+    table = tables("slice-8b", *overrides("slice-8b"))["training-speed"]
     skipped = {("teacher", "all"), ("teacher", "mixers"), ("mamba", "mixers")}
     assert {(row["model"], row["suite"]) for row in table if row["state"].startswith("skipped")} == skipped
     rows = [row for row in table if not row["state"].startswith("skipped")]
@@ -63,7 +54,8 @@ def test_the_slice_has_a_row_for_each_model_and_window(mambabench, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_shape_takes_its_ten_steps(mambabench, tmp_path):
-    (stage,) = [row for row in run(mambabench, tmp_path, "shape-8b")["cost"] if row["stage"] == "align"]
+def test_the_whole_shape_takes_its_ten_steps(tables):
+    cost = tables("shape-8b", *overrides("shape-8b"))["cost"]
+    (stage,) = [row for row in cost if row["stage"] == "align"]
     assert float(stage["training steps"]) == 10
     assert float(stage["training tokens"]) == 640

@@ -1,0 +1,28 @@
+"""Runs plans that come with the package, and reads the tables of their report."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PLANS = Path(__file__).resolve().parents[2] / "plans" / "gpu"
+Tables = dict[str, list[dict[str, str]]]
+
+
+@pytest.fixture
+def tables(mambabench, tmp_path: Path) -> Callable[..., Tables]:
+    """`tables(name, *overrides)`: those of a plan for one GPU that was run on the CPU, by name."""
+
+    def run(name: str, *overrides: str) -> Tables:
+        words = [word for override in overrides for word in ("--set", override)]
+        done = mambabench("run", PLANS / f"{name}.toml", "--store", tmp_path / "store", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        mambabench("report", tmp_path / "store", "--to", "csv")
+        found = {}
+        for file in (tmp_path / "store" / "report" / "csv").glob("*.csv"):
+            with file.open() as stream:
+                found[file.stem] = list(csv.DictReader(stream))
+        return found
+
+    return run
