@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import random
 import resource
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     store = Store.open(path)
     alive = _only_child(store, key)
     attempt = Attempt()
+    _speak()
     store.begin(key)
     step = read_json(store.partial(key) / "step.json")
     ranks = int(step["needs"].get("ranks", 1))
@@ -326,6 +328,14 @@ def _device(step: Mapping[str, Any], rank: int) -> str:
     if not torch.cuda.is_available():
         raise MambabenchError("this step needs a GPU, and torch finds none that it can use")
     return f"cuda:{rank}"
+
+
+def _speak() -> None:
+    """Lets what our own code has to say, such as which kernels do not serve and why, stand in the step's log."""
+    ours = logging.getLogger("mambabench")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler())
 
 
 def _settle(seed: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 LOG = logging.getLogger("mambabench.kernels")
 VARIABLE = "MAMBABENCH_KERNELS"
 """`reference` in this environment variable keeps every operation to our PyTorch form."""
+ELSEWHERE = "the tensors are on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,11 @@ def reasons() -> dict[str, tuple[str, ...]]:
 
 
 def chosen(operation: str, support: Support) -> bool:
-    """Whether the kernel runs. Logs a reason that is new."""
+    """Whether the kernel runs. Logs a reason that is new; that there is no GPU goes without saying."""
     if not support and support.reason not in _met.setdefault(operation, {}):
         _met[operation][support.reason] = None
-        LOG.info("%s runs in PyTorch: %s", operation, support.reason)
+        level = logging.DEBUG if support.reason.startswith(ELSEWHERE) else logging.INFO
+        LOG.log(level, "%s runs in PyTorch: %s", operation, support.reason)
     return bool(support)
 
 
@@ -81,7 +83,7 @@ def on_cuda(tensor: Tensor) -> bool:
 def served(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> Support:
     """What all kernels ask of their main input."""
     if not on_cuda(tensor):
-        return Support.no(f"the tensors are on {tensor.device.type}")
+        return Support.no(f"{ELSEWHERE} {tensor.device.type}")
     if _Held.count or os.environ.get(VARIABLE) == "reference":
         return Support.no("the reference was asked for")
     if tensor.dtype not in dtypes:

@@ -1,6 +1,7 @@
 """A local plug-in for the tests of runner and child: components that behave as their options say."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -75,6 +76,9 @@ class Act:
 
     def segv(self, job) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
+
+    def speak(self, job) -> None:
+        logging.getLogger("mambabench.kernels").info("this and that")
 
     def leave(self, job) -> None:
         print("last words", flush=True)

@@ -111,6 +111,11 @@ def test_a_traceback_is_in_the_log(go: Go, store: Store) -> None:
     assert 'raise ValueError("a bug\\nwith two lines")' in (store.partial("k") / "log.txt").read_text()
 
 
+def test_what_our_code_says_is_in_the_log_once(go: Go, store: Store) -> None:
+    assert go(act("k", "speak")).counts == {"ok": 1}
+    assert (store.finished("k") / "log.txt").read_text().count("this and that") == 1
+
+
 def test_a_hang_ends_at_its_timeout_with_all_it_started(go: Go, store: Store, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     summary = go(act("k", "family", trace=str(trace), needs=Needs(timeout_s=1.0)), act("other"))

@@ -50,11 +50,13 @@ def test_a_kernel_runs_where_it_serves(name, room, inputs, standins) -> None:
 
 
 @rooms
-def test_tensors_on_cpu_never_reach_it(name, room, inputs, standins, monkeypatch) -> None:
+def test_tensors_on_cpu_never_reach_it(name, room, inputs, standins, monkeypatch, caplog) -> None:
     monkeypatch.setattr(support, "on_cuda", lambda tensor: tensor.is_cuda)
+    caplog.set_level(logging.INFO, "mambabench.kernels")
     getattr(room, name)(*inputs())
     assert standins == []
     assert support.reasons() == {name: ("the tensors are on cpu",)}
+    assert not caplog.records
 
 
 @rooms
