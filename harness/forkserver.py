@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -173,10 +173,7 @@ class Server:
         except BaseException:
             traceback.print_exc()
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(code & 0xFF)
+            leave(code & 0xFF)
 
     def run(self, command: Sequence[str], leases: Sequence[int]) -> int:
         """Runs `python [-P] -m MODULE ARGUMENTS…` in this process, or anew where this one cannot use its GPUs."""
@@ -256,6 +253,14 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Has the kernel send a signal when the parent ends (Linux; `watch` does it elsewhere)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process that was forked, without what its parent would do at its own end."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def watch(parent: int = 0) -> None:

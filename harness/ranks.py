@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .forkserver import die_with_parent, watch
+from .forkserver import die_with_parent, leave, watch
 
 Work = Callable[[int], Mapping[str, Any] | None]
 """What a rank does; returns None, or how it failed as an outcome.json."""
@@ -137,7 +137,4 @@ def _become(work: Work, rank: int, tell: int, parent: int, variables: Mapping[st
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        leave(code)
