@@ -19,6 +19,12 @@ from torch.autograd.function import once_differentiable
 
 from ..harness.interfaces import MambabenchError
 
+BEHIND_HEAD = (
+    *("final_logit_softcapping", "output_logit_soft_cap", "logits_scaling", "logit_scale"),
+    *("lm_head_multiplier", "output_multiplier"),
+)
+"""Fields of transformers' configs by which logits are not what the head gives, unless they are 1 or None."""
+
 TokenLosses = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 """(student's logits [S, V], teacher's logits [S, V] or None, targets int64 [S]) -> losses of each token [parts, S]."""
 
@@ -190,10 +196,17 @@ def _cast(tensor: Any, kind: torch.dtype | None) -> Any:
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The model's head if it is a linear layer without bias."""
+    """The model's head if it is a linear layer without bias whose products are the logits themselves."""
     find = getattr(model, "get_output_embeddings", None)
     head: Any = find() if find else None
-    return head if isinstance(head, nn.Linear) and head.bias is None else None
+    plain = isinstance(head, nn.Linear) and head.bias is None and not _changes_logits(getattr(model, "config", None))
+    return head if plain else None
+
+
+def _changes_logits(config: Any) -> bool:
+    """Whether a model of transformers scales or caps what its head gives (Gemma, Granite, Cohere, Falcon-H1, …)."""
+    parts = (config, getattr(config, "text_config", None))
+    return any(getattr(part, name, None) not in (None, 1) for part in parts for name in BEHIND_HEAD)
 
 
 def head_weight(model: nn.Module) -> Tensor:
@@ -213,7 +226,8 @@ def without_head(model: nn.Module) -> Iterator[Tensor]:
     head: Any = plain_head(model)
     if head is None:
         raise MambabenchError(
-            f"{type(model).__name__}: `slice` needs a head that is a linear layer without bias; say slice = 0"
+            f"{type(model).__name__}: `slice` needs a head that is a linear layer without bias, and nothing behind it; "
+            "say slice = 0"
         )
     head.forward = _unchanged
     try:

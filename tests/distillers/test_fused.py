@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mambabench.distillers.fused import summed_losses, token_losses, without_head
+from mambabench.distillers.fused import plain_head, summed_losses, token_losses, without_head
 from mambabench.distillers.losses import IGNORED, Distillation, Divergence, token_cross_entropy
 from mambabench.harness.interfaces import MambabenchError
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def distillation(student, teacher, targets):
@@ -108,6 +109,30 @@ def test_a_model_without_its_head_gives_hidden_states_and_gets_it_back(hybrid):
         assert hidden.shape == (2, 6, 16)
         torch.testing.assert_close(hidden @ weight.T, logits)
         assert torch.equal(model(input_ids=ids).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "plain"),
+    [
+        ("llama", {}, True),
+        ("gemma2", {}, False),
+        ("gemma2", {"final_logit_softcapping": None}, True),
+        ("granite", {"logits_scaling": 8.0}, False),
+        ("granite", {}, True),
+        ("cohere", {}, False),
+    ],
+)
+def test_a_head_is_plain_where_its_products_are_the_logits(family, fields, plain):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    config = AutoConfig.for_model(
+        family, num_attention_heads=2, num_key_value_heads=1, head_dim=8, initializer_range=1.0, **sizes, **fields
+    )
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(5)[None]
+    given = []
+    model.lm_head.register_forward_hook(lambda head, hidden, logits: given.append(logits))
+    logits = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(given[0], logits) == plain
+    assert (plain_head(model) is not None) == plain
 
 
 def test_a_model_whose_head_is_unknown_is_refused():
