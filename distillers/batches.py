@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..harness.interfaces import MambabenchError
 from .losses import IGNORED, shifted
 
 ALWAYS = ("input_ids", "position_ids")
@@ -44,8 +46,14 @@ def known(labels: Tensor, positions: Tensor) -> dict[str, Any]:
 
 
 def read(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a batch `model`, without anything that wraps it, is given."""
+    """What of a batch `model`, without anything that wraps it, is given. Raises MambabenchError for a model of
+    transformers that would read the documents of a row as one."""
     named = inspect.signature(type(model).forward).parameters
+    if isinstance(model, PreTrainedModel) and "position_ids" in inputs and "position_ids" not in named:
+        raise MambabenchError(
+            f"{type(model).__name__}: takes no position_ids, by which documents of one window are kept apart; give it "
+            "data whose documents fill a window each, or a shorter context"
+        )
     return {name: inputs[name] for name in (*ALWAYS, *(name for name in ASKED if name in named)) if name in inputs}
 
 

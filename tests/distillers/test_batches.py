@@ -1,11 +1,14 @@
 """What the host says of a batch is what a device would have found."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mambabench.distillers.batches import counted, known, read
 from mambabench.distillers.losses import IGNORED, shifted
 from mambabench.distillers.windows import collate, pack
+from mambabench.harness.interfaces import MambabenchError
+from transformers import MambaConfig, MambaForCausalLM
 
 documents = st.lists(st.integers(2, 20), min_size=1, max_size=12)
 
@@ -56,3 +59,12 @@ def test_a_model_is_given_what_it_names_and_positions_always(hybrid):
         told = student(**read(student, batch)).logits
         found = student(input_ids=positions, position_ids=positions).logits
     assert torch.equal(told, found)
+
+
+def test_a_model_that_would_mix_documents_is_refused():
+    config = MambaConfig(vocab_size=8, hidden_size=8, state_size=4, num_hidden_layers=1)
+    model, ids = MambaForCausalLM(config), torch.tensor([[1, 2, 3, 4]])
+    alone = {"input_ids": ids, **known(ids, torch.arange(4)[None])}
+    assert set(read(model, alone)) == {"input_ids"}
+    with pytest.raises(MambabenchError, match="MambaForCausalLM: takes no position_ids, by which documents"):
+        read(model, {"input_ids": ids, **known(ids, torch.tensor([[0, 1, 0, 1]]))})
