@@ -62,6 +62,7 @@ class HfBackend:
     def describe(self, artifact: Path) -> Mapping[str, Any]:
         """Sizes from the config and the tensors' headers. Layers with attention are those whose tensors say so."""
         config = _config(artifact)
+        _check_files(artifact)
         shapes = checkpoint.tensor_shapes(artifact)
         if config.tie_word_embeddings:
             shapes.pop("lm_head.weight", None)
@@ -229,9 +230,16 @@ def _config(folder: Path) -> Any:
         raise MambabenchError(f"{path}: transformers knows no such model ({reason})") from None
 
 
+def _check_files(folder: Path) -> None:
+    """Raises MambabenchError for weights that are missing, or in files that might run code."""
+    for path in shards(folder):
+        if path.suffix != ".safetensors":
+            raise MambabenchError(f"{path}: backend hf takes safetensors alone; save the model as such")
+
+
 def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Every tensor from safetensors; a tensor that the folder lacks is an error, never a random one."""
-    shards(folder)
+    _check_files(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True

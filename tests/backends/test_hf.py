@@ -17,6 +17,7 @@ from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness.conformance_decoders import answer_with_records, check_records
 from mambabench.harness.interfaces import Limits, Prompt, silent
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
@@ -196,8 +197,6 @@ def test_a_trained_model_comes_back(artifact: Path, backend: HfBackend, tmp_path
 
 
 def test_a_tensor_that_is_missing_is_never_random(folders: dict[str, Path], backend: HfBackend, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "broken"
     shutil.copytree(folders["gpt2"], folder)
     tensors = load_file(folder / "model.safetensors")
@@ -230,3 +229,16 @@ def test_layers_cannot_be_chosen(folders: dict[str, Path], backend: HfBackend, t
     backend.convert(folders["bamba"], [1], tmp_path / "same", seed=0)
     with pytest.raises(Unsupported, match=r"takes a model as it is, so keep = \[0\] cannot be"):
         backend.convert(folders["llama"], [0], tmp_path / "half", seed=0)
+
+
+def test_weights_that_are_no_safetensors_are_refused_at_once(
+    folders: dict[str, Path], backend: HfBackend, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(folders["llama"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(MambabenchError, match=r"pytorch_model\.bin: backend hf takes safetensors alone"):
+        backend.convert(folder, [], tmp_path / "out", 0)
+    assert not (tmp_path / "out").exists()
