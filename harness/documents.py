@@ -11,23 +11,28 @@ import io
 import itertools
 import json
 import lzma
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import queue
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
+from .environment import cores
 from .interfaces import MambabenchError, Tokenizer, Unsupported
 
+Text = TypeVar("Text")
 SEPARATOR = "<|endoftext|>"
 FORMATS = "a folder with data.jsonl, .txt, .jsonl, .txt.xz or .jsonl.xz"
 DOCUMENT = '"text", "ids", "messages", or "prompt" and "completion"'
 PREFERENCE = '"prompt", "chosen" and "rejected"'
 ROLES = ("system", "user", "assistant", "tool")
 ANSWER = "assistant"
-PARALLEL = "TOKENIZERS_PARALLELISM"
-TEXT_AT_A_TIME = 16_000_000
-"""Characters: enough for the cores to share long documents, and a few hundred MB while they are tokenized."""
+TEXT_AT_A_TIME = 32_000_000
+"""Characters: enough for the cores to share long documents, and some hundred MB while they are tokenized."""
+TEXT_A_CALL = 100_000
+"""Characters that a thread tokenizes at a time; a longer document is not cut."""
+THREADS = 32
 
 
 class Message(NamedTuple):
@@ -176,11 +181,10 @@ def encode_many(
 ) -> Iterator[tuple[list[int], int]]:
     """`encode_document` of each (`ended`: `encode_ended`), in order; a fast tokenizer gets many texts at a time, which
     it spreads over all cores. Documents are read no further ahead than that needs."""
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    for group in _groups(documents, TEXT_AT_A_TIME if fast else 0):
+    encode = _Encoder(tokenizer)
+    for group in _parts(documents, TEXT_AT_A_TIME if encode.fast else 0, lambda document: len(document.text)):
         texts = [_texts(document, tokenizer) for document in group]
-        flat = [text for of in texts for text in of]
-        encoded = iter(_encode_at_once(flat, tokenizer) if fast else _encode_each(flat, tokenizer))
+        encoded = iter(encode([text for of in texts for text in of]))
         for document, of in zip(group, texts, strict=True):
             ids, context = _joined(document, tokenizer, list(itertools.islice(encoded, len(of))))
             yield _ended(document, tokenizer, ids, context) if ended else (ids, context)
@@ -234,46 +238,59 @@ def _ended(document: Document, tokenizer: Tokenizer, ids: list[int], context: in
     return ids, context
 
 
-def _groups(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
-    """Documents of at least so many characters together; the last group may have fewer."""
-    group: list[Document] = []
+class _Encoder:
+    """Tokenizes many texts, each as `tokenizer.encode` would; a fast tokenizer on many cores.
+
+    Every thread has a copy of its own: threads that share one wait for its cache of merges, so that many are no faster
+    than one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.fast = bool(getattr(tokenizer, "is_fast", False))
+        self._copies: list[Any] = []
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self.fast:
+            return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        parts = list(_parts(texts, TEXT_A_CALL, len))
+        self._copy(min(len(parts), THREADS, cores()))
+        free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for copy in self._copies:
+            free.put(copy)
+
+        def encode(part: list[str]) -> list[list[int]]:
+            copy = free.get()
+            try:
+                return [encoding.ids for encoding in copy.encode_batch_fast(part, add_special_tokens=False)]
+            finally:
+                free.put(copy)
+
+        with ThreadPoolExecutor(max(1, len(self._copies))) as pool:
+            return list(itertools.chain.from_iterable(pool.map(encode, parts)))
+
+    def _copy(self, count: int) -> None:
+        inner = self.tokenizer.backend_tokenizer
+        while len(self._copies) < count:
+            copy = type(inner).from_str(inner.to_str())
+            copy.no_truncation()
+            copy.no_padding()
+            copy.encode_special_tokens = inner.encode_special_tokens
+            self._copies.append(copy)
+
+
+def _parts(texts: Iterable[Text], characters: int, size_of: Callable[[Text], int]) -> Iterator[list[Text]]:
+    """Texts, or documents, of at least so many characters together; the last part may have fewer."""
+    part: list[Text] = []
     size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
+    for text in texts:
+        part.append(text)
+        size += size_of(text)
         if size >= characters:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _encode_each(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-
-
-def _encode_at_once(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """The same by a fast tokenizer, on all cores. Its threads are off elsewhere, since a process that forks must have
-    none at work; here nothing forks."""
-    if not texts:
-        return []
-    before = os.environ.get(PARALLEL)
-    os.environ[PARALLEL] = "true"
-    try:
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-    finally:
-        if before is None:
-            del os.environ[PARALLEL]
-        else:
-            os.environ[PARALLEL] = before
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _kind(file: Path) -> str:

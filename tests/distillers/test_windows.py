@@ -2,7 +2,6 @@
 
 import bisect
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from mambabench.distillers import windows as module
 from mambabench.distillers.losses import IGNORED
 from mambabench.distillers.standin import tokenizer
 from mambabench.distillers.windows import collate, pack, read_windows
-from mambabench.harness.documents import PARALLEL, encode_ended, read_documents
+from mambabench.harness.documents import encode_ended, read_documents
 
 rows_of_ids = st.lists(
     st.lists(st.integers(0, 9), max_size=40).flatmap(
@@ -81,9 +80,8 @@ def test_many_documents_at_once_are_tokenized_as_one_by_one(text, teacher, monke
         ids, prompt = encode_ended(document, words)
         rows.append((ids, [IGNORED] * prompt + ids[prompt:]))
     monkeypatch.setattr(module.documents, "TEXT_AT_A_TIME", 300)
-    monkeypatch.setenv(PARALLEL, "false")
+    monkeypatch.setattr(module.documents, "TEXT_A_CALL", 100)
     assert_equal(read_windows(text, words, 96), pack(rows, 96))
-    assert os.environ[PARALLEL] == "false"
 
 
 def assert_equal(one, two):
