@@ -142,7 +142,7 @@ class Results:
 
     def outcome(self, store: str, key: str) -> Mapping[str, Any]:
         """How a step ended (`outcome.json`, all of it)."""
-        return self._opened[store].outcome(key) or {}
+        return self._opened[store].outcome(key, artifacts=False) or {}
 
     def folder(self, store: str) -> Path:
         """Where a store of `cells` lies."""
@@ -197,7 +197,7 @@ def _cells(stores: Mapping[str, Store], runs: Mapping[str, Mapping[str, Any]]) -
             if cell.get("why"):
                 yield {**row, "state": "skipped", "reason": cell["why"]}
                 continue
-            status = stores[name].status(cell["key"])
+            status = stores[name].status(cell["key"], artifacts=False)
             record = status.record or {}
             detail = record.get("detail", {})
             yield {

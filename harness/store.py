@@ -132,12 +132,15 @@ class Store:
     def state(self, key: str) -> str:
         return self.status(key).state
 
-    def outcome(self, key: str) -> Mapping[str, Any] | None:
+    def outcome(self, key: str, *, artifacts: bool = True) -> Mapping[str, Any] | None:
         """How the last attempt ended (outcome.json), or None where none did or what it left is not whole."""
-        return self.status(key).record
+        return self.status(key, artifacts=artifacts).record
 
-    def status(self, key: str) -> Status:
-        """Where a step stands, with the reason; a damaged step counts as interrupted, never as done."""
+    def status(self, key: str, *, artifacts: bool = True) -> Status:
+        """Where a step stands, with the reason; a damaged step counts as interrupted, never as done.
+
+        Without `artifacts` only its records must be whole: they are read after models and data were deleted as well.
+        """
         folder = self.folder(key)
         whole = folder == self.finished(key)
         if not whole and not (folder / "outcome.json").exists():
@@ -152,7 +155,9 @@ class Store:
         except MambabenchError as error:
             return Status("interrupted", str(error))
         if whole:
-            damage = damaged(folder, record) if outcome.state == "ok" else f"{folder}: in state {outcome.state}"
+            damage = (
+                damaged(folder, record, artifacts) if outcome.state == "ok" else f"{folder}: in state {outcome.state}"
+            )
             return Status("interrupted", damage) if damage else Status("ok", "", record)
         if outcome.state == "ok":
             return Status("interrupted", f"{folder}: ended well, but was stopped before it was moved to steps/")
@@ -210,17 +215,20 @@ class Store:
         write_json(partial / "outcome.json", {**record, "files": files})
         self._move(key)
 
-    def complete(self, key: str) -> None:
-        """Moves a step into place that ended well and was stopped before the rename. For who holds its claim."""
+    def complete(self, key: str) -> bool:
+        """Moves a step into place that ended well and was stopped before the rename. For who holds its claim. Returns
+        whether it is whole now."""
         partial = self.partial(key)
         if not (partial / "outcome.json").is_file():
-            return
+            return self.state(key) == "ok"
         try:
             record = read_json(partial / "outcome.json")
         except MambabenchError:
-            return
-        if record.get("state") == "ok" and not damaged(partial, record):
-            self._move(key)
+            return False
+        if record.get("state") != "ok" or damaged(partial, record):
+            return False
+        self._move(key)
+        return True
 
     def _move(self, key: str) -> None:
         partial, finished = self.partial(key), self.finished(key)
@@ -249,12 +257,14 @@ def outcome_of(record: Mapping[str, Any], source: Path) -> Outcome:
         raise MambabenchError(f"{source}: not an outcome ({error})") from error
 
 
-def damaged(folder: Path, record: Mapping[str, Any]) -> str:
-    """Why a finished step's files are not those that its outcome lists; empty if they are."""
+def damaged(folder: Path, record: Mapping[str, Any], artifacts: bool = True) -> str:
+    """Why a finished step's files, or those beside its artifact, are not what its outcome lists; empty if they are."""
     files = record.get("files")
     if not isinstance(files, Mapping):
         return f"{folder / 'outcome.json'}: lists no files"
     for name, size in files.items():
+        if not artifacts and name.startswith("artifact/"):
+            continue
         try:
             found = (folder / name).stat().st_size
         except OSError:

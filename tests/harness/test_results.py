@@ -1,12 +1,14 @@
 """Frames of stores: each record once, each failure a state, each store told apart."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 from mambabench import MambabenchError
 from mambabench.harness.results import FRAMES, WHO, Results
+from mambabench.harness.store import Store
 
 
 @pytest.fixture
@@ -78,6 +80,17 @@ def test_a_damaged_step_has_no_records(stores, builder):
     results = Results.read([store])
     assert list(results.cells["state"]) == ["interrupted"]
     assert results.samples.empty
+
+
+def test_records_are_read_after_the_artifact_was_deleted_and_a_run_would_make_it_anew(builder):
+    facts = [{"name": "training_tokens", "value": 64, "unit": "tokens"}]
+    key = builder.step("half/align@seed0", kind="train", facts=facts, artifact="weights")
+    store = builder.write()
+    shutil.rmtree(store / "steps" / key / "artifact")
+    results = Results.read([store])
+    assert list(results.cells["state"]) == ["ok"]
+    assert list(results.facts["value"]) == [64]
+    assert Store.open(store).state(key) == "interrupted"
 
 
 def test_frames_without_records_still_have_their_columns(builder):
