@@ -50,8 +50,11 @@ def main(argv: Sequence[str]) -> int:
         if ranks > 1:
             failure: Mapping[str, Any] | None = None
             failed = together(ranks, lambda rank: work_on(store, key, step, plugins, attempt, rank))
-            if failed is not None:
-                failure = failed.record or attempt.record("crashed", failed.reason(), Muted(), "cpu", [])
+            # A rank may fail while the first one, done with its work, makes the step whole.
+            told = failed is not None and failed.rank == 0 and failed.record is not None
+            if failed is not None and (told or not store.complete(key)):
+                device = f"cuda:{failed.rank}" if step["needs"]["gpus"] else "cpu"
+                failure = failed.record or attempt.record("crashed", failed.reason(), Muted(), device, [])
         else:
             watch()
             failure = work_on(store, key, step, plugins, attempt)
