@@ -230,6 +230,9 @@ def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArg
         report_to=[],
         **(sharding() if recipe.parallel == "fsdp" and ranks() > 1 else {}),
     )
+    if arguments.n_gpu > 1:
+        # A process is one GPU's. Where it sees others as well, the Trainer would put the model into nn.DataParallel.
+        arguments._n_gpu = 1
     if arguments.fsdp_plugin_args:
         arguments.fsdp_plugin_args["mixed_precision_policy"] = exact_policy()
     return arguments

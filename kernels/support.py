@@ -107,5 +107,15 @@ def installed(module: str) -> Support:
 
 
 def kernel(module: str, name: str) -> Callable[..., Any]:
-    """`name` of a module that is `installed`."""
-    return getattr(importlib.import_module(module), name)
+    """`name` of a module that is `installed`, run on the GPU of its first argument.
+
+    Triton launches on the current GPU, whatever the tensors are on, and so do some functions of mamba-ssm. In backward
+    autograd has made that of forward the current one.
+    """
+    function = getattr(importlib.import_module(module), name)
+
+    def run(tensor: Tensor, *args: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args, **named)
+
+    return run
