@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..harness.interfaces import Job, MambabenchError, Unsupported
 from . import flops
-from .checkpoints import Checkpoints, load_states, load_weights, save_states, save_weights, whole_checkpoint
+from .checkpoints import Account, Checkpoints, load_states, load_weights, save_states, save_weights, whole_checkpoint
 from .losses import IGNORED
 from .passes import Passes
 from .placement import exact_policy, gather, held, restored, sharding
@@ -243,15 +243,20 @@ def run(trainer: SummedLossTrainer, job: Job) -> Spent:
     that went before."""
     if job.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    checkpoint, seconds = whole_checkpoint(Path(str(trainer.args.output_dir)))
-    checkpoints = Checkpoints(job.checkpoint_s, seconds)
-    trainer.add_callback(checkpoints)
+    folder = Path(str(trainer.args.output_dir))
+    checkpoint = whole_checkpoint(folder)
+    account = Account(folder, 0 if job.device == "cpu" else ranks())
+    trainer.add_callback(account)
+    trainer.add_callback(Checkpoints(job.checkpoint_s))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    account.count()
     before = trainer.before
     return Spent(
         before.steps + trainer.state.global_step,
         before.tokens + trainer.sums.tokens(),
-        before.seconds + checkpoints.seconds(),
+        before.seconds + account.wall,
+        before.gpu_seconds + account.gpu,
+        max(before.peak, _peak_bytes(job.device)),
     )
 
 
@@ -281,10 +286,10 @@ def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
         ("training_tokens", spent.tokens, "tokens"),
         ("training_steps", spent.steps, "steps"),
         ("training_wall", spent.seconds, "s"),
-        ("training_gpu", spent.seconds * gpus, "s"),
+        ("training_gpu", spent.gpu_seconds, "s"),
         ("parameters", total, ""),
         ("trainable_share", trained / total, ""),
-        ("peak_memory", _peak_bytes(job.device), "bytes"),
+        ("peak_memory", spent.peak, "bytes"),
     ]
     if ranks() > 1:
         share = sum(map(held, parameters)) / total

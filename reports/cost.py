@@ -24,8 +24,8 @@ class Cost:
     title = "Cost"
     note = (
         "What each stage of training, and a choice of layers by trial, told of itself; numbers are means over seeds. "
-        "Training wall: over all attempts, where one was resumed. Loss: the last one recorded. "
-        "Weights: as loaded for decoding."
+        "Training wall and GPU: over all attempts, where one was resumed, with the work that was lost. "
+        "Loss: the last one recorded. Weights: as loaded for decoding."
     )
 
     def __init__(self, config: NoOptions) -> None:

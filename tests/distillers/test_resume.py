@@ -60,7 +60,7 @@ def killed_in_the_middle(command, partial):
 
     def halfway():
         assert run.poll() is None, "the run ended before it was to be killed"
-        marks = list(partial.glob("scratch/trainer/checkpoint-*/seconds.json"))
+        marks = list(partial.glob("scratch/trainer/checkpoint-*/whole"))
         if not marks:
             return False
         begun.append(max(int(mark.parent.name.rpartition("-")[2]) for mark in marks))
