@@ -49,10 +49,8 @@ def test_every_option_keeps_the_stepping_contract(options: dict[str, str], made:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_all_options_keep_the_stepping_contract_on_a_gpu(dtype: str, made: Callable) -> None:
-    tolerance = {"float64": 1e-9, "bfloat16": 0.02}[dtype]
-    check_backend(*made(**OPTIONS[-1]), rounds=60, device="cuda:0", dtype=dtype, tolerance=tolerance)
+def test_all_options_keep_the_stepping_contract_on_a_gpu(made: Callable) -> None:
+    check_backend(*made(**OPTIONS[-1]), rounds=60, device="cuda:0")
 
 
 def test_all_options_keep_the_stepping_contract_in_bf16(made: Callable) -> None:
