@@ -68,8 +68,12 @@ class TeacherBackend:
 
     def frozen(self, artifact: Path, device: str) -> HybridForCausalLM:
         """The model for being asked by a training: on a GPU in bf16, with no copy of it on the way there."""
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        return checkpoint.load(artifact, dtype, device).requires_grad_(False)
+        return checkpoint.load(artifact, asked_dtype(device), device).requires_grad_(False)
+
+    def mapped(self, artifact: Path, device: str) -> HybridForCausalLM:
+        """The same weights on CPU, views of the mapped files where those have them in the same precision: processes
+        that take a part of each to a device of their own share them."""
+        return checkpoint.load(artifact, asked_dtype(device), copy=False).requires_grad_(False)
 
     def save(self, module: nn.Module, out: Path, like: Path) -> None:
         """Writes a `HybridForCausalLM`, or a transformers Llama as an all-attention one."""
@@ -114,6 +118,11 @@ class MambaBackend(TeacherBackend):
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
         """Layers outside `keep` become Mamba-1, initialised from the parent's attention."""
         convert.convert(parent, keep, out, seed, self.options)
+
+
+def asked_dtype(device: str) -> torch.dtype:
+    """Of models that a training only asks."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def torch_dtype(dtype: str, device: str) -> torch.dtype:
