@@ -89,4 +89,4 @@ def test_there_are_no_mixers_to_train_in_it(some: Path, backend: RemovedBackend)
 
 @pytest.mark.gpu
 def test_it_keeps_the_stepping_contract_on_a_gpu(some: Path, backend: RemovedBackend) -> None:
-    check_backend(backend, some, rounds=100, device="cuda:0")
+    check_backend(backend, some, rounds=40, device="cuda:0")
