@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
+from ..kernels import support
 from . import checkpoint, convert, released
 from .families import FAMILIES, from_family
 from .model import HybridForCausalLM
@@ -37,6 +38,10 @@ class TeacherBackend:
                 f"backend teacher: keeps attention in all {layers} layers, so keep = {list(keep)} cannot be"
             )
         convert.adopt(parent, out)
+
+    def kernels(self) -> Mapping[str, Mapping[str, Any]]:
+        """By which kernels operations ran in this process."""
+        return support.record()
 
     def describe(self, artifact: Path) -> Mapping[str, Any]:
         """Sizes from the config and the tensors' headers. A tied head is counted once."""

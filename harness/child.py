@@ -83,7 +83,10 @@ def work_on(
             facts = recorder.finish()
             if step["kind"] in ARTIFACT_KINDS:
                 work.sign(facts, attempt)
-            store.finish(key, attempt.record("ok", "", recorder, device, facts))
+            outcome = attempt.record("ok", "", recorder, device, facts)
+            if device != "cpu":
+                outcome["detail"]["kernels"] = work.kernels()
+            store.finish(key, outcome)
     except (Exception, SystemExit) as error:
         state, reason = classify(error)
         if state != "unsupported":
@@ -187,6 +190,7 @@ class Work:
             self.out = self.folder / "scratch" / f"rank-{rank}"
             self.out.mkdir(parents=True, exist_ok=True)
         self.seed, self.rank = int(step["seed"]), rank
+        self.backends: list[Any] = []
 
     def run(self) -> None:
         match self.step["kind"]:
@@ -222,6 +226,10 @@ class Work:
             "facts": facts,
         }
         write_json(self.out / "artifact.json", record)
+
+    def kernels(self) -> dict[str, Any]:
+        """By which kernels the operations of those models ran whose backend tells."""
+        return {name: how for each in self.backends if hasattr(each, "kernels") for name, how in each.kernels().items()}
 
     def _convert(self) -> None:
         backend = self._build("backend", self.step["backend"])
@@ -305,7 +313,10 @@ class Work:
         return self._build(kind, self.step["component"])
 
     def _build(self, kind: str, record: Mapping[str, Any]) -> Any:
-        return make(*restore(self.structurer, kind, record))
+        made = make(*restore(self.structurer, kind, record))
+        if kind == "backend":
+            self.backends.append(made)
+        return made
 
     def _name(self) -> str:
         return f"{self.step['component']['kind']} {self.step['component']['name']!r}"

@@ -60,6 +60,17 @@ def test_a_kernel_runs_where_it_serves(name, room, inputs, standins) -> None:
     assert support.reasons() == {}
 
 
+def test_a_record_says_what_ran_by_a_kernel_and_why_the_rest_did_not(standins, monkeypatch) -> None:
+    monkeypatch.setattr(support, "_fused", set())
+    conv_room.conv(*conv_inputs())
+    conv_room.conv(*conv_inputs(taps=6))
+    scan_room.scan(*scan_inputs(torch.float64))
+    assert support.record() == {
+        "conv": {"fused": True, "reasons": ["the kernel has 2 to 4 taps, not 6"]},
+        "scan": {"fused": False, "reasons": ["the kernel does not serve float64"]},
+    }
+
+
 @rooms
 def test_a_kernel_runs_on_the_gpu_of_its_tensors(name, room, inputs, standins, monkeypatch) -> None:
     """Which the launch itself does not see to."""
