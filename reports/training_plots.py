@@ -118,7 +118,7 @@ def _rungs(
                 [share for share, _ in points], [point.value for _, point in points], yerr=_bars(points),
                 fmt=MARKS[which % len(MARKS)] + STROKES[which % len(STROKES)], color=COLOURS[place % len(COLOURS)],
                 markersize=5, capsize=2, linewidth=1.5, elinewidth=1,
-                label=", ".join(filter(None, [" → ".join(line.stages), line.rule, len(tasks) > 1 and task[1]])),
+                label=", ".join(filter(None, (" → ".join(line.stages), line.rule, task[1] if len(tasks) > 1 else ""))),
             )  # fmt: skip
             heights += [point.value for _, point in points]
     if not heights:
