@@ -152,6 +152,19 @@ class SummedLossTrainer(Trainer):
         self.sums.add({**parts, LOSS: total}, inputs["attention_mask"].sum())
         return total
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The Trainer's, which would walk through all modules at every step to tell them that they train."""
+        assert self.model is not None
+        if not self.model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate shards on GPUs alone; torch can do it on a CPU as well."""
         super().create_accelerator_and_postprocess()

@@ -284,6 +284,18 @@ def test_a_stage_tells_the_most_memory_of_its_phases(make_job, hybrid, teacher, 
     assert 0 < training.run(trainer, job).peak < before.peak
 
 
+def test_a_model_is_told_once_that_it_trains(make_job, hybrid, teacher, windows, monkeypatch):
+    """Not at every step, for which all of its modules have to be visited."""
+    model, trainer = distil(make_job(), hybrid, teacher, windows, steps=6, batch=2)
+    model.eval()
+    told, train = [], type(model).train
+    monkeypatch.setattr(type(model), "train", lambda self, mode=True: (told.append(mode), train(self, mode))[1])
+    training.run(trainer, make_job())
+    assert all(module.training for module in model.modules())
+    assert told.count(True) <= 2
+    assert not any(module.training for module in trainer.teacher.modules())
+
+
 def test_a_batch_that_cannot_be_split_is_refused(make_job, hybrid, teacher, windows):
     with pytest.raises(MambabenchError, match="batch = 8 cannot be split into accumulation = 3"):
         distil(make_job(), hybrid, teacher, windows, steps=1, batch=8, accumulation=3)
