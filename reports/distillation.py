@@ -55,10 +55,10 @@ class Distillation:
     note = (
         "Perplexity and KL(teacher || model) are per token, ± standard error over documents; a second ± is the error "
         f"between seeds. Ratios have {100 * LEVEL:.0f}\u00a0% intervals, paired by document, seeds included; "
-        "Layers: those that keep attention, counted from 0. 'trained on' is the model that kept all attention and was "
-        "trained alike: in the same stages, or with as many tokens and as much else frozen. Tokens and seconds are sums over stages, means over seeds; trained % and "
-        "memory are of the stage with most, rates of the last. GPU seconds: wall of a stage times its GPUs, of which "
-        "others may have had a part."
+        "'trained on' is the model that kept all attention and was trained alike: in the same stages, or with as many "
+        "tokens and as much else frozen. Layers are those that keep attention, counted from 0. Tokens and seconds are "
+        "sums over stages, means over seeds; trained % and memory are of the stage with most, rates of the last. GPU "
+        "seconds: wall of a stage times its GPUs, of which others may have had a part."
     )
 
     def __init__(self, config: NoOptions) -> None:
