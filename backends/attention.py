@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from ..kernels.decode_attention import Norms, decode_attention
 from .calls import AttentionStep, Fill
 from .config import HybridConfig
 from .norm import RMSNorm
@@ -100,14 +101,27 @@ class Attention(nn.Module):
 
     def step(self, h: Tensor, cache: KVCache, call: AttentionStep) -> Tensor:
         """T tokens a row. h [B * T, E]. The heads of a group are rows of one query matrix: no key is repeated."""
-        q, k, v = self.project(h, call.cos, call.sin)
+        if call.indices is None:
+            assert self._fused is not None
+            projected = F.linear(h, *self._fused)
+            y = decode_attention(
+                projected, cache.keys, cache.values, call.start, call.rotary, self.window, self._norms()
+            )
+            return self.o_proj(y)
+        indices = call.indices
+        q, k, v = self.project(h, indices.cos, indices.sin)
         for store, new in ((cache.keys, k), (cache.values, v)):
-            store.view(-1, *new.shape[1:]).index_copy_(0, call.slots, new)
+            store.view(-1, *new.shape[1:]).index_copy_(0, indices.slots, new)
         q = q.view(call.batch, -1, self.groups, self.heads // self.groups, self.width).permute(0, 2, 3, 1, 4)
-        k, v = (t[:, : call.live].transpose(1, 2) for t in (cache.keys, cache.values))
-        y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=call.mask)
+        k, v = (t[:, : indices.live].transpose(1, 2) for t in (cache.keys, cache.values))
+        y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=indices.mask)
         y = y.reshape(call.batch, self.heads, -1, self.width).transpose(1, 2)
         return self.o_proj(y.reshape(h.shape[0], -1))
+
+    def _norms(self) -> Norms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return Norms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
 
 def needs_no_mask(h: Tensor, width: int) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.decode_attention import serves
 from ..kernels.multistep import visible
 from .config import HybridConfig
 from .state import State
@@ -17,6 +18,18 @@ class AttentionStep:
     """T tokens a row, for attention layers."""
 
     batch: int
+    start: Tensor
+    """int32 [B], on the device."""
+    rotary: Tensor
+    """[capacity, 2, P]: cos and sin of every position."""
+    indices: AttentionIndices | None
+    """None where the kernel runs, which makes its own."""
+
+
+@dataclass(slots=True)
+class AttentionIndices:
+    """What PyTorch's attention needs beside."""
+
     slots: Tensor
     """int64 [B * T], of the caches, flat over B x S."""
     live: int
@@ -88,20 +101,29 @@ def attention_step(
 ) -> AttentionStep:
     """`count` tokens at `start` [B]; `even` says that all rows start at one position. With a window each token reads
     the last `window` slots up to its own."""
+    heads, groups, rotary = config.num_attention_heads, config.num_key_value_heads, state.rotary
+    if serves(rotary, rotary.dtype, heads, groups, config.head_dim, count, rotary):
+        return AttentionStep(start.shape[0], start, rotary, None)
+    indices = _attention_indices(heads // groups, state, start, count, live, even, window)
+    return AttentionStep(start.shape[0], start, rotary, indices)
+
+
+def _attention_indices(
+    repeat: int, state: State, start: Tensor, count: int, live: int, even: bool, window: int
+) -> AttentionIndices:
     batch, device = start.shape[0], start.device
     positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
     rows = torch.arange(batch, device=device).unsqueeze(1)
     mask = None
     narrow = 0 < window < live
     if count > 1 or not even or narrow:
-        repeat = config.num_attention_heads // config.num_key_value_heads
         slots = torch.arange(live, device=device)
         mask = slots <= positions.unsqueeze(-1)
         if narrow:
             mask &= slots > positions.unsqueeze(-1) - window
         mask = mask.repeat(1, repeat, 1).unsqueeze(1)
     cos, sin = state.rotary.index_select(0, positions.flatten()).unsqueeze(2).unbind(1)
-    return AttentionStep(batch, (rows * state.capacity + positions).flatten(), live, mask, cos, sin)
+    return AttentionIndices((rows * state.capacity + positions).flatten(), live, mask, cos, sin)
 
 
 def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, longest: int, settle: bool) -> MambaStep:
