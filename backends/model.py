@@ -39,6 +39,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self._fused: tuple[Tensor, Tensor | None] | None = None
 
+    @property
+    def fused(self) -> bool:
+        return self._fused is not None
+
     def fuse(self) -> None:
         """Lays gate and up out in one storage."""
         self._fused = fuse_linears(self.gate_proj, self.up_proj)
@@ -92,7 +96,9 @@ class HybridLayer(GradientCheckpointingLayer):
         return h + self.mlp(self.post_attention_layernorm(h))
 
     def fuse(self) -> None:
-        """Gets ready for inference: projections with one input share one storage."""
+        """Gets ready for inference: projections with one input share one storage. Once, if models share the layer."""
+        if self.mlp.fused:
+            return
         self.mlp.fuse()
         if self.mixer is not None:
             self.mixer.fuse()

@@ -1,12 +1,15 @@
-"""The stepping engine: a hybrid model as decoders see it, in plain PyTorch.
+"""The stepping engine: a hybrid model as decoders see it.
 
 Positions are absolute and belong to the caller (`harness.interfaces.Stepper` has the contract). A call makes its
-indices once, every layer reads them, and the two cursors move after the last layer.
+indices once, every layer reads them, and the two cursors move after the last layer. On a GPU nothing of a call depends
+on what the host knows of positions, so that it can be recorded as a graph; on a CPU the host looks, and the same code
+reads no more than it must.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +18,14 @@ from torch import Tensor
 from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
+from .graphs import Graphs, Recorder, capturing, wanted
 from .mixers import MAMBAS
 from .model import HybridForCausalLM
-from .state import State, open_state, recurrent
+from .shrink import shrink
+from .state import Kept, State, open_state, recurrent
 
+BLOCK = 256
+"""Positions by which memory grows where calls are recorded on it."""
 HEAD_SLICE = 1 << 24
 """Logits that `score` holds at a time."""
 
@@ -26,7 +33,10 @@ HEAD_SLICE = 1 << 24
 class HybridStepper:
     """Drives a `HybridForCausalLM`. Takes the model over: its projections are laid out anew, without a second copy."""
 
-    def __init__(self, model: HybridForCausalLM, tokenizer: Tokenizer, debug: bool = False) -> None:
+    def __init__(
+        self, model: HybridForCausalLM, tokenizer: Tokenizer, debug: bool = False, graphs: bool | None = None
+    ) -> None:
+        """`graphs`: whether calls are recorded as CUDA graphs; None as the device and the environment say."""
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.tokenizer = tokenizer
@@ -34,9 +44,12 @@ class HybridStepper:
         self.max_context: int = model.config.max_position_embeddings
         weight = model.lm_head.weight
         self.device, self.dtype = str(weight.device), str(weight.dtype).removeprefix("torch.")
-        self.traits = frozenset({"rollback"})
+        self.traits = frozenset({"rollback", "shrinks"})
+        self.layers = len(model.model.layers)
         self.debug = debug
         """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
+        self.graphs = wanted(weight.device) if graphs is None else graphs
+        self._recorder, self._kept = Recorder(), Kept()
         self._windows = [self.config.windows[index] for index in self.config.attention_layers]
         self._layers = list(model.model.layers)
         for layer in self._layers:
@@ -44,8 +57,17 @@ class HybridStepper:
 
     @torch.inference_mode()
     def open(self, batch: int, context: int, steps: int) -> State:
-        """Takes the memory for `batch` rows of `context + steps` positions."""
-        return open_state(self.config, self.model.model.rope, batch, context, steps, self.model.lm_head.weight)
+        """Takes the memory for `batch` rows of `context + steps` positions. With graphs a request takes over what an
+        earlier one of about its length had."""
+        rope, weight, capacity = self.model.model.rope, self.model.lm_head.weight, self._capacity(context + steps)
+        rope.check(context)
+
+        def make() -> State:
+            state = open_state(self.config, rope, batch, capacity, steps, weight)
+            state.graphs = Graphs(self._recorder) if self.graphs else None
+            return state
+
+        return self._kept.take(batch, capacity, steps, make) if self.graphs else make()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None = None) -> Tensor:
@@ -64,7 +86,15 @@ class HybridStepper:
 
     @torch.inference_mode()
     def advance(self, ids: Tensor, start: Tensor, state: State, settle: bool = True) -> Tensor:
-        """Runs ids [B, T] at `start` [B] -> logits [B, T, V]."""
+        """Runs ids [B, T] at `start` [B] -> logits [B, T, V]. A caller that records a graph of its own records the
+        call with it; its memory must have met a call of the same shape before."""
+        if state.graphs is None or capturing(start):
+            return self._run(ids, start, state, settle)
+        if self._looks(start):
+            self._check(ids.shape[1], start, state, settle)
+        return state.graphs.run(lambda ids, start: self._run(ids, start, state, settle), ids, start, settle)
+
+    def _run(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Tensor:
         calls = self._advance(ids.shape[1], start, state, settle)
         h = self.model.model.embed_tokens(ids.flatten())
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
@@ -96,6 +126,16 @@ class HybridStepper:
             greedy[:, part] = logits.argmax(-1) == targets[:, part]
         return Scores(logprob, greedy)
 
+    def shrunk(self, layers: Sequence[int]) -> HybridStepper:
+        """A stepper of these layers alone, on the same weights."""
+        return HybridStepper(shrink(self.model, layers), self.tokenizer, self.debug)
+
+    def facts(self) -> dict[str, tuple[float, str]]:
+        """What its engine has done so far: figures with their units, by name."""
+        if not self.graphs:
+            return {}
+        return {"graphs": (self._recorder.count, ""), "recording graphs": (self._recorder.seconds, "s")}
+
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         """Least bytes and FLOPs of one `advance`: each weight, cached key and checkpoint read once, the new ones
         written. A product of n weights with a token is 2 n FLOPs. What is held counts the embedding, which a step
@@ -119,7 +159,7 @@ class HybridStepper:
             state_bytes=batch * (2 * cells * exact + 2 * steps * slots),
             flops=2 * numbers * tokens + 4 * tokens * sum(reached) * heads * width + tokens * 8 * cells,
             held_weight_bytes=sum(p.nbytes for p in held.values()),
-            held_kv_bytes=slot_bytes * attention * (context + steps),
+            held_kv_bytes=slot_bytes * attention * self._capacity(context + steps),
             held_state_bytes=batch * (cells * exact + (2 * steps + config.d_conv - 1) * slots),
         )
 
@@ -153,7 +193,7 @@ class HybridStepper:
     def _advance(self, count: int, start: Tensor, state: State, settle: bool) -> dict[str, AttentionStep | MambaStep]:
         """The indices for each kind of mixer that the model has."""
         live, longest, even = state.capacity, state.steps, False
-        if self.debug or start.device.type == "cpu":
+        if state.graphs is None and self._looks(start):
             live, longest, even = self._check(count, start, state, settle)
         calls: dict[str, AttentionStep | MambaStep] = {}
         for name, window in {"attention": 0, "sliding": self.config.sliding_window or 0}.items():
@@ -162,6 +202,14 @@ class HybridStepper:
         if not MAMBAS.keys().isdisjoint(self.config.mixers):
             calls["mamba"] = calls["mamba2"] = mamba_step(self.config, state, start, count, longest, settle)
         return calls
+
+    def _looks(self, start: Tensor) -> bool:
+        """Whether the host looks at what is on the device."""
+        return (self.debug or start.device.type == "cpu") and not capturing(start)
+
+    def _capacity(self, positions: int) -> int:
+        """Slots of a row: with graphs whole blocks, so that requests of about one length can share memory."""
+        return -(-positions // BLOCK) * BLOCK if self.graphs else positions
 
     @staticmethod
     def _check(count: int, start: Tensor, state: State, settle: bool) -> tuple[int, int, bool]:
