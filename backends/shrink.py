@@ -14,7 +14,7 @@ from .model import HybridForCausalLM
 
 
 def shrink(model: HybridForCausalLM, layers: Sequence[int]) -> HybridForCausalLM:
-    """A model of the layers of these indices, in this order. It shares its weights with `model`, which stays as it is."""
+    """A model of the layers of these indices, in this order. It shares the weights of `model`, which is not changed."""
     beyond = [index for index in layers if not 0 <= index < model.config.num_hidden_layers]
     if beyond or not layers:
         raise Unsupported(f"layers {list(layers)} of a model of {model.config.num_hidden_layers} cannot be")

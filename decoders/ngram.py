@@ -14,47 +14,33 @@ from .plugin import NgramConfig
 class NgramDraft:
     """Finds the most recent earlier occurrence of the text's last `longest` tokens, or fewer down to `shortest`, and
     copies what followed. A copy that reaches the end of the text goes on with itself, so that a loop is drafted whole;
-    a text without a match gets no draft."""
+    a text without a match gets no draft. Each call searches the whole text, on the device that it lies on."""
 
     def __init__(self, config: NgramConfig | None = None) -> None:
         config = config or NgramConfig()
-        self.sizes = range(config.longest, config.shortest - 1, -1)
+        self.longest, self.shortest = config.longest, config.shortest
 
-    def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> _Memory:
-        return _Memory([_Index(self.sizes) for _ in prompts], k, target.device)
+    def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> None:
+        """Keeps nothing between calls."""
 
-    def propose(self, state: _Memory, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, None]:
-        copies = [index.following(text, state.k) for index, text in zip(state.rows, texts, strict=True)]
-        ids = torch.tensor([copy or [0] * state.k for copy in copies], dtype=torch.int64, device=state.device)
-        real = torch.tensor([len(copy) for copy in copies], dtype=torch.int32, device=state.device)
-        return ids, real, None
+    def follow(self, state: None, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, None]:
+        end = self._ends(ids, length)
+        found = end > 0
+        # Where nothing was found, the copy is of any tokens: none of them counts.
+        period = torch.where(found, length - end, 1).unsqueeze(1)
+        copied = end.unsqueeze(1) + torch.arange(k, device=ids.device) % period
+        return ids.gather(1, copied), found.int() * k, None
 
-
-class _Memory:
-    def __init__(self, rows: list[_Index], k: int, device: str) -> None:
-        self.rows = rows
-        self.k = k
-        self.device = device
-
-
-class _Index:
-    """Where each n-gram of a growing text last ended."""
-
-    def __init__(self, sizes: range) -> None:
-        self._sizes = sizes
-        self._ends: dict[tuple[int, ...], int] = {}
-        self._indexed = 0
-
-    def following(self, text: Sequence[int], k: int) -> list[int]:
-        """The k tokens to propose after `text`, or none."""
-        for end in range(self._indexed + 1, len(text)):
-            for size in self._sizes:
-                if size <= end:
-                    self._ends[tuple(text[end - size : end])] = end
-        self._indexed = max(self._indexed, len(text) - 1)
-        for size in self._sizes:
-            found = self._ends.get(tuple(text[-size:])) if size < len(text) else None
-            if found is not None:
-                period = len(text) - found
-                return [text[found + i % period] for i in range(k)]
-        return []
+    def _ends(self, ids: Tensor, length: Tensor) -> Tensor:
+        """Where the match of each row ends, int64 [B]; 0 where there is none."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        matches = places < (length - 1).unsqueeze(1)
+        end = torch.zeros_like(length)
+        for back in range(min(self.longest, ids.shape[1])):
+            last = ids.gather(1, (length - 1 - back).clamp(min=0).unsqueeze(1))
+            matches[:, :back] = False
+            matches[:, back:] &= ids[:, : ids.shape[1] - back] == last
+            if back + 1 >= self.shortest:
+                latest = torch.where(matches, places + 1, 0).amax(1)
+                end = torch.where(latest > 0, latest, end)
+        return end

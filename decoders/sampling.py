@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Limits
+from .filters import top_k_mask, top_p_mask
 
 TOKEN, DRAFT, ACCEPT = range(3)
 """Purposes of a random number: the emitted token, a draft's own draw, the acceptance of a drafted token."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
 
 
 def uniform(seed: int, sequence: Tensor, position: Tensor, purpose: int) -> Tensor:
@@ -23,9 +25,9 @@ def uniform(seed: int, sequence: Tensor, position: Tensor, purpose: int) -> Tens
 
     Finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the parts of the key; the upper 53 bits count.
     """
-    state = _mix(torch.tensor(_signed(seed + _GOLDEN), dtype=torch.int64, device=sequence.device))
-    for part in (sequence, position, torch.full_like(position, purpose)):
-        state = _mix((state ^ part.long()) + _signed(_GOLDEN))
+    state = _mix((sequence.long() ^ _mix_number(seed + _GOLDEN)) + _signed(_GOLDEN))
+    state = _mix((state ^ position.long()) + _signed(_GOLDEN))
+    state = _mix((state ^ purpose) + _signed(_GOLDEN))
     return _shift(state, 11).double() * 2.0**-53
 
 
@@ -33,19 +35,14 @@ def probabilities(logits: Tensor, limits: Limits) -> Tensor:
     """What is sampled from: softmax(logits / temperature) after top-k, then after top-p of what top-k left.
 
     Top-k keeps exactly k tokens; top-p keeps the fewest most probable tokens whose probabilities reach top_p.
-    logits [..., V]; returns fp64 [..., V]. The temperature must be above 0.
+    logits fp32 or fp64 [..., V]; returns fp64 [..., V]. The temperature must be above 0.
     """
-    scaled = logits.double() / limits.temperature
-    vocabulary = scaled.shape[-1]
-    top_k = min(limits.top_k or vocabulary, vocabulary)
-    if top_k == vocabulary and limits.top_p >= 1:
-        return scaled.softmax(-1)
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    ranked = ordered[..., :top_k].softmax(-1)
-    before = ranked.cumsum(-1) - ranked
-    ranked = ranked.where((before < limits.top_p) | (before == 0), 0.0)
-    ranked = ranked / ranked.sum(-1, keepdim=True)
-    return torch.zeros_like(scaled).scatter(-1, order[..., :top_k], ranked)
+    weights = ((logits.double() - logits.amax(-1, keepdim=True)) / limits.temperature).exp()
+    if 0 < limits.top_k < logits.shape[-1]:
+        weights = weights.where(top_k_mask(logits, limits.top_k), 0.0)
+    if limits.top_p < 1:
+        weights = weights.where(top_p_mask(logits, weights, limits.top_p), 0.0)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def draw(weights: Tensor, at: Tensor) -> Tensor:
@@ -87,28 +84,45 @@ def reject(
     token after the last standing one is drawn from max(p - q, 0), or from p where no draft was left to judge.
 
     target p [B, K + 1, V] and draft q [B, K, V] are filtered probabilities, drafts int64 [B, K], real int [B], sequence
-    [B, 1], position [B, K + 1] of the emitted tokens. Returns how many drafts stand [B] and the token after them [B].
-    """
-    k = drafts.shape[1]
-    counts = torch.arange(k, device=drafts.device) < real.unsqueeze(1)
-    p = target[:, :k].gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
-    q = draft.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
-    stands = (uniform(seed, sequence, position[:, :k], ACCEPT) * q < p) & counts
-    accepted = stands.long().cumprod(1).sum(1)
+    [B, 1], position [B, K + 1] of the emitted tokens. Returns how many of the first K drafts stand, int64 [B], and the
+    tokens [B, K + 1], of which one more than that are emitted.
 
-    judged = torch.cat([draft.double() * counts.unsqueeze(-1), torch.zeros_like(target[:, :1])], dim=1)
+    With K + 1 drafts (q [B, K + 1, V]) the last one is judged in the bonus token's place. Then each token depends on
+    the text before it and on its own random numbers alone, not on where rounds begin: sampled text is the same for
+    every K.
+    """
+    count, judged = target.shape[1], drafts.shape[1]
+    counts = torch.arange(judged, device=drafts.device) < real.unsqueeze(1)
+    p = target[:, :judged].gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+    q = draft.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+    stands = (uniform(seed, sequence, position[:, :judged], ACCEPT) * q < p) & counts
+    standing = stands.long().cumprod(1).sum(1)
+
+    at = standing.clamp(max=count - 1)
     row = torch.arange(len(drafts), device=drafts.device)
-    plain = target[row, accepted]
-    residual = (plain - judged[row, accepted]).clamp(min=0)
+    plain = target[row, at]
+    tried = at.clamp(max=judged - 1)
+    residual = (plain - draft[row, tried].double() * (counts[row, tried] & (at < judged)).unsqueeze(-1)).clamp(min=0)
     residual = residual.where(residual.sum(-1, keepdim=True) > 0, plain)
-    at = uniform(seed, sequence, position, TOKEN)[row, accepted]
-    return accepted, draw(residual, at)
+    after = draw(residual, uniform(seed, sequence, position, TOKEN)[row, at])
+    tokens = torch.cat([drafts, drafts[:, :1]], dim=1)[:, :count]
+    # Where all of K + 1 stand, the last of them is what the bonus token's place holds already.
+    after = after.where(standing < count, tokens[:, -1])
+    return at, tokens.scatter(1, at.unsqueeze(1), after.unsqueeze(1))
 
 
 def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift(x, 31)
+
+
+def _mix_number(x: int) -> int:
+    """`_mix` of one number, as a signed one."""
+    x &= _MASK
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return _signed(x ^ (x >> 31))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

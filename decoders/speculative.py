@@ -7,62 +7,81 @@ With a draft that samples, rejection sampling keeps the distribution (`sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
-
-from ..harness.interfaces import Answer, Draft, Emit, Limits, Prompt, Stepper, Unsupported
-from .batch import Batch
+from ..harness.interfaces import (
+    Answer,
+    Artifact,
+    Binds,
+    DeviceDraft,
+    Draft,
+    Emit,
+    Limits,
+    OnText,
+    Prompt,
+    Stepper,
+    Unsupported,
+)
+from .adaptive import Chooser, CostTable
+from .batch import Batch, Round
 from .plugin import SpeculativeConfig
-from .sampling import agreeing, pick, probabilities, reject
+from .rounds import draft_round, drafting
 
 
 def speculative(config: SpeculativeConfig) -> SpeculativeDecoder:
     """Makes the decoder that a plan describes, with its draft found among the plug-ins."""
     from ..harness.plugins import build
 
-    return SpeculativeDecoder(build(config.draft), config.k)
+    window = config.window if config.adapt else 0
+    return SpeculativeDecoder(build(config.draft), config.k, look=config.look, steady=config.steady, window=window)
 
 
 class SpeculativeDecoder:
-    """Drafts `k` tokens a round, always as many: a row with fewer is padded, and its padding never counts."""
+    """Drafts `k` tokens a round, always as many: a row with fewer is padded, and its padding never counts.
 
-    def __init__(self, draft: Draft, k: int) -> None:
+    With a `window` above 0, K is chosen anew from 1 … k after as many rounds (`adaptive`).
+    """
+
+    def __init__(
+        self, draft: Draft | DeviceDraft, k: int, *, look: int = 1, steady: bool = True, window: int = 0
+    ) -> None:
         self.draft = draft
         self.k = k
+        self.look, self.steady, self.window = look, steady, window
+        self._costs = CostTable()
 
-    def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
+    def bind(self, models: Mapping[str, Artifact]) -> None:
+        if isinstance(self.draft, Binds):
+            self.draft.bind(models)
+
+    def generate(
+        self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit, on_text: OnText | None = None
+    ) -> list[Answer]:
         if not prompts:
             return []
         if "rollback" not in model.traits:
             raise Unsupported("speculative decoding needs a backend that can roll back (trait `rollback`)")
-        batch = Batch(model, prompts, limits, emit)
-        state = batch.prefill(steps=self.k + 1)
-        memory = self.draft.open(model, prompts, limits, self.k)
-        sequence = batch.sequence.unsqueeze(1)
-        offsets = torch.arange(1, self.k + 2, device=model.device)
-        played = 0
+        batch = Batch(model, prompts, limits, emit, on_text, steps=self.k + 1)
+        state = batch.prefill()
+        if not batch.running:
+            return batch.answers()
+        draft = drafting(self.draft, model, prompts, limits, self.k, self.steady)
+
+        def play(k: int) -> Round:
+            return draft_round(batch, state, draft, k, self.steady)
+
+        chooser = None
+        if self.window:
+            chooser = Chooser(self._costs.of(model, len(prompts), limits, self.k, play), self.window)
+        k = self.k
         while batch.running:
-            drafts, real, q = self.draft.propose(memory, [row.ids for row in batch.rows])
-            last, start = batch.last()
-            logits = model.advance(torch.cat([last, drafts], dim=1), start, state)
-            position = start.unsqueeze(1) + offsets
-            if limits.temperature == 0 or q is None:
-                tokens = pick(logits, limits, sequence, position)
-                accepted = agreeing(drafts, real, tokens)
-            else:
-                p = probabilities(logits, limits)
-                accepted, after = reject(p, q, drafts, real, limits.seed, sequence, position)
-                tokens = torch.cat([drafts, drafts[:, :1]], dim=1).scatter(1, accepted.unsqueeze(1), after.unsqueeze(1))
-            _close_round(batch, played, real.tolist(), accepted.tolist(), tokens.tolist(), emit)
-            played += 1
+            rounds: list[Round] = []
+            for _ in range(min(self.look, batch.missing)):
+                rounds.append(play(k))
+                batch.texts.append(rounds[-1].tokens, rounds[-1].accepted + 1)
+            accepted = batch.look(rounds, drafts=True)
+            if chooser is not None:
+                k = chooser.next(accepted)
+        if chooser is not None:
+            chooser.report(emit)
         return batch.answers()
-
-
-def _close_round(
-    batch: Batch, number: int, drafted: list[int], accepted: list[int], tokens: list[list[int]], emit: Emit
-) -> None:
-    running = batch.running
-    batch.append([of[: count + 1] for of, count in zip(tokens, accepted, strict=True)])
-    for row in running:
-        emit("round", row=row, round=number, drafted=drafted[row], accepted=accepted[row])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..harness.interfaces import Answer, Emit, Limits, Prompt, Stepper
-from .batch import Batch
+from ..harness.interfaces import Answer, Emit, Limits, OnText, Prompt, Stepper
+from .batch import Batch, Round
 from .plugin import StandardConfig
-from .sampling import pick
+from .rounds import plain_round
 
 
 class StandardDecoder:
@@ -16,15 +16,22 @@ class StandardDecoder:
     def __init__(self, config: StandardConfig | None = None) -> None:
         self.config = config or StandardConfig()
 
-    def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
+    def generate(
+        self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit, on_text: OnText | None = None
+    ) -> list[Answer]:
         if not prompts:
             return []
         if "generate" in model.traits:
-            return model.generate(prompts, limits, emit)  # type: ignore[attr-defined]
-        batch = Batch(model, prompts, limits, emit)
-        state = batch.prefill(steps=1)
+            answers: list[Answer] = model.generate(prompts, limits, emit)  # type: ignore[attr-defined]
+            for row, answer in enumerate(answers if on_text else ()):
+                on_text(row, answer.text)  # type: ignore[misc]
+            return answers
+        batch = Batch(model, prompts, limits, emit, on_text)
+        state = batch.prefill()
         while batch.running:
-            ids, start = batch.last()
-            logits = model.advance(ids, start, state)
-            batch.append(pick(logits, limits, batch.sequence.unsqueeze(1), start.unsqueeze(1) + 1).tolist())
+            rounds: list[Round] = []
+            for _ in range(min(self.config.look, batch.missing)):
+                rounds.append(plain_round(batch, state))
+                batch.texts.append(rounds[-1].tokens, rounds[-1].accepted + 1)
+            batch.look(rounds, drafts=False)
         return batch.answers()

@@ -37,3 +37,41 @@ def _find(string: str, shown: Sequence[int], text: str, tokenizer: Tokenizer) ->
     tails = (shown[first:] for first in range(len(shown) - 1, -1, -1))
     tail, at = next((tail, at) for tail in tails if (at := tokenizer.decode(tail).find(string)) >= 0)
     return len(text) - len(tokenizer.decode(tail, skip_special_tokens=True)[at:])
+
+
+class Pieces:
+    """The text of a growing answer, a piece at a time, as far as no later token can change it.
+
+    What may be the beginning of a stop string waits, and so does a character of which bytes are missing. All pieces
+    together are the answer's text, for a tokenizer whose text of more tokens begins with that of fewer.
+    """
+
+    def __init__(self, limits: Limits, tokenizer: Tokenizer) -> None:
+        self._limits, self._tokenizer = limits, tokenizer
+        self._given = ""
+
+    def more(self, new: Sequence[int], finished: bool) -> str:
+        """What can be shown now that the answer has these new tokens; with `finished`, all that is left of it."""
+        if finished:
+            return self._next(make_answer(new, self._limits, self._tokenizer).text)
+        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        waiting = len(text) - len(text.rstrip(REPLACEMENT))
+        if self._limits.stop_strings:
+            forms = (text, self._tokenizer.decode(new))
+            waiting = max(waiting, *(_begun(string, form) for string in self._limits.stop_strings for form in forms))
+        return self._next(text[: len(text) - waiting] if waiting < len(text) else "")
+
+    def _next(self, text: str) -> str:
+        if not text.startswith(self._given) or len(text) == len(self._given):
+            return ""
+        piece = text[len(self._given) :]
+        self._given = text
+        return piece
+
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def _begun(string: str, text: str) -> int:
+    """How many characters at the text's end may be the beginning of a stop string."""
+    return next((count for count in range(len(string) - 1, 0, -1) if text.endswith(string[:count])), 0)

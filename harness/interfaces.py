@@ -8,7 +8,7 @@ field with a default is the compatible way to grow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -60,8 +60,8 @@ class Component:
     """Requirements such as `"lm-eval>=0.4.9"`, checked from package metadata, without an import."""
     traits: frozenset[str] = frozenset()
     """What the planner may rely on. Suites: exactly one of `score`, `generate`, `pair`; `alone` for a quiet machine.
-    Decoders: `lossless`. Backends: `rollback`, `generate`. Distillers: `from-scratch` if they need no parent,
-    `ranks` if several processes may run one stage together.
+    Decoders: `lossless`; `streams` if `generate` takes `on_text`. Backends: `rollback`, `generate`. Distillers:
+    `from-scratch` if they need no parent, `ranks` if several processes may run one stage together.
     Selectors: `gpu` if they run models."""
     summary: str = ""
     """One line for `mambabench list`."""
@@ -250,7 +250,8 @@ class Tokenizer(Protocol):
 
 
 class Stepper(Protocol):
-    """A model as decoders see it: steps of any number of tokens, and positions that belong to the caller.
+    """A model as decoders see it: steps of any number of tokens, and positions that belong to the caller. With the
+    trait `shrinks` it has `shrunk(layers)`, a `Stepper` of these layers alone on the same weights.
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always
@@ -403,14 +404,28 @@ class Answer:
     finish: Literal["length", "stop"]
 
 
+OnText = Callable[[int, str], None]
+"""Called with a row and a piece of its text that later tokens cannot change; the pieces add up to the answer's text."""
+
+
 class Decoder(Protocol):
+    """May have `bind(models)`, as a `Draft` may."""
+
     def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
         """Continues all prompts as one batch. Emits, as they happen, `burst` (row, burst, at_s since the call, tokens)
-        and, when it drafts, `round` (row, round, drafted, accepted; before truncation)."""
+        and, when it drafts, `round` (row, round, drafted, accepted; before truncation). Tokens of several rounds that
+        become known at once are one burst.
+
+        With the trait `streams` it takes one more argument, `on_text: OnText | None = None`.
+        """
 
 
 class Draft(Protocol):
-    """Proposes tokens for a speculative decoder."""
+    """Proposes tokens for a speculative decoder. One that need not see the texts on the host is a `DeviceDraft`.
+
+    A draft whose options name models (`ModelRef`) has a method `bind(models: Mapping[str, Artifact])`, which is called
+    once, before `open`, with what the names stand for.
+    """
 
     def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> Any:
         """Prepares state for a batch."""
@@ -419,6 +434,28 @@ class Draft(Protocol):
         """texts: each row's prompt and emitted tokens. Returns ids int64 [B, K], how many are real int32 [B] (the
         others may be any token), and the distributions that they were drawn from, with the filters of the limits,
         [B, K, V] (None: the draft is deterministic, or the temperature is 0)."""
+
+
+class DeviceDraft(Protocol):
+    """A draft that reads the texts where they are, on the target's device, so that nobody waits for the host."""
+
+    def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> Any:
+        """Prepares state for a batch, for up to k tokens a round. No row ever has more than its prompt and
+        `limits.new_tokens` tokens."""
+
+    def follow(self, state: Any, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """ids int64 [B, S]: row b's text is the first length[b] (int64 [B]) of them, at least its prompt and one token.
+        Proposes k tokens for each row, and returns what `propose` does. Texts only grow between calls, by no more than
+        the last call's k tokens and one, or k where it was asked for the bonus token's place too; a finished text stays
+        as it is, and the same call twice gives the same answer.
+        """
+
+
+@runtime_checkable
+class Binds(Protocol):
+    """A decoder or draft that works with models which its options name."""
+
+    def bind(self, models: Mapping[str, Artifact]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,143 @@
+"""Drafts that are models themselves: another one of the plan, or some layers of the target.
+
+A draft's first call of a round feeds the last two tokens of the text: the one before the last is often known already,
+but not after a round in which every draft stood, and so the shapes never depend on what was accepted. That call settles
+what stands before it, the others of the round stay revocable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..harness.interfaces import Artifact, Limits, MambabenchError, Prompt, Stepper, Unsupported
+from .plugin import LayersConfig, ModelConfig
+from .sampling import DRAFT, draw, probabilities, uniform
+
+PROBED = 64
+"""Tokens, spread over the vocabulary, that two models must write alike."""
+
+
+class Memory(NamedTuple):
+    """A draft model at work on a batch."""
+
+    model: Stepper
+    state: Any
+    limits: Limits
+    sequence: Tensor
+    """int64 [B]."""
+
+
+class SteppingDraft:
+    """What both drafts share. Drafts are drawn as the target's tokens are: at temperature 0 the likeliest, above it
+    from the draft's own distribution behind the same filters."""
+
+    def model(self, target: Stepper) -> Stepper:
+        """The draft's model, on the target's device and in its dtype."""
+        raise Unsupported("this draft has no model")
+
+    def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> Memory:
+        model = self.model(target)
+        if "rollback" not in model.traits:
+            raise Unsupported("a draft's model must be of a backend that can roll back (trait `rollback`)")
+        # All but the last token: a round begins one token before the text's last.
+        lengths = [len(prompt.ids) - 1 for prompt in prompts]
+        ids = torch.zeros(len(prompts), max(*lengths, 1), dtype=torch.int64)
+        for row, prompt, length in zip(ids, prompts, lengths, strict=True):
+            row[:length] = torch.tensor(prompt.ids[:-1])
+        state = model.open(len(prompts), max(lengths) + 1 + limits.new_tokens, k + 1)
+        device = model.device
+        if any(lengths):
+            model.prefill(ids.to(device), torch.tensor(lengths, dtype=torch.int32, device=device), state)
+        return Memory(model, state, limits, torch.tensor([prompt.sequence for prompt in prompts], device=device))
+
+    def follow(self, state: Memory, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        before = length - 2
+        two = ids.gather(1, torch.stack([before, before + 1], dim=1))
+        logits = state.model.advance(two, before.int(), state.state)[:, 1]
+        tokens: list[Tensor] = []
+        q: list[Tensor] = []
+        for place in range(k):
+            if place:
+                fed = tokens[-1].unsqueeze(1)
+                logits = state.model.advance(fed, (length + place - 1).int(), state.state, settle=False)[:, 0]
+            if state.limits.temperature == 0:
+                tokens.append(logits.argmax(-1))
+                continue
+            q.append(probabilities(logits, state.limits))
+            at = uniform(state.limits.seed, state.sequence, length + place, DRAFT)
+            tokens.append(draw(q[-1], at))
+        real = torch.full_like(length, k, dtype=torch.int32)
+        return torch.stack(tokens, dim=1), real, torch.stack(q, dim=1) if q else None
+
+
+class ModelDraft(SteppingDraft):
+    """A model of the plan, of any backend that can roll back, with the target's vocabulary."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._artifact: Artifact | None = None
+        self._loaded: tuple[tuple[str, str], Stepper] | None = None
+
+    def bind(self, models: Mapping[str, Artifact]) -> None:
+        self._artifact = models[self.config.model]
+
+    def model(self, target: Stepper) -> Stepper:
+        """Loads it at the first call, and again where the target's device or dtype is another one."""
+        if self._artifact is None:
+            raise MambabenchError(f"draft model: nobody has said which model {self.config.model!r} is")
+        place = (target.device, target.dtype)
+        if self._loaded is None or self._loaded[0] != place:
+            model = self._artifact.backend.load(self._artifact.path, *place)
+            _check_vocabulary(self.config.model, model, target)
+            self._loaded = place, model
+        return self._loaded[1]
+
+
+class LayersDraft(SteppingDraft):
+    """Some layers of the target, between its own embeddings and head: no training, and no weights of its own."""
+
+    def __init__(self, config: LayersConfig) -> None:
+        self.config = config
+        self._shrunk: tuple[Stepper, Stepper] | None = None
+
+    def model(self, target: Stepper) -> Stepper:
+        if "shrinks" not in target.traits:
+            raise Unsupported("the draft `layers` needs a backend whose models can leave layers out (trait `shrinks`)")
+        if self._shrunk is None or self._shrunk[0] is not target:
+            layers: int = target.layers  # type: ignore[attr-defined]
+            chosen = self.config.layers or spread(layers, self.config.count)
+            if max(chosen) >= layers:
+                raise Unsupported(f"draft layers: there is no layer {max(chosen)} in a model of {layers}")
+            self._shrunk = target, target.shrunk(chosen)  # type: ignore[attr-defined]
+        return self._shrunk[1]
+
+
+def spread(layers: int, count: int) -> tuple[int, ...]:
+    """`count` of `layers` layers at even distances, the first and the last among them.
+
+    >>> spread(32, 4)
+    (0, 10, 21, 31)
+    >>> spread(32, 1)
+    (0,)
+    """
+    count = min(count, layers)
+    return tuple(round(place * (layers - 1) / max(count - 1, 1)) for place in range(count))
+
+
+def _check_vocabulary(name: str, draft: Stepper, target: Stepper) -> None:
+    if draft.vocab_size != target.vocab_size:
+        raise Unsupported(
+            f"draft model {name!r} has {draft.vocab_size} tokens and the target {target.vocab_size}: "
+            "a draft must have the target's vocabulary"
+        )
+    for token in range(0, target.vocab_size, max(target.vocab_size // PROBED, 1)):
+        one, other = (model.tokenizer.decode([token]) for model in (draft, target))
+        if one != other:
+            raise Unsupported(
+                f"draft model {name!r} writes token {token} as {one!r} and the target as {other!r}: "
+                "a draft must have the target's vocabulary"
+            )
