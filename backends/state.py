@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..kernels.scan.reference import compute_dtype
 from .config import REMOVED, HybridConfig
+from .graphs import Graphs
 from .rope import Rope
 
 
@@ -51,7 +54,7 @@ class NoState:
 LayerState = KVCache | MambaState | NoState
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class State:
     """All rows of a batch. `settled` and `end` are int32 [B] on the device, shared by all layers."""
 
@@ -68,6 +71,8 @@ class State:
     """Of recurrent states."""
     rotary: Tensor
     """[capacity, 2, P]: cos and sin of every position."""
+    graphs: Graphs | None = None
+    """Calls recorded on this memory."""
 
     def tensors(self) -> list[Tensor]:
         """All that belongs to rows."""
@@ -82,10 +87,9 @@ def recurrent(config: HybridConfig, mixer: str) -> tuple[tuple[int, ...], int]:
     return (heads, width, width), (2 * groups + heads) * width + heads
 
 
-def open_state(config: HybridConfig, rope: Rope, batch: int, context: int, steps: int, like: Tensor) -> State:
-    """Empty rows of `context + steps` positions, in the dtype and on the device of `like`."""
-    rope.check(context)
-    ring, capacity = 2 * steps + config.d_conv - 1, context + steps
+def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, steps: int, like: Tensor) -> State:
+    """Empty rows of `capacity` positions, in the dtype and on the device of `like`."""
+    ring = 2 * steps + config.d_conv - 1
     groups, width = config.num_key_value_heads, config.head_dim
     exact = compute_dtype(like)
     layers: list[LayerState] = []
@@ -102,3 +106,43 @@ def open_state(config: HybridConfig, rope: Rope, batch: int, context: int, steps
     cos, sin = rope(torch.arange(capacity, device=like.device).unsqueeze(0), like)
     rotary = torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1)
     return State(layers, cursor, cursor.clone(), steps, capacity, ring, exact, rotary)
+
+
+class Kept:
+    """States that were given up, with what was recorded on them: the next request of the same sizes takes one over."""
+
+    def __init__(self, most: int = 4) -> None:
+        self._most = most
+        self._free: list[State] = []
+
+    def take(self, batch: int, capacity: int, steps: int, make: Callable[[], State]) -> State:
+        """An empty state of these sizes, one that was kept or a new one. It is kept again once nobody has it."""
+        sizes = batch, capacity, steps
+        found = [state for state in self._free if (len(state.end), state.capacity, state.steps) == sizes]
+        if found:
+            whole = found[-1]
+            self._free = [state for state in self._free if state is not whole]
+            for tensor in whole.tensors():
+                tensor.zero_()
+        else:
+            whole = self._make(make)
+        lent = replace(whole)
+        weakref.finalize(lent, self._give_back, whole).atexit = False
+        return lent
+
+    def clear(self) -> None:
+        """Gives their memory back to the device."""
+        self._free = []
+
+    def _make(self, make: Callable[[], State]) -> State:
+        try:
+            return make()
+        except torch.OutOfMemoryError:
+            if not self._free:
+                raise
+            self.clear()
+            torch.cuda.empty_cache()
+            return make()
+
+    def _give_back(self, state: State) -> None:
+        self._free = [*self._free, state][-self._most :]
