@@ -1,6 +1,17 @@
 """Several tokens from a state that can be taken back: the decoding step of a Mamba-2 and of a Mamba-1 layer."""
 
 from .reference import multistep, multistep_loop, visible
+from .ring import Plan, Ring, convolve, ring_multistep
 from .selective import selective_multistep, selective_multistep_loop
 
-__all__ = ["multistep", "multistep_loop", "selective_multistep", "selective_multistep_loop", "visible"]
+__all__ = [
+    "Plan",
+    "Ring",
+    "convolve",
+    "multistep",
+    "multistep_loop",
+    "ring_multistep",
+    "selective_multistep",
+    "selective_multistep_loop",
+    "visible",
+]

@@ -1,0 +1,169 @@
+"""The decoding step of a Mamba-2 layer over a ring of its inputs, by Triton kernels where they serve.
+
+A layer keeps a checkpoint of its state and, in a ring, what the tokens since then put into it: x and B behind the
+convolution, and dt. Position p lies in slot p mod S. `convolve` puts new tokens there, `ring_multistep` goes on from
+the checkpoint to the outputs of those. docs/decoding-kernels.md says why the ring holds what it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..support import Support, chosen, installed, kernel, served
+from .reference import multistep, visible
+
+MODULE = f"{__package__}.triton2"
+DTYPES = (torch.bfloat16, torch.float32)
+WIDEST = 256
+"""Of states and heads, and the most tokens of a replay: tiles of the kernel are held in registers."""
+LONGEST = 64
+"""Tokens of a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Views of what B rows keep of S tokens each. Every group serves an equal number of the H heads side by side, and
+    groups of x, B and C may differ in number."""
+
+    x: Tensor
+    """[B, S, G, P]."""
+    B: Tensor
+    """[B, S, G', N]."""
+    C: Tensor
+    """[B, S, G'', N]. Only that of new tokens is read."""
+    dt: Tensor
+    """[B, S, H], after softplus, fp32 or fp64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The sizes of calls, which are the same for every layer and call of an engine."""
+
+    count: int
+    """T new tokens a row."""
+    steps: int
+    """Tokens that a row may go beyond its settled position."""
+    replay: int
+    """Tokens that a row may go beyond its checkpoint before new ones, at least `steps`. With no more than that each
+    call that settles writes the checkpoint, with more only some do: the ring has `replay + steps` slots or more."""
+    settle: bool
+
+    def due(self, start: Tensor, saved: Tensor) -> Tensor:
+        """The rows [B] whose checkpoint this call moves to `start`: another round might not fit behind it."""
+        replayed = start - saved
+        return (replayed > 0) & (replayed + self.steps > self.replay) & self.settle
+
+
+def supports(ring: Ring, state: Tensor, plan: Plan) -> Support:
+    """Whether `ring_multistep` runs as a kernel."""
+    support = served(ring.x, DTYPES)
+    if not support:
+        return support
+    if ring.B.dtype != ring.x.dtype or ring.C.dtype != ring.x.dtype:
+        return Support.no("the kernel takes x, B and C in one dtype")
+    if state.dtype != torch.float32 or ring.dt.dtype != torch.float32 or not state.is_contiguous():
+        return Support.no("the kernel takes a contiguous state and dt in fp32")
+    if max(*state.shape[2:], plan.replay) > WIDEST or plan.count > LONGEST:
+        return Support.no(f"the kernel has states and replays of up to {WIDEST} and calls of up to {LONGEST} tokens")
+    if any(t.stride(3) != 1 or t.stride(2) != t.shape[3] for t in (ring.x, ring.B, ring.C)) or ring.dt.stride(2) != 1:
+        return Support.no("the kernel takes a token's numbers side by side")
+    return installed("triton")
+
+
+def ring_multistep(ring: Ring, A: Tensor, D: Tensor, state: Tensor, start: Tensor, saved: Tensor, plan: Plan) -> Tensor:
+    """T tokens from `start` int32 [B], which are in the ring already.
+
+    A [H] (negative), D [H], state [B, H, P, N]: the checkpoint at `saved` int32 [B], moved to `start` in the rows that
+    are `plan.due`, of which the caller takes note behind its last layer. saved <= start <= saved + plan.replay.
+    Returns y [B, T, H, P] in x's dtype, or better in plain PyTorch.
+    """
+    if chosen("ring_multistep", supports(ring, state, plan)):
+        y: Tensor = kernel(MODULE, "ring_multistep")(ring, A, D, state, start, saved, plan)
+        return y
+    return plain_ring_multistep(ring, A, D, state, start, saved, plan)
+
+
+def plain_ring_multistep(
+    ring: Ring, A: Tensor, D: Tensor, state: Tensor, start: Tensor, saved: Tensor, plan: Plan
+) -> Tensor:
+    """The same in PyTorch, on a copy of what it reads."""
+    batch, slots = ring.dt.shape[:2]
+    heads, device = state.shape[1], state.device
+    positions = start.long().unsqueeze(1) + torch.arange(-plan.replay, plan.count, device=device)
+    live = positions >= saved.unsqueeze(1)
+    taken = torch.arange(batch, device=device).unsqueeze(1), positions % slots
+    x, B, dt = (
+        t[taken].masked_fill(~live.view(*live.shape, *(1,) * (t.dim() - 2)), 0) for t in (ring.x, ring.B, ring.dt)
+    )
+    C = ring.C[taken[0], taken[1][:, plan.replay :]]
+    groups = x.shape[2] if x.shape[2] == B.shape[2] else heads
+    x, B, C = (t.repeat_interleave(n // t.shape[2], 2) for t, n in ((x, groups), (B, groups), (C, heads)))
+    mask, moved = visible(plan.replay, plan.count, state.dtype, device), state.clone()
+    y = multistep(x, dt, A, B, C, D, moved, mask, plan.settle)
+    torch.where(plan.due(start, saved).view(-1, 1, 1, 1), moved, state, out=state)
+    return y
+
+
+def convolve_supports(u: Tensor, weight: Tensor, window: Tensor, ring: Tensor, dt: Tensor) -> Support:
+    """Whether `convolve` runs as a kernel."""
+    support = served(u, DTYPES)
+    if not support:
+        return support
+    if window.dtype != u.dtype or ring.dtype != u.dtype or dt.dtype != torch.float32:
+        return Support.no("the kernel takes the convolution's inputs and outputs in one dtype, dt in fp32")
+    if not all(t.is_contiguous() for t in (weight, window, ring, dt)):
+        return Support.no("the kernel takes contiguous rings")
+    if u.stride(2) != 1 or u.stride(0) != u.shape[1] * u.stride(1):
+        return Support.no("the kernel takes tokens one behind the other")
+    return installed("triton")
+
+
+def convolve(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dt_bias: Tensor,
+    window: Tensor,
+    ring: Tensor,
+    dt: Tensor,
+    start: Tensor,
+    silu: bool,
+) -> None:
+    """Puts T new tokens at `start` int32 [B] into the rings.
+
+    u [B, T, E + H]: the convolution's inputs, and dt before its bias dt_bias [H] and softplus; weight [E, W] and bias
+    [E] fp32 or better; window [B, S', E + H]: earlier u, S' >= T + W - 1, of which the W - 1 before `start` are read
+    and to which u is added; ring [B, S, E] gets the convolution's outputs, dt [B, S, H] the step sizes.
+    """
+    given = u, weight, bias, dt_bias, window, ring, dt, start, silu
+    if chosen("convolve", convolve_supports(u, weight, window, ring, dt)):
+        kernel(MODULE, "convolve")(*given)
+    else:
+        plain_convolve(*given)
+
+
+def plain_convolve(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dt_bias: Tensor,
+    window: Tensor,
+    ring: Tensor,
+    dt: Tensor,
+    start: Tensor,
+    silu: bool,
+) -> None:
+    """The same in PyTorch."""
+    (batch, count), (channels, taps) = u.shape[:2], weight.shape
+    rows = torch.arange(batch, device=u.device).unsqueeze(1)
+    positions = start.long().unsqueeze(1) + torch.arange(1 - taps, count, device=u.device)
+    new = positions[:, taps - 1 :]
+    joined = torch.cat((window[rows, positions[:, : taps - 1] % window.shape[1]], u), dim=1)[..., :channels]
+    convolved = (joined.to(weight.dtype).unfold(1, taps, 1) * weight).sum(-1) + bias
+    ring[rows, new % ring.shape[1]] = (F.silu(convolved) if silu else convolved).to(ring.dtype)
+    dt[rows, new % dt.shape[1]] = F.softplus(u[..., channels:].to(dt.dtype) + dt_bias.to(dt.dtype))
+    window[rows, new % window.shape[1]] = u

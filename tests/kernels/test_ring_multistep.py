@@ -1,0 +1,244 @@
+"""Steps over a ring are the recurrence over what was kept, in PyTorch, in Triton's interpreter and on a GPU."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mambabench.kernels.multistep import ring as room
+from mambabench.kernels.multistep.ring import Plan, Ring, plain_convolve, plain_ring_multistep
+from mambabench.kernels.scan import scan_loop
+
+SHAPES = {
+    "one state": (1, 1, 1, 1, 1, 1),
+    "odd": (6, 2, 2, 6, 5, 7),
+    "x per head": (4, 4, 1, 1, 19, 16),
+    "C per head": (4, 2, 2, 4, 16, 16),
+    "three kinds of groups": (6, 3, 2, 1, 33, 24),
+}
+"""H, groups of x, B and C, P, N."""
+EPS = 2.0**-23
+"""A rounding to fp32: plain PyTorch may make none."""
+
+
+@pytest.fixture
+def kernels(interpret, monkeypatch):
+    """The kernels in Triton's interpreter, which is taught to round to bf16, to multiply bf16, and that tensor cores
+    cut fp32 off where they take tf32."""
+    module = interpret(room.MODULE)
+    from triton.runtime import interpreter
+
+    builder, bf16, convert = interpreter.InterpreterBuilder, interpreter.tl.bfloat16, interpreter._convert_float
+    product = builder.create_dot
+
+    def rounded(data, source, target, mode):
+        if target == bf16:
+            return torch.from_numpy(np.array(data, np.float32)).bfloat16().view(torch.uint16).numpy()
+        if source == bf16:
+            return (np.asarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return convert(data, source, target, mode)
+
+    def dot(self, a, b, d, precision, imprecise):
+        a, b = (self.cast_impl(t, interpreter.tl.float32) if t.dtype.scalar == bf16 else t for t in (a, b))
+        if precision.name == "TF32":
+            cut = ((t.data.view(np.uint32) & 0xFFFFE000).view(np.float32) for t in (a, b))
+            a, b = (interpreter.TensorHandle(data, interpreter.tl.float32) for data in cut)
+        return product(self, a, b, d, precision, imprecise)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(builder, "create_dot", dot)
+    return module
+
+
+class Layer:
+    """A ring whose unwritten slots hold NaN, and beside it every token that a row ever got."""
+
+    def __init__(self, shape, plan, batch, dtype, seed, slots=None, device="cpu"):
+        self.heads, self.groups, self.width, self.size = shape[0], shape[1:4], shape[4], shape[5]
+        self.plan, self.batch, self.dtype, self.device = plan, batch, dtype, device
+        self.dice = torch.Generator().manual_seed(seed)
+        slots = slots or plan.replay + plan.steps
+        sizes = [(g, w) for g, w in zip(self.groups, (self.width, self.size, self.size), strict=True)]
+        whole = torch.full((batch, slots, sum(g * w for g, w in sizes)), torch.nan, dtype=dtype, device=device)
+        parts = whole.split([g * w for g, w in sizes], dim=2)
+        views = (part.unflatten(2, pair) for part, pair in zip(parts, sizes, strict=True))
+        self.ring = Ring(*views, torch.full((batch, slots, self.heads), torch.nan, device=device))
+        self.A, self.D = -self.normal(self.heads).exp(), self.normal(self.heads)
+        self.state = self.normal(batch, self.heads, self.width, self.size)
+        self.first = self.state.double()
+        self.saved = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def normal(self, *shape):
+        return torch.randn(shape, generator=self.dice).to(self.device)
+
+    def put(self, start, count):
+        """New tokens of every row at its start."""
+        for row, at in enumerate(start.tolist()):
+            slots = torch.arange(at, at + count) % self.ring.dt.shape[1]
+            for t in (self.ring.x, self.ring.B, self.ring.C):
+                t[row, slots] = self.normal(count, *t.shape[2:]).to(self.dtype)
+            self.ring.dt[row, slots] = 0.1 * self.normal(count, self.heads).exp()
+
+    def exact(self):
+        """Everything in fp64."""
+        parts = (t.double() for t in (self.ring.x, self.ring.B, self.ring.C, self.ring.dt))
+        return Ring(*parts), self.A.double(), self.D.double(), self.state.double()
+
+
+def filled(shape, plan, batch, dtype, seed, starts, device="cpu"):
+    """A layer whose rows have `starts` tokens behind their checkpoint, and the new ones."""
+    layer = Layer(shape, plan, batch, dtype, seed, device=device)
+    start = torch.tensor(starts, dtype=torch.int32, device=device)
+    layer.put(torch.zeros_like(start), plan.replay)
+    for t in (layer.ring.x, layer.ring.B, layer.ring.C, layer.ring.dt):
+        for row, at in enumerate(starts):
+            t[row, at:] = torch.nan
+    layer.put(start, plan.count)
+    return layer, start
+
+
+def error(got, want):
+    return float((got.double() - want).norm() / want.norm())
+
+
+def errors(way, layer, start):
+    """Of y and of the state, against fp64, and of plain PyTorch with the inputs' dtypes; y is rounded to x's dtype."""
+    ring, A, D, exact = layer.exact()
+    y = plain_ring_multistep(ring, A, D, exact, start, layer.saved, layer.plan)
+    found = []
+    for run in (way, plain_ring_multistep):
+        state = layer.state.clone()
+        made = run(layer.ring, layer.A, layer.D, state, start, layer.saved, layer.plan).to(layer.dtype)
+        assert made.shape == y.shape
+        assert made.isfinite().all()
+        found.append((error(made, y), error(state, exact)))
+    return found
+
+
+@pytest.mark.parametrize("settle", [True, False], ids=["settled", "revocable"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_plain_steps_over_a_ring_are_the_recurrence(shape, settle):
+    plan = Plan(count=3, steps=4, replay=6, settle=settle)
+    layer, start = filled(shape, plan, 4, torch.float64, 0, [0, 1, 3, 6])
+    ring, A, D, state = layer.exact()
+    y = plain_ring_multistep(ring, A, D, state, start, layer.saved, plan)
+    for row, at in enumerate(start.tolist()):
+        slots = torch.arange(at + 3) % 10
+        parts = ((t[row : row + 1, slots], t.shape[2]) for t in (ring.x, ring.B, ring.C))
+        x, B, C = (part.repeat_interleave(layer.heads // groups, 2) for part, groups in parts)
+        dt = ring.dt[row : row + 1, slots]
+        want, _ = scan_loop(x, dt, A, B, C, D, layer.first[row : row + 1])
+        torch.testing.assert_close(y[row], want[0, at:])
+        moved = layer.first[row : row + 1]
+        if settle and at > 2:
+            _, moved = scan_loop(x[:, :at], dt[:, :at], A, B[:, :at], C[:, :at], D, moved)
+        torch.testing.assert_close(state[row], moved[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("count", "replay", "block"), [(1, 2, 16), (9, 9, 32), (17, 20, 16)])
+def test_in_the_interpreter_the_kernel_is_as_exact_as_pytorch(kernels, dtype, shape, count, replay, block):
+    plan = Plan(count=count, steps=min(count, replay), replay=replay, settle=True)
+    layer, start = filled(shape, plan, 4, dtype, 1, [0, replay, 1, replay // 2])
+    for pieces in (1, 2) if dtype == torch.bfloat16 else (0,):
+
+        def way(*given, pieces=pieces):
+            return kernels.ring_multistep(*given, kernels.Form(block, 1), pieces)
+
+        (y, state), (plain_y, plain_state) = errors(way, layer, start)
+        assert y <= 2 * plain_y + EPS
+        assert state <= 2 * plain_state + EPS
+
+
+def test_in_the_interpreter_a_call_that_settles_nothing_leaves_the_checkpoint(kernels):
+    plan = Plan(count=2, steps=4, replay=4, settle=False)
+    layer, start = filled(SHAPES["odd"], plan, 3, torch.bfloat16, 2, [4, 0, 2])
+    state = layer.state.clone()
+    kernels.ring_multistep(layer.ring, layer.A, layer.D, state, start, layer.saved, plan)
+    assert torch.equal(state, layer.state)
+
+
+def check_rounds(kernels, shape, replay, rounds, device):
+    """Any acceptance, ragged rows, a ring that just fits."""
+    dice, steps, count, batch = random.Random(replay), 4, 3, 2
+    plan = Plan(count=count, steps=steps, replay=replay, settle=True)
+    layer = Layer(shape, plan, batch, torch.bfloat16, 3, device=device)
+    _, A, D, exact = layer.exact()
+    plain, saved, start, written = layer.state.clone(), layer.saved, layer.saved.clone(), 0
+    for _ in range(rounds):
+        layer.put(start, count)
+        y = kernels.ring_multistep(layer.ring, layer.A, layer.D, layer.state, start, saved, plan)
+        plain_ring_multistep(layer.ring, layer.A, layer.D, plain, start, saved, plan)
+        want = plain_ring_multistep(layer.exact()[0], A, D, exact, start, saved, plan)
+        assert error(y, want) < 2**-8
+        due = plan.due(start, saved)
+        written += int(due.sum())
+        saved = torch.where(due, start, saved)
+        assert bool((start - saved + steps <= replay).all())
+        start = start + torch.tensor([dice.randint(1, count) for _ in range(batch)], dtype=torch.int32, device=device)
+    assert error(layer.state, exact) <= 2 * error(plain, exact) + EPS
+    assert written == batch * (rounds - 1) if replay == steps else 0 < written < rounds
+
+
+@pytest.mark.parametrize("replay", [4, 11])
+def test_in_the_interpreter_random_rounds_are_the_recurrence_over_what_was_kept(kernels, replay):
+    check_rounds(kernels, (1, 1, 1, 1, 3, 4), replay, 40, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("replay", [4, 11])
+def test_on_a_gpu_a_state_is_as_exact_as_pytorch_s_after_a_thousand_rounds(replay):
+    check_rounds(pytest.importorskip(room.MODULE), (4, 4, 1, 1, 64, 128), replay, 1000, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "heads", "taps", "silu"), [(7, 3, 4, True), (300, 2, 2, False), (16, 300, 1, True)]
+)
+def test_in_the_interpreter_the_convolution_is_pytorch_s(kernels, dtype, channels, heads, taps, silu):
+    batch, count, slots = 3, 5, 11
+    dice = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=dice)
+
+    u = normal(batch, count, channels + heads + 2).to(dtype)[..., 1:-1]
+    weight, bias, dt_bias = normal(channels, taps), normal(channels), 6 * normal(heads)
+    start = torch.tensor([0, 9, 1030], dtype=torch.int32)
+    kept = normal(batch, count + taps + 1, channels + heads).to(dtype)
+    made = []
+    for way in (kernels.convolve, plain_convolve):
+        window, ring = kept.clone(), torch.full((batch, slots, channels), 3.0, dtype=dtype)
+        dt = torch.full((batch, slots, heads), 3.0)
+        way(u, weight, bias, dt_bias, window, ring, dt, start, silu)
+        made.append((window, ring, dt))
+    assert torch.equal(made[0][0], made[1][0])
+    torch.testing.assert_close(made[0][1], made[1][1])
+    torch.testing.assert_close(made[0][2], made[1][2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [*SHAPES.values(), (80, 80, 1, 1, 64, 128), (32, 8, 8, 32, 128, 128)],
+    ids=[*SHAPES, "Mamba2-2.7B", "8B hybrid"],
+)
+@pytest.mark.parametrize(("count", "replay"), [(1, 2), (9, 9), (9, 32), (17, 64)])
+def test_on_a_gpu_the_kernel_is_as_exact_as_pytorch(dtype, shape, count, replay):
+    kernels = pytest.importorskip(room.MODULE)
+    plan = Plan(count=count, steps=min(count, replay), replay=replay, settle=True)
+    layer, start = filled(shape, plan, 4, dtype, 1, [0, replay, 1, replay // 2], "cuda")
+    assert room.supports(layer.ring, layer.state, plan)
+    for form in kernels.FORMS:
+        if form.block > max(16, shape[4]):
+            continue
+        for pieces in (1, 2):
+
+            def way(*given, form=form, pieces=pieces):
+                return kernels.ring_multistep(*given, form, pieces)
+
+            (y, state), (plain_y, plain_state) = errors(way, layer, start)
+            assert y <= 2 * plain_y + EPS, form
+            assert state <= 2 * plain_state + EPS, form
