@@ -77,7 +77,7 @@ class Batch:
         self.model = model
         self.limits = limits
         self._emit, self._on_text = emit, on_text
-        self._pieces = [Pieces(limits, model.tokenizer) for _ in prompts] if on_text else []
+        self._pieces = [Pieces(prompt.ids, limits, model.tokenizer) for prompt in prompts] if on_text else []
         self._bursts = [0] * len(prompts)
         self._rounds = [0] * len(prompts)
         self._steps = steps

@@ -43,32 +43,42 @@ class Pieces:
     """The text of a growing answer, a piece at a time, as far as no later token can change it.
 
     What may be the beginning of a stop string waits, and so does a character of which bytes are missing. All pieces
-    together are the answer's text, for a tokenizer whose text of more tokens begins with that of fewer.
+    together are the answer's text, for a tokenizer whose text of more tokens begins with that of fewer. Where it leaves
+    out the space before a text's first word, the first piece has it, so that it continues the prompt.
     """
 
-    def __init__(self, limits: Limits, tokenizer: Tokenizer) -> None:
-        self._limits, self._tokenizer = limits, tokenizer
+    def __init__(self, prompt: Sequence[int], limits: Limits, tokenizer: Tokenizer) -> None:
+        self._before, self._limits, self._tokenizer = list(prompt[-SEEN:]), limits, tokenizer
         self._given = ""
 
     def more(self, new: Sequence[int], finished: bool) -> str:
         """What can be shown now that the answer has these new tokens; with `finished`, all that is left of it."""
         if finished:
-            return self._next(make_answer(new, self._limits, self._tokenizer).text)
-        text = self._tokenizer.decode(new, skip_special_tokens=True)
+            return self._next(make_answer(new, self._limits, self._tokenizer).text, new)
+        text = self._text(new)
         waiting = len(text) - len(text.rstrip(REPLACEMENT))
         if self._limits.stop_strings:
             forms = (text, self._tokenizer.decode(new))
             waiting = max(waiting, *(_begun(string, form) for string in self._limits.stop_strings for form in forms))
-        return self._next(text[: len(text) - waiting] if waiting < len(text) else "")
+        return self._next(text[: max(len(text) - waiting, 0)], new)
 
-    def _next(self, text: str) -> str:
+    def _next(self, text: str, new: Sequence[int]) -> str:
         if not text.startswith(self._given) or len(text) == len(self._given):
             return ""
         piece = text[len(self._given) :]
+        if not self._given:
+            before, alone = self._text(self._before), self._text(new)
+            gap = self._text([*self._before, *new]).removeprefix(before).removesuffix(alone)
+            piece = gap + piece if gap.isspace() else piece
         self._given = text
         return piece
 
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+
+SEEN = 8
+"""Tokens of the prompt that say whether a space follows them."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
