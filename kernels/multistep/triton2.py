@@ -14,6 +14,8 @@ result needs, or rounded to tf32. That S' is added up apart and meets S in one m
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -235,20 +237,22 @@ def ring_multistep(
     plan: Plan,
     form: Form | None = None,
     pieces: int = PIECES,
+    warmup: bool = False,
 ) -> Tensor:
-    """Shapes as in `ring`; y [B, T, H, P] in x's dtype."""
+    """Shapes as in `ring`; y [B, T, H, P] in x's dtype. With `warmup` the kernel is only compiled."""
     batch, heads, width, size = state.shape
     form = form or form_for(ring, state, plan)
     y = torch.empty(batch, plan.count, heads, width, dtype=ring.x.dtype, device=state.device)
     exact = ring.x.dtype == torch.float32
     with torch.cuda.device_of(state):
-        _step[(triton.cdiv(width, form.block) * heads, batch)](
+        _step.run(
             ring.x, ring.B, ring.C, ring.dt, A, D, state, start, saved, y,
             *(t.stride(i) for t in (ring.x, ring.B, ring.C, ring.dt) for i in (0, 1)),
             ring.dt.shape[1], plan.steps, heads, *(heads // t.shape[2] for t in (ring.x, ring.B, ring.C)),
             WIDTH=width, SIZE=size, COUNT=plan.count, REPLAY=plan.replay, SETTLE=plan.settle,
             BLOCK_P=form.block, N=_tile(size), T=_tile(plan.count), R=_tile(plan.replay),
             PIECES=0 if exact else pieces, EXACT=exact, num_warps=form.warps,
+            grid=(triton.cdiv(width, form.block) * heads, batch), warmup=warmup,
         )  # fmt: skip
     return y
 
@@ -258,27 +262,38 @@ def _tile(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def tune(heads: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: int = 20) -> Form:
+def forms_for(state: Tensor) -> list[Form]:
+    """Those with no more rows than a head has."""
+    return [form for form in FORMS if form.block <= _tile(state.shape[2])]
+
+
+def compile_forms(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, pieces: tuple[int, ...]) -> None:
+    """Compiles what `ring_multistep` may run, side by side."""
+    cursor = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
+    with ThreadPoolExecutor(16) as pool, triton.AsyncCompileMode(pool):
+        for form, count in itertools.product(forms_for(state), pieces):
+            ring_multistep(ring, A, D, state, cursor, cursor, plan, form, count, warmup=True)
+
+
+def tune(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: int = 20) -> Form:
     """Times every form on scratch memory of the shapes given, and has calls of these shapes use the fastest.
 
     The rows of the scratch memory are at every stage between two writes of the checkpoint.
     """
-    kind = _kind(heads, state, plan)
+    kind = _kind(ring, state, plan)
     if kind in _best:
         return _best[kind]
-    parts = {name: torch.zeros_like(getattr(heads, name)) for name in ("x", "B", "C", "dt")}
-    scratch, checkpoint = dataclasses.replace(heads, **parts), torch.zeros_like(state)
+    parts = {name: torch.zeros_like(getattr(ring, name)) for name in ("x", "B", "C", "dt")}
+    scratch, checkpoint = dataclasses.replace(ring, **parts), torch.zeros_like(state)
     saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
     start = 1 + (torch.arange(state.shape[0], device=state.device) % plan.replay).int()
+    compile_forms(scratch, A, D, checkpoint, plan, (PIECES,))
     times = {}
-    for form in FORMS:
-        if form.block > max(16, triton.next_power_of_2(state.shape[2])):
-            continue
-        for _ in range(3):
-            ring_multistep(scratch, A, D, checkpoint, start, saved, plan, form)
+    for form in forms_for(state):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        for _ in range(repeats):
+        for round in range(repeats + 3):
+            if round == 3:
+                before.record()
             ring_multistep(scratch, A, D, checkpoint, start, saved, plan, form)
         after.record()
         after.synchronize()
