@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..harness.interfaces import Unsupported
-from ..kernels.pointwise import swiglu
+from ..kernels.pointwise import swiglu, swiglu_packed
 from .attention import Attention, fuse_linears, needs_no_mask, product_dtype
 from .calls import AttentionStep, Fill, MambaStep
 from .config import HybridConfig
@@ -50,8 +50,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._fused is None:
             return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-        gate, up = F.linear(x, *self._fused).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu_packed(F.linear(x, *self._fused)))
 
 
 class HybridLayer(GradientCheckpointingLayer):
@@ -87,13 +86,19 @@ class HybridLayer(GradientCheckpointingLayer):
             h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep, documents)
         return h + self.mlp(self.post_attention_layernorm(h))
 
-    def run(self, h: Tensor, cache: LayerState, call: AttentionStep | MambaStep | Fill | None) -> Tensor:
-        """The same on a state: prompts [n, L, E] or a few tokens of each row [B * T, E], whatever `call` describes."""
+    def run(
+        self, h: Tensor, added: Tensor | None, cache: LayerState, call: AttentionStep | MambaStep | Fill | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same on a state: prompts [n, L, E] or a few tokens of each row [B * T, E], whatever `call` describes.
+        What the layer before has still to add to h is `added`, and what this one has is returned beside h: each sum
+        is made with the norm that follows it."""
         mixer = self.mixer
         if mixer is not None:
             way = mixer.prefill if isinstance(call, Fill) else mixer.step
-            h = h + way(self.input_layernorm(h), cache, call)
-        return h + self.mlp(self.post_attention_layernorm(h))
+            h, normed = self.input_layernorm.add(h, added)
+            added = way(normed, cache, call)
+        h, normed = self.post_attention_layernorm.add(h, added)
+        return h, self.mlp(normed)
 
     def fuse(self) -> None:
         """Gets ready for inference: projections with one input share one storage. Once, if models share the layer."""

@@ -76,11 +76,11 @@ class HybridStepper:
         logits = ids.new_zeros(ids.shape[0], self.vocab_size, dtype=compute_dtype(self.model.lm_head.weight))
         if call is None:
             return logits
-        h = self.model.model.embed_tokens(ids[call.rows])
+        h, added = self.model.model.embed_tokens(ids[call.rows]), None
         for layer, cache in zip(self._layers, state.layers, strict=True):
-            h = layer.run(h, cache, call)
-        last = h[torch.arange(h.shape[0], device=h.device), call.lengths - 1]
-        logits[call.rows] = self._logits(last)
+            h, added = layer.run(h, added, cache, call)
+        last = torch.arange(h.shape[0], device=h.device), call.lengths - 1
+        logits[call.rows] = self._logits(h[last], None if added is None else added[last])
         state.end[call.rows] = state.settled[call.rows] = call.end.int()
         return logits
 
@@ -96,13 +96,13 @@ class HybridStepper:
 
     def _run(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Tensor:
         calls = self._advance(ids.shape[1], start, state, settle)
-        h = self.model.model.embed_tokens(ids.flatten())
+        h, added = self.model.model.embed_tokens(ids.flatten()), None
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
-            h = layer.run(h, cache, calls.get(name))
+            h, added = layer.run(h, added, cache, calls.get(name))
         if settle:
             state.settled.copy_(start)
         torch.add(start, ids.shape[1], out=state.end)
-        return self._logits(h).view(*ids.shape, -1)
+        return self._logits(h, added).view(*ids.shape, -1)
 
     @torch.inference_mode()
     def take(self, state: State, rows: Tensor) -> None:
@@ -163,8 +163,8 @@ class HybridStepper:
             held_state_bytes=batch * (cells * exact + (2 * steps + config.d_conv - 1) * slots),
         )
 
-    def _logits(self, h: Tensor) -> Tensor:
-        return self._head(self.model.model.norm(h))
+    def _logits(self, h: Tensor, added: Tensor | None) -> Tensor:
+        return self._head(self.model.model.norm.add(h, added)[1])
 
     def _head(self, h: Tensor) -> Tensor:
         """Logits in fp32 or better, never rounded to the weights' dtype."""
