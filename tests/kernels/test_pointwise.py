@@ -46,7 +46,7 @@ def check_packed(way, shape, kind, device, tolerance):
     assert (product.double() - exact).norm() <= tolerance * exact.norm()
 
 
-PACKED = [(1, 14), (5, 2, 1024), (3, 2 * 1001)]
+PACKED = [(1, 14), (5, 2, 1024), (3, 2 * 1001), (70, 18)]
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
