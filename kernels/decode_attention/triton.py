@@ -159,10 +159,10 @@ def processors(device: torch.device) -> int:
 
 
 def splits(pairs: int, capacity: int, processors: int, tile: int) -> int:
-    """Parts of each of the `pairs` of a row and a group: a power of 2, enough for two programs a processor, and no more
-    than a full row has tiles."""
-    wanted = triton.cdiv(2 * processors, pairs)
-    return max(1, min(MOST, triton.next_power_of_2(wanted), triton.next_power_of_2(triton.cdiv(capacity, tile))))
+    """Parts of each of the `pairs` of a row and a group: the power of 2 with which up to two programs fall to a
+    processor, and no more than a full row has tiles."""
+    wanted = max(1, 2 * processors // pairs)
+    return min(MOST, 1 << wanted.bit_length() - 1, triton.next_power_of_2(triton.cdiv(capacity, tile)))
 
 
 def decode_attention(

@@ -181,9 +181,11 @@ def test_on_a_cpu_the_reference_runs() -> None:
 
 def test_parts_fill_the_processors_and_no_more(interpreted) -> None:
     assert interpreted.splits(8, 2048, 132, 64) == 32
-    assert interpreted.splits(8, 16384, 132, 64) == 64
+    assert interpreted.splits(8, 16384, 132, 64) == 32
+    assert interpreted.splits(1, 16384, 132, 64) == 64
     assert interpreted.splits(8, 100, 132, 64) == 2
-    assert interpreted.splits(256, 2048, 132, 64) == 2
+    assert interpreted.splits(256, 2048, 132, 64) == 1
+    assert interpreted.splits(100, 2048, 132, 64) == 2
     assert interpreted.splits(1000, 2048, 132, 64) == 1
 
 
