@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..kernels.decode_attention import serves
-from ..kernels.multistep import visible
+from ..kernels.multistep import Plan, visible
 from .config import HybridConfig
 from .state import State
 
@@ -41,25 +42,64 @@ class AttentionIndices:
     sin: Tensor
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class MambaStep:
     """T tokens a row and the R before them, for Mamba layers. Those from `settled` on are replayed; earlier ones are
-    among them because rows differ, or because R must not depend on data."""
+    among them because rows differ, or because R must not depend on data. Kernels need no more than the positions;
+    indices for PyTorch are made when the first layer asks for them."""
 
     batch: int
     count: int
     """T."""
-    new: Tensor
-    """int64 [B * T], ring slots of the new tokens, flat over B x S."""
-    read: Tensor
-    """int64 [B * (W - 1 + R + T)], the same of the convolution's window, the R tokens and the new ones."""
-    live: Tensor | None
-    """[B, R + T, 1], 0 for a token before `settled`, else 1; in the dtype of the state. None where R = 0."""
-    mask: Tensor
-    """`visible(R, T)`."""
+    start: Tensor
+    """int32 [B], on the device."""
+    settled: Tensor
+    """int32 [B], before the call."""
     settle: bool
-    turn: tuple[Tensor, Tensor] | None = None
-    """cos and sin [B, R + T, 1, P], where B and C are rotated."""
+    plan: Plan
+    """The same for layers whose ring holds what goes into the state."""
+    state: State
+    longest: int
+    """R."""
+    window: int
+    """W - 1, of the convolution."""
+    turned: bool
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """int64 [B, W - 1 + R + T]."""
+        first = -self.window - self.longest
+        return self.start.long().unsqueeze(1) + torch.arange(first, self.count, device=self.start.device)
+
+    @cached_property
+    def read(self) -> Tensor:
+        """int64 [B * (W - 1 + R + T)], ring slots of the convolution's window, the R tokens and the new ones, flat over
+        B x S."""
+        rows = torch.arange(self.batch, device=self.start.device).unsqueeze(1)
+        return (rows * self.state.ring + self._positions % self.state.ring).flatten()
+
+    @cached_property
+    def new(self) -> Tensor:
+        """int64 [B * T], the same of the new tokens."""
+        return self.read.view(self.batch, -1)[:, self.window + self.longest :].flatten()
+
+    @cached_property
+    def live(self) -> Tensor | None:
+        """[B, R + T, 1], 0 for a token before `settled`, else 1; in the dtype of the state. None where R = 0."""
+        if not self.longest:
+            return None
+        counted = self._positions[:, self.window :] >= self.settled.unsqueeze(1)
+        return counted.to(self.state.exact).unsqueeze(-1)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """`visible(R, T)`."""
+        return visible(self.longest, self.count, self.state.exact, self.start.device)
+
+    @cached_property
+    def turn(self) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [B, R + T, 1, P], where B and C are rotated."""
+        return _turn(self.state, self._positions[:, self.window :]) if self.turned else None
 
 
 @dataclass(slots=True)
@@ -128,15 +168,18 @@ def _attention_indices(
 
 def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, longest: int, settle: bool) -> MambaStep:
     """`count` tokens at `start` [B] after the `longest` tokens before them."""
-    batch, device, window = start.shape[0], start.device, config.d_conv - 1
-    positions = start.long().unsqueeze(1) + torch.arange(-window - longest, count, device=device)
-    slots = torch.arange(batch, device=device).unsqueeze(1) * state.ring + positions % state.ring
-    live = None
-    if longest:
-        live = (positions[:, window:] >= state.settled.unsqueeze(1)).to(state.exact).unsqueeze(-1)
-    mask = visible(longest, count, state.exact, device)
-    turn = _turn(state, positions[:, window:]) if config.mamba_rope else None
-    return MambaStep(batch, count, slots[:, window + longest :].flatten(), slots.flatten(), live, mask, settle, turn)
+    return MambaStep(
+        batch=start.shape[0],
+        count=count,
+        start=start,
+        settled=state.settled,
+        settle=settle,
+        plan=Plan(count, state.steps, state.steps, settle),
+        state=state,
+        longest=longest,
+        window=config.d_conv - 1,
+        turned=config.mamba_rope,
+    )
 
 
 def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths: Tensor, start: Tensor | None) -> Fill:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ..kernels.documents import Documents
 from ..kernels.gated_norm import gated_norm
-from ..kernels.multistep import multistep
+from ..kernels.multistep import convolve, multistep, ring_multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
 from .calls import Fill, MambaStep
 from .config import HybridConfig
 from .mamba import Mamba, uniform
 from .rope import rotate
-from .state import MambaState
+from .state import MambaState, StateRing
 
 
 class HeadNorm(nn.Module):
@@ -130,6 +130,8 @@ class Mamba2(Mamba):
     def step(self, h: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
         """T tokens a row. h [B * T, E]."""
         z, kept = self._split(h)
+        if cache.ring is not None:
+            return self._out(self._step_by_kernel(kept, cache, cache.ring, call), z)
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         u, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
@@ -140,3 +142,12 @@ class Mamba2(Mamba):
         decay = self._decay(dt.dtype)
         y = multistep(x, dt, decay, b, c[:, -call.count :], self.D, cache.state, call.mask, call.settle)
         return self._out(y, z)
+
+    def _step_by_kernel(self, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep) -> Tensor:
+        """The same to y [B, T, H, P], over a ring of what goes into the state: the convolution is not made again."""
+        new, (weight, bias) = kept.unflatten(0, (call.batch, call.count)), self._taps
+        convolve(
+            new, weight, bias, self.dt_bias, cache.inputs, ring.convolved, ring.dt, call.start, self.active
+        )  # fmt: skip
+        decay = self._decay(ring.dt.dtype)
+        return ring_multistep(ring.views, decay, self.D, cache.state, call.start, call.settled, call.plan)

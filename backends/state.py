@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..kernels.multistep import Ring, ring_supports
 from ..kernels.scan.reference import compute_dtype
+from ..kernels.support import chosen
 from .config import REMOVED, HybridConfig
 from .graphs import Graphs
 from .rope import Rope
@@ -27,6 +29,21 @@ class KVCache:
 
 
 @dataclass(slots=True)
+class StateRing:
+    """Position p lies in slot p mod S, S twice the steps."""
+
+    convolved: Tensor
+    """[B, S, (2 G + H) P]: x, B and C behind the convolution."""
+    dt: Tensor
+    """[B, S, H], behind softplus."""
+    views: Ring
+    """The same, by head."""
+
+    def tensors(self) -> list[Tensor]:
+        return [self.convolved, self.dt]
+
+
+@dataclass(slots=True)
 class MambaState:
     """A Mamba layer: the state at `settled`, and a ring of what is needed to go on from any later position.
 
@@ -39,8 +56,11 @@ class MambaState:
     inputs: Tensor
     """Mamba-2 [B, S, E + H]: the convolution's E inputs and the raw dt. Mamba-1 [B, S, 2 G P + D]: x, B, raw dt."""
 
+    ring: StateRing | None = None
+    """What went into the state of a Mamba-2 layer, where the kernel runs that reads it."""
+
     def tensors(self) -> list[Tensor]:
-        return [self.state, self.inputs]
+        return [self.state, self.inputs, *(self.ring.tensors() if self.ring else ())]
 
 
 @dataclass(slots=True)
@@ -87,6 +107,19 @@ def recurrent(config: HybridConfig, mixer: str) -> tuple[tuple[int, ...], int]:
     return (heads, width, width), (2 * groups + heads) * width + heads
 
 
+def steps_by_kernel(config: HybridConfig, like: Tensor, steps: int) -> bool:
+    """Whether Mamba-2 layers of this dtype and on this device keep what their kernel reads."""
+    return chosen("ring_multistep", ring_supports(like, config.head_dim, steps, config.mamba_rope))
+
+
+def _state_ring(config: HybridConfig, batch: int, slots: int, like: Tensor) -> StateRing:
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    convolved = like.new_zeros(batch, slots, (2 * groups + heads) * width)
+    dt = like.new_zeros(batch, slots, heads, dtype=compute_dtype(like))
+    x, B, C = convolved.unflatten(2, (-1, width)).split((groups, groups, heads), dim=2)
+    return StateRing(convolved, dt, Ring(x, B, C, dt))
+
+
 def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, steps: int, like: Tensor) -> State:
     """Empty rows of `capacity` positions, in the dtype and on the device of `like`."""
     ring = 2 * steps + config.d_conv - 1
@@ -101,7 +134,9 @@ def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, step
         else:
             shape, slot = recurrent(config, mixer)
             state = like.new_zeros(batch, *shape, dtype=exact)
-            layers.append(MambaState(state, like.new_zeros(batch, ring, slot)))
+            by_kernel = mixer == "mamba2" and steps_by_kernel(config, like, steps)
+            inner = _state_ring(config, batch, 2 * steps, like) if by_kernel else None
+            layers.append(MambaState(state, like.new_zeros(batch, ring, slot), inner))
     cursor = like.new_zeros(batch, dtype=torch.int32)
     cos, sin = rope(torch.arange(capacity, device=like.device).unsqueeze(0), like)
     rotary = torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1)

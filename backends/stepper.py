@@ -22,7 +22,7 @@ from .graphs import Graphs, Recorder, capturing, wanted
 from .mixers import MAMBAS
 from .model import HybridForCausalLM
 from .shrink import shrink
-from .state import Kept, State, open_state, recurrent
+from .state import Kept, State, open_state, recurrent, steps_by_kernel
 
 BLOCK = 256
 """Positions by which memory grows where calls are recorded on it."""
@@ -160,8 +160,17 @@ class HybridStepper:
             flops=2 * numbers * tokens + 4 * tokens * sum(reached) * heads * width + tokens * 8 * cells,
             held_weight_bytes=sum(p.nbytes for p in held.values()),
             held_kv_bytes=slot_bytes * attention * self._capacity(context + steps),
-            held_state_bytes=batch * (cells * exact + (2 * steps + config.d_conv - 1) * slots),
+            held_state_bytes=batch * (cells * exact + (2 * steps + config.d_conv - 1) * slots + self._rings(steps)),
         )
+
+    def _rings(self, steps: int) -> int:
+        """Bytes of a row in the rings that the kernels of Mamba-2 layers read."""
+        config, weight = self.config, self.model.lm_head.weight
+        layers, heads = config.mixers.count("mamba2"), config.num_attention_heads
+        if not layers or not steps_by_kernel(config, weight, steps):
+            return 0
+        convolved = recurrent(config, "mamba2")[1] - heads
+        return layers * 2 * steps * (convolved * weight.element_size() + heads * compute_dtype(weight).itemsize)
 
     def _logits(self, h: Tensor, added: Tensor | None) -> Tensor:
         return self._head(self.model.model.norm.add(h, added)[1])

@@ -1,7 +1,7 @@
 """Several tokens from a state that can be taken back: the decoding step of a Mamba-2 and of a Mamba-1 layer."""
 
 from .reference import multistep, multistep_loop, visible
-from .ring import Plan, Ring, convolve, ring_multistep
+from .ring import Plan, Ring, convolve, ring_multistep, ring_supports
 from .selective import selective_multistep, selective_multistep_loop
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "multistep",
     "multistep_loop",
     "ring_multistep",
+    "ring_supports",
     "selective_multistep",
     "selective_multistep_loop",
     "visible",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..conv.reference import conv_few
 from ..support import Support, chosen, installed, kernel, served
 from .reference import multistep, visible
 
@@ -56,6 +57,19 @@ class Plan:
         """The rows [B] whose checkpoint this call moves to `start`: another round might not fit behind it."""
         replayed = start - saved
         return (replayed > 0) & (replayed + self.steps > self.replay) & self.settle
+
+
+def ring_supports(like: Tensor, width: int, steps: int, turned: bool) -> Support:
+    """Whether layers with states up to `width` wide keep a ring for the kernel, in the dtype and on the device of
+    `like`. `turned`: B and C are rotated behind the convolution."""
+    support = served(like, DTYPES)
+    if not support:
+        return support
+    if turned:
+        return Support.no("the kernel does not rotate B and C")
+    if width > WIDEST or steps > LONGEST:
+        return Support.no(f"the kernel has states of up to {WIDEST} and calls of up to {LONGEST} tokens")
+    return installed("triton")
 
 
 def supports(ring: Ring, state: Tensor, plan: Plan) -> Support:
@@ -157,13 +171,13 @@ def plain_convolve(
     start: Tensor,
     silu: bool,
 ) -> None:
-    """The same in PyTorch."""
+    """The same in PyTorch, which rounds as the convolution of whole sequences does in PyTorch: twice."""
     (batch, count), (channels, taps) = u.shape[:2], weight.shape
     rows = torch.arange(batch, device=u.device).unsqueeze(1)
     positions = start.long().unsqueeze(1) + torch.arange(1 - taps, count, device=u.device)
     new = positions[:, taps - 1 :]
     joined = torch.cat((window[rows, positions[:, : taps - 1] % window.shape[1]], u), dim=1)[..., :channels]
-    convolved = (joined.to(weight.dtype).unfold(1, taps, 1) * weight).sum(-1) + bias
-    ring[rows, new % ring.shape[1]] = (F.silu(convolved) if silu else convolved).to(ring.dtype)
+    convolved = conv_few(joined, weight, bias)
+    ring[rows, new % ring.shape[1]] = F.silu(convolved) if silu else convolved
     dt[rows, new % dt.shape[1]] = F.softplus(u[..., channels:].to(dt.dtype) + dt_bias.to(dt.dtype))
     window[rows, new % window.shape[1]] = u
