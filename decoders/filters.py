@@ -1,4 +1,4 @@
-"""Top-k and top-p without sorting the vocabulary: each searches the logit of the last token that it keeps.
+"""Top-k and top-p without sorting a large vocabulary: each searches the logit of the last token that it keeps.
 
 Logits are compared as whole numbers of the same order, whose bits are found from the highest down: a few passes over
 the vocabulary whatever it holds, and exact, where a search by halving values is not. Of equal logits the lowest
@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SORTED = 1 << 14
+"""Tokens up to which sorting is quicker than searching."""
 BITS = 4
 """Bits of the threshold that a pass finds where the vocabulary is small enough to be compared with 15 at once."""
 AT_ONCE = 1 << 24
@@ -29,8 +31,13 @@ def top_p_mask(logits: Tensor, weights: Tensor, top_p: float) -> Tensor:
     logits fp32 or fp64 [..., V]; weights fp64 [..., V], non-negative, growing with the logits where they are not 0, and
     equal where these are. At least one is kept.
     """
-    keys = ordered(logits)
     need = (top_p * weights.sum(-1, keepdim=True)).clamp(min=torch.finfo(weights.dtype).tiny)
+    if logits.shape[-1] <= SORTED:
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+        ranked = weights.gather(-1, order)
+        kept = (ranked.cumsum(-1) - ranked < need) & (ranked > 0)
+        return torch.zeros_like(kept).scatter(-1, order, kept)
+    keys = ordered(logits)
     least = _last_reaching(keys, weights, need)
     above, equal = keys > least, (keys == least) & (weights > 0)
     before = weights.where(above, 0.0).sum(-1, keepdim=True) + (equal.cumsum(-1) - 1) * weights

@@ -28,12 +28,13 @@ def test_top_k_keeps_the_k_largest_the_lowest_index_first(logits, data, dtype):
 def test_top_p_keeps_the_fewest_of_the_likeliest_that_reach_the_share(logits, top_p, dtype, data):
     tensor = torch.tensor(logits, dtype=dtype)
     weights = (tensor.double() - tensor.amax(-1, keepdim=True).double()).exp()
-    bits = data.draw(st.sampled_from([1, 2, 4]))
+    bits, sort = data.draw(st.sampled_from([1, 2, 4])), data.draw(st.booleans())
     masked = data.draw(st.booleans())
     if masked:
         weights = weights.where(top_k_mask(tensor, max(len(logits[0]) - 1, 1)), 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filters, "BITS", bits)
+        patch.setattr(filters, "SORTED", 100 * sort)
         kept = top_p_mask(tensor, weights, top_p)
     for row, mask, of in zip(logits, kept.tolist(), weights.tolist(), strict=True):
         order = [token for token in best_first(row) if of[token] > 0]
@@ -59,6 +60,7 @@ def test_ordered_numbers_are_in_the_order_of_the_floats(dtype):
 @pytest.mark.parametrize("bits", [1, 4])
 def test_a_large_vocabulary_gives_what_sorting_gives(bits, monkeypatch):
     monkeypatch.setattr(filters, "BITS", bits)
+    monkeypatch.setattr(filters, "SORTED", 0)
     logits = 3 * torch.randn(4, 3, 5000, generator=torch.Generator().manual_seed(0))
     weights = (logits.double() - logits.amax(-1, keepdim=True)).exp()
     ranked, order = weights.sort(dim=-1, descending=True)
