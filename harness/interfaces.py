@@ -251,7 +251,7 @@ class Tokenizer(Protocol):
 
 class Stepper(Protocol):
     """A model as decoders see it: steps of any number of tokens, and positions that belong to the caller. With the
-    trait `shrinks` it has `shrunk(layers)`, a `Stepper` of these layers alone on the same weights.
+    trait `shrinks` it has `layers`, their number, and `shrunk(layers)`, a `Stepper` of these alone on the same weights.
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always
