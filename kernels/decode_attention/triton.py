@@ -12,7 +12,7 @@ Softmax is in base 2 and fp32, without a maximum that is fixed beforehand: each 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -165,6 +165,33 @@ def splits(pairs: int, capacity: int, processors: int, tile: int) -> int:
     return min(MOST, 1 << wanted.bit_length() - 1, triton.next_power_of_2(triton.cdiv(capacity, tile)))
 
 
+class Form(NamedTuple):
+    """What a call is cut into. None of it changes what is computed but the order of sums."""
+
+    parts: int
+    """Of each row and group, a power of 2."""
+    tile: int
+    """Keys at a time."""
+    stages: int
+    """Tiles on their way from memory."""
+    warps: int
+
+
+def form_for(keys: Tensor, queries: int, window: int) -> Form:
+    """The form for caches [B, S, G, P] and `queries` (heads of a group times tokens)."""
+    batch, capacity, groups, width = keys.shape
+    rows, wide = _padded(queries), _padded(width)
+    tile = 64 if wide * keys.itemsize <= 256 else 32
+    reach = min(capacity, window) if window else capacity
+    parts = splits(batch * groups, reach, processors(keys.device), tile)
+    return Form(parts, tile, 3, 8 if rows > 64 or (rows > 16 and keys.itemsize > 2) else 4)
+
+
+def _padded(size: int) -> int:
+    """The side of a tile for tensor cores."""
+    return max(16, triton.next_power_of_2(size))
+
+
 def decode_attention(
     projected: Tensor,
     keys: Tensor,
@@ -173,26 +200,24 @@ def decode_attention(
     rotary: Tensor,
     window: int,
     norms: Norms | None,
+    form: Form | None = None,
 ) -> Tensor:
-    """Shapes and effects as in the room's `decode_attention`."""
+    """Shapes as in the room's `decode_attention`."""
     batch, capacity, groups, width = keys.shape
     heads, count = projected.shape[1] // width - 2 * groups, projected.shape[0] // batch
-    queries, wide = heads // groups * count, max(16, triton.next_power_of_2(width))
-    rows, tile = max(16, triton.next_power_of_2(queries)), 64 if wide * keys.itemsize <= 256 else 32
-    reach = min(capacity, window) if window else capacity
-    parts = splits(batch * groups, reach, processors(keys.device), tile)
+    queries = heads // groups * count
+    parts, tile, stages, warps = form or form_for(keys, queries, window)
     y = torch.empty(projected.shape[0], heads * width, dtype=projected.dtype, device=keys.device)
     shape = batch * groups, parts, queries
     left = y if parts == 1 else torch.empty(*shape, width, dtype=torch.float32, device=keys.device)
     tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=keys.device).unbind()
     q_weight, k_weight, eps = norms or (rotary, rotary, 0.0)
-    sizes = {"T": count, "HEADS": heads, "GROUPS": groups, "WIDTH": width, "SPLITS": parts, "P": wide}
-    warps = 8 if rows > 64 or (rows > 16 and keys.itemsize > 2) else 4
+    sizes = {"T": count, "HEADS": heads, "GROUPS": groups, "WIDTH": width, "SPLITS": parts, "P": _padded(width)}
     with torch.cuda.device_of(keys):
         _attend[(batch * groups, parts)](
             projected.contiguous(), keys, values, start, rotary, q_weight, k_weight, left, tops, totals, capacity,
-            width**-0.5 * LOG2E, eps, **sizes, WINDOW=window, NORM=norms is not None, M=rows, N=tile, TP=16,
-            PRECISION="tf32x3" if keys.dtype == torch.float32 else "tf32", STAGES=3, num_warps=warps,
+            width**-0.5 * LOG2E, eps, **sizes, WINDOW=window, NORM=norms is not None, M=_padded(queries), N=tile, TP=16,
+            PRECISION="tf32x3" if keys.dtype == torch.float32 else "tf32", STAGES=stages, num_warps=warps,
         )  # fmt: skip
         if parts > 1:
             _sum[(batch * groups, queries)](left, tops, totals, y, **sizes, num_warps=4)

@@ -108,6 +108,16 @@ def test_in_the_interpreter_the_parts_of_a_row_add_up(interpreted, monkeypatch, 
     check(fused.decode_attention, given, 0, None, 2e-6)
 
 
+@pytest.mark.parametrize("form", [(1, 16, 1, 4), (8, 32, 2, 4), (16, 128, 3, 8)])
+def test_in_the_interpreter_any_form_is_the_reference(interpreted, form) -> None:
+    given, weights = inputs(4, 2, 16, 3, (300, 0, 64), norms=True)
+
+    def way(*call):
+        return interpreted.decode_attention(*call, interpreted.Form(*form))
+
+    check(way, given, 0, weights, 2e-6)
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_in_the_interpreter_low_precision_is_within_its_rounding(interpreted, kind) -> None:
     given, _ = inputs(4, 2, 32, 4, (70, 0, 9), kind)
