@@ -128,7 +128,7 @@ class HybridStepper:
 
     def shrunk(self, layers: Sequence[int]) -> HybridStepper:
         """A stepper of these layers alone, on the same weights."""
-        return HybridStepper(shrink(self.model, layers), self.tokenizer, self.debug)
+        return HybridStepper(shrink(self.model, layers), self.tokenizer, self.debug, self.graphs)
 
     def facts(self) -> dict[str, tuple[float, str]]:
         """What its engine has done so far: figures with their units, by name."""

@@ -15,8 +15,8 @@ import torch
 from ..harness.interfaces import Emit, Limits, Stepper
 from .batch import Round
 
-TIMED = 5
-"""Rounds that are timed of each K, after one that is not."""
+UNTIMED, TIMED = 2, 5
+"""Rounds of each K that get kernels tuned and graphs recorded, and rounds whose median is the cost."""
 FORGET = 0.8
 """What older rounds still weigh after another window: acceptance follows the text."""
 PRIOR = 2.0
@@ -42,13 +42,13 @@ class CostTable:
     @staticmethod
     def _measure(model: Stepper, k: int, play: Callable[[int], Round]) -> float:
         times = []
-        for _ in range(1 + TIMED):
+        for _ in range(UNTIMED + TIMED):
             _wait(model)
             began = time.perf_counter()
             play(k)
             _wait(model)
             times.append(time.perf_counter() - began)
-        return sorted(times[1:])[TIMED // 2]
+        return sorted(times[UNTIMED:])[TIMED // 2]
 
 
 class Chooser:

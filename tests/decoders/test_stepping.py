@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.backends.config import HybridConfig
+from mambabench.backends.hybrid import TeacherBackend
 from mambabench.backends.model import HybridForCausalLM
+from mambabench.backends.plugin import TeacherConfig
 from mambabench.backends.stepper import HybridStepper
 from mambabench.decoders.plugin import LayersConfig, ModelConfig
 from mambabench.decoders.speculative import SpeculativeDecoder
@@ -199,3 +201,19 @@ def test_drafts_that_cannot_be_are_refused():
         run(LayersDraft(LayersConfig(layers=(0, 7))), TARGETS["a2a2"])
     with pytest.raises(MambabenchError, match="which model 'absent' is"):
         run(ModelDraft(ModelConfig(model="absent")))
+
+
+def test_real_text_is_the_same_with_layers_of_a_trained_model_as_the_draft(shared, tmp_path):
+    backend = TeacherBackend(TeacherConfig())
+    backend.convert(shared / "models" / "stories-260k", [], tmp_path / "teacher", seed=0)
+    target = backend.load(tmp_path / "teacher", "cpu", "float64")
+    texts = ("Once upon a time", "Lily and Tom", "The dog ran")
+    prompts = [Prompt(tuple(target.tokenizer.encode(text)), row) for row, text in enumerate(texts)]
+    limits = Limits(new_tokens=48, stop_strings=("park",))
+    wanted, _ = answer_with_records(StandardDecoder(), target, prompts, limits)
+    decoder = SpeculativeDecoder(LayersDraft(LayersConfig(layers=(0, 1, 3, 4))), 3, look=3)
+    answers, records = answer_with_records(decoder, target, prompts, limits)
+    assert answers == wanted
+    assert any(answer.finish == "stop" for answer in answers)
+    accepted = [r["accepted"] for r in records if r["kind"] == "round"]
+    assert sum(accepted) > len(accepted) / 2, "most of a trained model's layers say what all of them say"
