@@ -75,8 +75,8 @@ def _step(  # type: ignore[no-untyped-def]
     x_row, x_slot, b_row, b_slot, c_row, c_slot, dt_row, dt_slot,
     SLOTS, MARGIN, HEADS, X_HEADS, B_HEADS, C_HEADS,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
-    BLOCK_P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr,
-    EXACT: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    PIECES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (WIDTH + BLOCK_P - 1) // BLOCK_P
     head = tl.program_id(0) // tiles
@@ -139,11 +139,21 @@ def _step(  # type: ignore[no-untyped-def]
     if SETTLE:  # noqa: SIM102 - one of the two is known when the kernel is compiled
         if (replayed > 0) & (replayed + MARGIN > REPLAY):
             inputs = old_x.to(tl.float32) * weights[None, :]
-            added = _times(inputs, old_b, 0 if EXACT else 3)
-            if whole:
-                tl.store(states, state * carry + added)
+            if COLUMNS == N:
+                added = _times(inputs, old_b, 0 if EXACT else 3)
+                if whole:
+                    tl.store(states, state * carry + added)
+                else:
+                    tl.store(states, state * carry + added, mask=inside)
             else:
-                tl.store(states, state * carry + added, mask=inside)
+                for first in range(0, N, COLUMNS):
+                    m = first + tl.arange(0, COLUMNS)
+                    short = m < SIZE
+                    b = _part(b_ptr + old_slots[:, None] * b_slot + m[None, :], old[:, None], short[None, :], whole)
+                    part = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + m[None, :]
+                    added = _times(inputs, b, 0 if EXACT else 3)
+                    before = _part(part, wide, short[None, :], whole)
+                    tl.store(part, before * carry + added, mask=wide & short[None, :])
 
 
 @triton.jit
@@ -202,11 +212,19 @@ class Form(NamedTuple):
     block: int
     """Rows of a head's state that a program has."""
     warps: int
+    columns: int = 0
+    """0: what is written is made of what was read, which a program holds all along. Else so many columns at a time are
+    read again, from the cache, and fewer registers let more programs run side by side."""
 
 
-FORMS = tuple(Form(block, warps) for block, warps in ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8)))
+TILES = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8))
+FORMS = tuple(Form(block, warps, columns) for columns in (0, 32) for block, warps in TILES)
 PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
+MEASURED = 1 << 20
+"""Bytes of a checkpoint from which on forms are timed."""
+COLD = 128 << 20
+"""Bytes of checkpoints that do not fit in a cache."""
 CONVOLVED = 256
 """Channels of a program of `convolve`."""
 
@@ -218,12 +236,15 @@ def _kind(ring: Ring, state: Tensor, plan: Plan) -> tuple[Any, ...]:
     return *state.shape, *(t.shape[2] for t in (ring.x, ring.B, ring.C)), plan, ring.x.dtype, state.device
 
 
-def form_for(ring: Ring, state: Tensor, plan: Plan) -> Form:
-    """The form that `tune` found, else one that keeps a GPU busy: whole heads only where there are many."""
+def form_for(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> Form:
+    """The fastest where memory is large enough for that to matter and can be measured now, else one that keeps a GPU
+    busy: wider tiles only where there are many."""
     found = _best.get(_kind(ring, state, plan))
+    if found is None and state.nbytes >= MEASURED and state.is_cuda and not torch.cuda.is_current_stream_capturing():
+        found = tune(ring, A, D, state, plan)
     if found is None:
         block = 16 if state.shape[0] * state.shape[1] < 2048 else 32
-        found = Form(min(block, triton.next_power_of_2(max(state.shape[2], 16))), block // 16)
+        found = Form(min(block, _tile(state.shape[2])), block // 16)
     return found
 
 
@@ -241,7 +262,7 @@ def ring_multistep(
 ) -> Tensor:
     """Shapes as in `ring`; y [B, T, H, P] in x's dtype. With `warmup` the kernel is only compiled."""
     batch, heads, width, size = state.shape
-    form = form or form_for(ring, state, plan)
+    form = form or form_for(ring, A, D, state, plan)
     y = torch.empty(batch, plan.count, heads, width, dtype=ring.x.dtype, device=state.device)
     exact = ring.x.dtype == torch.float32
     with torch.cuda.device_of(state):
@@ -250,8 +271,8 @@ def ring_multistep(
             *(t.stride(i) for t in (ring.x, ring.B, ring.C, ring.dt) for i in (0, 1)),
             ring.dt.shape[1], plan.steps, heads, *(heads // t.shape[2] for t in (ring.x, ring.B, ring.C)),
             WIDTH=width, SIZE=size, COUNT=plan.count, REPLAY=plan.replay, SETTLE=plan.settle,
-            BLOCK_P=form.block, N=_tile(size), T=_tile(plan.count), R=_tile(plan.replay),
-            PIECES=0 if exact else pieces, EXACT=exact, num_warps=form.warps,
+            BLOCK_P=form.block, COLUMNS=form.columns or _tile(size), N=_tile(size), T=_tile(plan.count),
+            R=_tile(plan.replay), PIECES=0 if exact else pieces, EXACT=exact, num_warps=form.warps,
             grid=(triton.cdiv(width, form.block) * heads, batch), warmup=warmup,
         )  # fmt: skip
     return y
@@ -263,8 +284,9 @@ def _tile(size: int) -> int:
 
 
 def forms_for(state: Tensor) -> list[Form]:
-    """Those with no more rows than a head has."""
-    return [form for form in FORMS if form.block <= _tile(state.shape[2])]
+    """Those with no larger tiles than a head has."""
+    width, size = (_tile(n) for n in state.shape[2:])
+    return [form for form in FORMS if form.block <= width and form.columns < size]
 
 
 def compile_forms(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, pieces: tuple[int, ...]) -> None:
@@ -275,31 +297,53 @@ def compile_forms(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, p
             ring_multistep(ring, A, D, state, cursor, cursor, plan, form, count, warmup=True)
 
 
-def tune(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: int = 20) -> Form:
+def tune(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: int = 16) -> Form:
     """Times every form on scratch memory of the shapes given, and has calls of these shapes use the fastest.
 
-    The rows of the scratch memory are at every stage between two writes of the checkpoint.
+    The rows of the scratch memory are at every stage between two writes of the checkpoint; its checkpoints take turns,
+    so that they are not found in the cache.
     """
     kind = _kind(ring, state, plan)
     if kind in _best:
         return _best[kind]
     parts = {name: torch.zeros_like(getattr(ring, name)) for name in ("x", "B", "C", "dt")}
-    scratch, checkpoint = dataclasses.replace(ring, **parts), torch.zeros_like(state)
+    scratch = dataclasses.replace(ring, **parts)
+    checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
     saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
     start = 1 + (torch.arange(state.shape[0], device=state.device) % plan.replay).int()
-    compile_forms(scratch, A, D, checkpoint, plan, (PIECES,))
-    times = {}
-    for form in forms_for(state):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for round in range(repeats + 3):
-            if round == 3:
-                before.record()
-            ring_multistep(scratch, A, D, checkpoint, start, saved, plan, form)
-        after.record()
-        after.synchronize()
-        times[form] = before.elapsed_time(after)
+    compile_forms(scratch, A, D, state, plan, (PIECES,))
+    times = {form: _time(scratch, A, D, checkpoints, start, saved, plan, form, repeats) for form in forms_for(state)}
     _best[kind] = min(times, key=times.__getitem__)
     return _best[kind]
+
+
+def _time(
+    ring: Ring,
+    A: Tensor,
+    D: Tensor,
+    checkpoints: list[Tensor],
+    start: Tensor,
+    saved: Tensor,
+    plan: Plan,
+    form: Form,
+    repeats: int,
+) -> float:
+    """Milliseconds of the best of three graphs, which the host does not slow down."""
+    given = start, saved, plan, form
+    ring_multistep(ring, A, D, checkpoints[0], *given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for i in range(repeats):
+            ring_multistep(ring, A, D, checkpoints[i % len(checkpoints)], *given)
+    times = []
+    for _ in range(3):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after))
+    return min(times)
 
 
 def convolve(

@@ -244,7 +244,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
             found.append(
                 {
                     "shape": name, "batch": batch, "tokens": count, "replay": replay, "pieces": pieces, **peers,
-                    "us": time, "form": best, "forms": {f"{f.block}x{f.warps}": t for f, t in times.items()},
+                    "us": time, "form": best, "forms": {str(tuple(f)): t for f, t in times.items()},
                     "bytes": bytes_moved, "floor_us": bytes_moved / copy / 1e3, "convolution": convolution,
                     "replayed": replayed, "written": written,
                 }
@@ -257,7 +257,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
                 f"{tuple(best)}; convolution {convolution:.1f} us",
                 flush=True,
             )
-            print("      " + ", ".join(f"{f.block}x{f.warps} {t:.1f}" for f, t in times.items()))
+            print("      " + ", ".join(f"{tuple(f)} {t:.1f}" for f, t in times.items()))
         del made
     return found
 
