@@ -47,7 +47,7 @@ class Texts:
         grown = torch.minimum(self.length + count, self.full)
         if self._stops.numel():
             # places.shape[0] stands for "none of them".
-            stops = torch.where(torch.isin(tokens, self._stops), places, places.shape[0]).amin(1)
+            stops = torch.where((tokens.unsqueeze(-1) == self._stops).any(-1), places, places.shape[0]).amin(1)
             ended = self.length + stops + 1
             stopped = ended <= grown
             grown = torch.minimum(grown, ended)
