@@ -72,6 +72,22 @@ class SpeculativeConfig:
         _at_least_one(self, "k", "window", "look")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptedConfig:
+    draft: Annotated[Choice, ChoiceOf("draft")] = field(default_factory=lambda: Choice("draft", "ngram", NgramConfig()))
+    k: int = 4
+    """Drafted tokens a round."""
+    tokens: float = 3.0
+    """Mean tokens of a round, the correction or bonus token included: more than 1, less than k + 1."""
+    look: int = 1
+    """Rounds after which the host looks at what came of them."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "k", "look")
+        if not 1 < self.tokens < self.k + 1:
+            raise ValueError(f"tokens is {self.tokens}; it must be more than 1 and less than k + 1 ({self.k + 1})")
+
+
 def _at_least_one(config: object, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
@@ -96,6 +112,14 @@ def mambabench_components() -> Iterable[Component]:
             config=SpeculativeConfig,
             traits=frozenset({"lossless", "streams"}),
             summary="A draft proposes k tokens, one call of the model judges them",
+        ),
+        Component(
+            kind="decoder",
+            name="scripted",
+            target="mambabench.decoders.scripted:scripted",
+            config=ScriptedConfig,
+            traits=frozenset({"streams"}),
+            summary="All the work of speculative, but chance accepts drafts: for maps of speed, its text means nothing",
         ),
         Component(
             kind="draft",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..harness.interfaces import DeviceDraft, Draft, Limits, Prompt, Stepper
 from .batch import Batch, Round
-from .sampling import agreeing, pick, probabilities, reject
+from .sampling import ACCEPT, agreeing, pick, probabilities, reject, uniform
 
 
 class Drafting(Protocol):
@@ -48,6 +48,24 @@ def draft_round(batch: Batch, state: Any, draft: Drafting, k: int, steady: bool)
         p = probabilities(logits, limits)
         accepted, tokens = reject(p, q, ids, real, limits.seed, texts.sequence, position)
     return Round(tokens, real.long().clamp(max=k), accepted)
+
+
+def scripted_round(batch: Batch, state: Any, draft: Drafting, k: int, rate: float) -> Round:
+    """A round whose verdict is thrown away: each draft stands by chance, at this rate if those before it do."""
+    at = batch.texts.length.unsqueeze(1) + torch.arange(k, device=batch.texts.length.device)
+    ids: list[Tensor] = []
+
+    def noted(texts: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        drafts, real, q = draft(texts, length, k)
+        ids.append(drafts)
+        return drafts, real, q
+
+    judged = draft_round(batch, state, noted, k, steady=False)
+    stands = uniform(batch.limits.seed, batch.texts.sequence, at, ACCEPT) < rate
+    accepted = stands.long().cumprod(1).sum(1)
+    standing = torch.arange(k, device=at.device) < accepted.unsqueeze(1)
+    tokens = torch.cat([torch.where(standing, ids[0], judged.tokens[:, :k]), judged.tokens[:, k:]], dim=1)
+    return Round(tokens, torch.full_like(accepted, k), accepted)
 
 
 def drafting(

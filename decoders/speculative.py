@@ -25,7 +25,7 @@ from ..harness.interfaces import (
 from .adaptive import Chooser, CostTable
 from .batch import Batch, Round
 from .plugin import SpeculativeConfig
-from .rounds import draft_round, drafting
+from .rounds import draft_round, drafting, scripted_round
 
 
 def speculative(config: SpeculativeConfig) -> SpeculativeDecoder:
@@ -39,15 +39,23 @@ def speculative(config: SpeculativeConfig) -> SpeculativeDecoder:
 class SpeculativeDecoder:
     """Drafts `k` tokens a round, always as many: a row with fewer is padded, and its padding never counts.
 
-    With a `window` above 0, K is chosen anew from 1 … k after as many rounds (`adaptive`).
+    With a `window` above 0, K is chosen anew from 1 … k after as many rounds (`adaptive`). With a `script` that share
+    of drafts stands by chance, whatever the model says (`scripted`).
     """
 
     def __init__(
-        self, draft: Draft | DeviceDraft, k: int, *, look: int = 1, steady: bool = True, window: int = 0
+        self,
+        draft: Draft | DeviceDraft,
+        k: int,
+        *,
+        look: int = 1,
+        steady: bool = True,
+        window: int = 0,
+        script: float | None = None,
     ) -> None:
         self.draft = draft
         self.k = k
-        self.look, self.steady, self.window = look, steady, window
+        self.look, self.steady, self.window, self.script = look, steady, window, script
         self._costs = CostTable()
 
     def bind(self, models: Mapping[str, Artifact]) -> None:
@@ -68,6 +76,8 @@ class SpeculativeDecoder:
         draft = drafting(self.draft, model, prompts, limits, self.k, self.steady)
 
         def play(k: int) -> Round:
+            if self.script is not None:
+                return scripted_round(batch, state, draft, k, self.script)
             return draft_round(batch, state, draft, k, self.steady)
 
         chooser = None
