@@ -53,18 +53,18 @@ def draft_round(batch: Batch, state: Any, draft: Drafting, k: int, steady: bool)
 def scripted_round(batch: Batch, state: Any, draft: Drafting, k: int, rate: float) -> Round:
     """A round whose verdict is thrown away: each draft stands by chance, at this rate if those before it do."""
     at = batch.texts.length.unsqueeze(1) + torch.arange(k, device=batch.texts.length.device)
-    ids: list[Tensor] = []
+    proposed: list[Tensor] = []
 
-    def noted(texts: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        drafts, real, q = draft(texts, length, k)
-        ids.append(drafts)
+    def noted(ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        drafts, real, q = draft(ids, length, k)
+        proposed.append(drafts)
         return drafts, real, q
 
     judged = draft_round(batch, state, noted, k, steady=False)
     stands = uniform(batch.limits.seed, batch.texts.sequence, at, ACCEPT) < rate
     accepted = stands.long().cumprod(1).sum(1)
     standing = torch.arange(k, device=at.device) < accepted.unsqueeze(1)
-    tokens = torch.cat([torch.where(standing, ids[0], judged.tokens[:, :k]), judged.tokens[:, k:]], dim=1)
+    tokens = torch.cat([torch.where(standing, proposed[0], judged.tokens[:, :k]), judged.tokens[:, k:]], dim=1)
     return Round(tokens, torch.full_like(accepted, k), accepted)
 
 
