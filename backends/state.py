@@ -85,8 +85,8 @@ class State:
     capacity: int
     """Positions a row can hold."""
     ring: int
-    """Slots of every ring: for two rounds and the convolution's window. A call that settles replays up to `steps`
-    tokens and writes as many new ones, which must not lie in slots that it reads."""
+    """`input_slots`: for two rounds and the convolution's window. A call that settles replays up to `steps` tokens and
+    writes as many new ones, which must not lie in slots that it reads. For one round where it does not read them."""
     exact: torch.dtype
     """Of recurrent states."""
     rotary: Tensor
@@ -112,6 +112,13 @@ def steps_by_kernel(config: HybridConfig, like: Tensor, steps: int) -> bool:
     return chosen("ring_multistep", ring_supports(like, config.head_dim, steps, config.mamba_rope))
 
 
+def input_slots(config: HybridConfig, like: Tensor, steps: int) -> int:
+    """Slots of the rings of projections. Where kernels run, only the convolution's window is read of them in a call,
+    and what a later prompt may replay."""
+    fewer = "mamba2" in config.mixers and "mamba" not in config.mixers and steps_by_kernel(config, like, steps)
+    return (1 if fewer else 2) * steps + config.d_conv - 1
+
+
 def _state_ring(config: HybridConfig, batch: int, slots: int, like: Tensor) -> StateRing:
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     convolved = like.new_zeros(batch, slots, (2 * groups + heads) * width)
@@ -122,7 +129,7 @@ def _state_ring(config: HybridConfig, batch: int, slots: int, like: Tensor) -> S
 
 def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, steps: int, like: Tensor) -> State:
     """Empty rows of `capacity` positions, in the dtype and on the device of `like`."""
-    ring = 2 * steps + config.d_conv - 1
+    ring = input_slots(config, like, steps)
     groups, width = config.num_key_value_heads, config.head_dim
     exact = compute_dtype(like)
     layers: list[LayerState] = []

@@ -22,7 +22,7 @@ from .graphs import Graphs, Recorder, capturing, wanted
 from .mixers import MAMBAS
 from .model import HybridForCausalLM
 from .shrink import shrink
-from .state import Kept, State, open_state, recurrent, steps_by_kernel
+from .state import Kept, State, input_slots, open_state, recurrent, steps_by_kernel
 
 BLOCK = 256
 """Positions by which memory grows where calls are recorded on it."""
@@ -151,6 +151,7 @@ class HybridStepper:
         exact = compute_dtype(self.model.lm_head.weight).itemsize
         kinds = [recurrent(config, mixer) for mixer in config.mixers if mixer in MAMBAS]
         cells, slots = sum(math.prod(shape) for shape, _ in kinds), size * sum(slot for _, slot in kinds)
+        kept = input_slots(config, self.model.lm_head.weight, steps)
         reached = [min(context, window or context) + steps for window in self._windows]
         slot_bytes = 2 * groups * width * size * batch
         return Cost(
@@ -160,7 +161,7 @@ class HybridStepper:
             flops=2 * numbers * tokens + 4 * tokens * sum(reached) * heads * width + tokens * 8 * cells,
             held_weight_bytes=sum(p.nbytes for p in held.values()),
             held_kv_bytes=slot_bytes * attention * self._capacity(context + steps),
-            held_state_bytes=batch * (cells * exact + (2 * steps + config.d_conv - 1) * slots + self._rings(steps)),
+            held_state_bytes=batch * (cells * exact + kept * slots + self._rings(steps)),
         )
 
     def _rings(self, steps: int) -> int:
