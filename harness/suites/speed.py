@@ -47,8 +47,8 @@ class Speed:
                     bench.emit("progress", done=block, total=total, unit="blocks")
                 _emit_states(bench, arms, batch)
             _emit_peaks(bench, {name: arm.peak for name, arm in arms.items()})
-            for name, arm in arms.items():
-                for what, (value, unit) in getattr(arm.model, "facts", dict)().items():
+            for name, measured in arms.items():
+                for what, (value, unit) in getattr(measured.model, "facts", dict)().items():
                     bench.emit("fact", name=what, value=value, unit=unit, arm=name)
 
     def _warm_up(self, bench: Bench, arms: dict[str, Arm], batch: int) -> Iterator[list[Prompt]]:
