@@ -55,11 +55,9 @@ class Pieces:
         """What can be shown now that the answer has these new tokens; with `finished`, all that is left of it."""
         if finished:
             return self._next(make_answer(new, self._limits, self._tokenizer).text, new)
-        text = self._text(new)
-        waiting = len(text) - len(text.rstrip(REPLACEMENT))
-        if self._limits.stop_strings:
-            forms = (text, self._tokenizer.decode(new))
-            waiting = max(waiting, *(_begun(string, form) for string in self._limits.stop_strings for form in forms))
+        text = self._text(new).rstrip(REPLACEMENT)
+        forms = (text, self._tokenizer.decode(new).rstrip(REPLACEMENT)) if self._limits.stop_strings else ()
+        waiting = max((_begun(string, form) for string in self._limits.stop_strings for form in forms), default=0)
         return self._next(text[: max(len(text) - waiting, 0)], new)
 
     def _next(self, text: str, new: Sequence[int]) -> str:

@@ -90,7 +90,7 @@ def test_greedy_text_with_a_model_as_a_draft_is_the_standard_text(
         assert all(r["accepted"] == r["drafted"] for r in records if r["kind"] == "round")
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     st.sampled_from(["layers", "model"]),
     prompt_lists,
@@ -133,8 +133,7 @@ def test_the_draft_of_a_toy_model_conforms_and_keeps_the_stepping_contract():
             return Small(target.tokenizer.letters)
 
     draft = Fitting(ModelConfig(model="small"))
-    check_decoder(SpeculativeDecoder(draft, 3))
-    check_decoder(SpeculativeDecoder(draft, 2, look=4, steady=False))
+    check_decoder(SpeculativeDecoder(draft, 3, look=2))
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

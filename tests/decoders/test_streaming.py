@@ -1,6 +1,5 @@
 """Text in pieces, rounds that the host sees late, and rows that ended meanwhile."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,10 +57,8 @@ def test_pieces_add_up_to_the_text_however_late_the_host_looks(prompts, decoder,
     check_records(records, answers)
 
 
-@pytest.mark.parametrize("look", [2, 7])
-def test_a_decoder_that_looks_rarely_conforms(look):
-    check_decoder(StandardDecoder(StandardConfig(look=look)))
-    check_decoder(SpeculativeDecoder(NgramDraft(), 3, look=look))
+def test_a_decoder_that_looks_rarely_conforms():
+    check_decoder(SpeculativeDecoder(NgramDraft(), 3, look=3))
 
 
 def test_what_became_known_at_once_is_one_burst():
@@ -118,8 +115,8 @@ def test_no_piece_has_half_a_character_or_part_of_a_stop_string(prompt, text, st
         assert "\N{REPLACEMENT CHARACTER}" not in piece
         shown += piece
     answer = make_answer(new, limits, tokenizer)
-    assert shown.removeprefix(" ") == answer.text.removeprefix(" ")
-    if not stops:
+    assert shown in (answer.text, " " + answer.text)
+    if not stops and text != " ":  # of a lone space the answer has nothing
         assert prompt + shown == prompt + text
 
 
