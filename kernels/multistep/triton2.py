@@ -232,8 +232,9 @@ _best: dict[tuple[Any, ...], Form] = {}
 
 
 def _kind(ring: Ring, state: Tensor, plan: Plan) -> tuple[Any, ...]:
-    """What a form is chosen for."""
-    return *state.shape, *(t.shape[2] for t in (ring.x, ring.B, ring.C)), plan, ring.x.dtype, state.device
+    """What a form is chosen for: calls of other lengths, but of the same tiles, take about as long."""
+    groups = (t.shape[2] for t in (ring.x, ring.B, ring.C))
+    return *state.shape, *groups, _tile(plan.count), _tile(plan.replay), plan.settle, ring.x.dtype, state.device
 
 
 def form_for(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> Form:
@@ -243,8 +244,8 @@ def form_for(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> For
     if found is None and state.nbytes >= MEASURED and state.is_cuda and not torch.cuda.is_current_stream_capturing():
         found = tune(ring, A, D, state, plan)
     if found is None:
-        block = 16 if state.shape[0] * state.shape[1] < 2048 else 32
-        found = Form(min(block, _tile(state.shape[2])), block // 16)
+        few = state.shape[0] * state.shape[1] < 2048 or ring.x.dtype == torch.float32
+        found = Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4)
     return found
 
 
@@ -283,17 +284,19 @@ def _tile(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def forms_for(state: Tensor) -> list[Form]:
-    """Those with no larger tiles than a head has."""
+def forms_for(ring: Ring, state: Tensor) -> list[Form]:
+    """Those with no larger tiles than a head has; small ones for fp32, of which products are not made by tensor cores
+    but in registers."""
     width, size = (_tile(n) for n in state.shape[2:])
-    return [form for form in FORMS if form.block <= width and form.columns < size]
+    most = 16 if ring.x.dtype == torch.float32 else width
+    return [form for form in FORMS if form.block <= min(width, most) and form.columns < size]
 
 
 def compile_forms(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, pieces: tuple[int, ...]) -> None:
     """Compiles what `ring_multistep` may run, side by side."""
     cursor = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
     with ThreadPoolExecutor(16) as pool, triton.AsyncCompileMode(pool):
-        for form, count in itertools.product(forms_for(state), pieces):
+        for form, count in itertools.product(forms_for(ring, state), pieces):
             ring_multistep(ring, A, D, state, cursor, cursor, plan, form, count, warmup=True)
 
 
@@ -312,7 +315,9 @@ def tune(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: i
     saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
     start = 1 + (torch.arange(state.shape[0], device=state.device) % plan.replay).int()
     compile_forms(scratch, A, D, state, plan, (PIECES,))
-    times = {form: _time(scratch, A, D, checkpoints, start, saved, plan, form, repeats) for form in forms_for(state)}
+    times = {
+        form: _time(scratch, A, D, checkpoints, start, saved, plan, form, repeats) for form in forms_for(ring, state)
+    }
     _best[kind] = min(times, key=times.__getitem__)
     return _best[kind]
 

@@ -231,7 +231,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
         convolution = time_convolution(made, rounds[0][0])
         for pieces in (1, 2):
             times = {}
-            for form in triton2.forms_for(first.state):
+            for form in triton2.forms_for(first.ring, first.state):
                 wrong = check(first, plan, form, pieces, *rounds[0])
                 if wrong:
                     print(f"  replay {replay}, {form}, {pieces} pieces: {wrong}")
