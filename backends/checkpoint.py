@@ -89,9 +89,10 @@ def check_shapes(folder: Path, expected: Mapping[str, tuple[int, ...]], config: 
             )
 
 
-def load(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> HybridForCausalLM:
-    """The model of a folder in `dtype`, every tensor read and moved once. Raises MambabenchError for any that is
-    missing, left over or of another shape."""
+def load(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu", copy: bool = True) -> HybridForCausalLM:
+    """The model of a folder in `dtype`, every tensor read and moved once. Without `copy`, tensors that are wanted as
+    they stand in a file are views of it, mapped into memory. Raises MambabenchError for any that is missing, left over
+    or of another shape."""
     config = read_config(folder)
     model = skeleton(config)
     check(folder, model, config)
@@ -102,7 +103,7 @@ def load(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -
         if name not in wanted or (tied and name == "lm_head.weight"):
             continue
         kind = torch.float32 if dtype.itemsize < 4 and name.rpartition(".")[2] in EXACT else dtype
-        tensors[name] = weights[name].to(device=device, dtype=kind, copy=True)
+        tensors[name] = weights[name].to(device=device, dtype=kind, copy=copy)
     fill(model, tensors)
     model.config.dtype = dtype
     return model.eval()

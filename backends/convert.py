@@ -169,4 +169,6 @@ def _trade(
         mixer.inherit_rest(had)
     if options.conv == "identity":
         mixer.pass_through()
+    if options.skip == "none":
+        mixer.drop_skip()
     return {new + name: tensor if name in EXACT else tensor.to(q.dtype) for name, tensor in mixer.state_dict().items()}

@@ -29,7 +29,7 @@ from ..harness.interfaces import Answer, Cost, Emit, Limits, MambabenchError, Pr
 from . import checkpoint
 from .config import MODEL_TYPE
 from .convert import link
-from .hybrid import BYTES, read_tokenizer, torch_dtype
+from .hybrid import BYTES, asked_dtype, read_tokenizer, torch_dtype
 from .plugin import HfConfig
 from .weights import shards
 
@@ -86,6 +86,10 @@ class HfBackend:
     def module(self, artifact: Path) -> PreTrainedModel:
         """The model for training, fp32, on CPU."""
         return _load(artifact, torch.float32)
+
+    def mapped(self, artifact: Path, device: str) -> PreTrainedModel:
+        """The model for being asked by a training, on CPU: in bf16 for a GPU, with no larger copy on the way there."""
+        return _load(artifact, asked_dtype(device))
 
     def save(self, module: nn.Module, out: Path, like: Path) -> None:
         """Writes a transformers model as safetensors."""

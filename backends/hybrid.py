@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
+from ..kernels import support
 from . import checkpoint, convert, released
 from .families import FAMILIES, from_family
 from .model import HybridForCausalLM
@@ -37,6 +38,10 @@ class TeacherBackend:
                 f"backend teacher: keeps attention in all {layers} layers, so keep = {list(keep)} cannot be"
             )
         convert.adopt(parent, out)
+
+    def kernels(self) -> Mapping[str, Mapping[str, Any]]:
+        """By which kernels operations ran in this process."""
+        return support.record()
 
     def describe(self, artifact: Path) -> Mapping[str, Any]:
         """Sizes from the config and the tensors' headers. A tied head is counted once."""
@@ -68,8 +73,12 @@ class TeacherBackend:
 
     def frozen(self, artifact: Path, device: str) -> HybridForCausalLM:
         """The model for being asked by a training: on a GPU in bf16, with no copy of it on the way there."""
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        return checkpoint.load(artifact, dtype, device).requires_grad_(False)
+        return checkpoint.load(artifact, asked_dtype(device), device).requires_grad_(False)
+
+    def mapped(self, artifact: Path, device: str) -> HybridForCausalLM:
+        """The same weights on CPU, views of the mapped files where those have them in the same precision: processes
+        that take a part of each to a device of their own share them."""
+        return checkpoint.load(artifact, asked_dtype(device), copy=False).requires_grad_(False)
 
     def save(self, module: nn.Module, out: Path, like: Path) -> None:
         """Writes a `HybridForCausalLM`, or a transformers Llama as an all-attention one."""
@@ -114,6 +123,11 @@ class MambaBackend(TeacherBackend):
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
         """Layers outside `keep` become Mamba-1, initialised from the parent's attention."""
         convert.convert(parent, keep, out, seed, self.options)
+
+
+def asked_dtype(device: str) -> torch.dtype:
+    """Of models that a training only asks."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def torch_dtype(dtype: str, device: str) -> torch.dtype:

@@ -146,6 +146,11 @@ class Mamba(nn.Module, ABC):
         self.conv1d.weight[:, 0, -1] = 1
         self.conv_bias.zero_()
 
+    @torch.no_grad()
+    def drop_skip(self) -> None:
+        """Takes a token's own x out of the output, but for what the scan has of it."""
+        self.D.zero_()
+
     @property
     def conv_bias(self) -> Tensor:
         """Of every channel of the convolution."""

@@ -144,6 +144,7 @@ class HybridModel(HybridPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
+        max_documents: int | None = None,
         **_: Any,
     ) -> BaseModelOutput:
         """input_ids int64 [B, L] (or inputs_embeds [B, L, E]); attention_mask [B, L], 0 on padding at either side;
@@ -152,7 +153,7 @@ class HybridModel(HybridPreTrainedModel):
 
         cu_seq_lens_q int32 [documents + 1] and max_length_q, as transformers' collators make them, say of position_ids
         what the host would otherwise wait for: where documents begin among the tokens of all rows, and how long the
-        longest is.
+        longest is. max_documents, those of the row that has most, spares some mixers room for more.
         """
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = h.shape[1]
@@ -172,7 +173,7 @@ class HybridModel(HybridPreTrainedModel):
             if cu_seq_lens_q is None or max_length_q is None or real is not None:
                 documents = Packed.of(positions, real)
             else:
-                documents = Packed.known(positions, cu_seq_lens_q.int(), int(max_length_q))
+                documents = Packed.known(positions, cu_seq_lens_q.int(), int(max_length_q), max_documents)
         elif real is not None:
             position_ids = (real.long().cumsum(1) - 1).clamp(min=0)
         else:
@@ -235,6 +236,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
+        max_documents: int | None = None,
         **_: Any,
     ) -> CausalLMOutput:
         """Logits [B, L, V] and, with labels [B, L] (-100: ignored), the cross-entropy of the next token in nat.
@@ -253,6 +255,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             cu_seq_lens_q=cu_seq_lens_q,
             max_length_q=max_length_q,
+            max_documents=max_documents,
         ).last_hidden_state
         part = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, part])

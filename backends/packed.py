@@ -22,12 +22,13 @@ class Packed(Documents):
         return found
 
     @classmethod
-    def known(cls, positions: Tensor, offsets: Tensor, longest: int) -> Packed:
+    def known(cls, positions: Tensor, offsets: Tensor, longest: int, most: int | None = None) -> Packed:
         """From position ids int [B, L] of which the host knows the documents, so that nothing waits for the device:
-        `offsets` and `longest` as below."""
+        `offsets` and `longest` as below, and `most`, the documents of the row that has most of them."""
         starts = F.pad(positions[:, 1:] != positions[:, :-1] + 1, (1, 0))
         # In one row there are at most as many as that, if all others have one.
-        made = cls(starts.cumsum(1, dtype=torch.int32), len(offsets) - 1 - len(positions))
+        boundaries = len(offsets) - 1 - len(positions) if most is None else most - 1
+        made = cls(starts.cumsum(1, dtype=torch.int32), boundaries)
         made._offsets, made._longest = offsets, longest
         return made
 

@@ -36,6 +36,8 @@ class Mamba2HybridConfig:
     """`kept`: B and C are rotated by their positions, as the attention's K and Q were."""
     q_scale: Literal["one", "attention"] = "one"
     """`attention`: the rows of C that come from Q are divided by the square root of the head's width."""
+    skip: Literal["one", "none"] = "one"
+    """`none`: D, the weight of a token's own x beside the scan, begins at zero. Attention has no such path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,8 @@ class MambaConfig:
     """`kept`: B and C are rotated by their positions, as the attention's K and Q were."""
     q_scale: Literal["one", "attention"] = "one"
     """`attention`: the rows of C that come from Q are divided by the square root of the head's width."""
+    skip: Literal["one", "none"] = "one"
+    """`none`: D, the weight of a token's own x beside the scan, begins at zero. Attention has no such path."""
     dt_bias: Literal["once", "twice"] = "once"
     """How often the bias of dt is added; the released code adds it twice."""
     sub_block_order: Literal["aligned", "released"] = "aligned"

@@ -21,7 +21,7 @@ from .losses import IGNORED, shifted
 ALWAYS = ("input_ids", "position_ids")
 """What every model is given of a batch, where it is there; windows are padded at the right, where causal models need
 no mask."""
-ASKED = ("cu_seq_lens_q", "max_length_q")
+ASKED = ("cu_seq_lens_q", "max_length_q", "max_documents")
 """What those models are given that name it in their forward."""
 
 
@@ -30,8 +30,8 @@ def known(labels: Tensor, positions: Tensor) -> dict[str, Any]:
 
     `counted` int64 [N]: the places, in all rows one after the other, that predict something. Where a row has more than
     one document: `position_ids`, and as transformers calls them, `cu_seq_lens_q` int32 [documents + 1], the places
-    where documents begin and the number of all, and `max_length_q`, the length of the longest. Where none has, there
-    are no positions: they count from 0 in each row.
+    where documents begin and the number of all, and `max_length_q`, the length of the longest; `max_documents` are
+    those of the row that has most. Where none has, there are no positions: they count from 0 in each row.
     """
     said: dict[str, Any] = {"counted": (shifted(labels) != IGNORED).flatten().nonzero().squeeze(1)}
     if torch.equal(positions, torch.arange(positions.shape[1]).expand_as(positions)):
@@ -42,6 +42,7 @@ def known(labels: Tensor, positions: Tensor) -> dict[str, Any]:
         "position_ids": positions,
         "cu_seq_lens_q": offsets.to(torch.int32),
         "max_length_q": int(offsets.diff().max()),
+        "max_documents": int(begins.sum(1).max()),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a killed training goes on from: the trained weights, the optimiser, and how much was spent.
+"""What a killed training goes on from: the trained weights and the optimiser; and what it took so far.
 
 A checkpoint has no frozen weights and is the same however many ranks wrote it, sharded or not, so that any number of
 them can take it up.
@@ -17,11 +17,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .placement import gather, gather_states, spread, spread_states
-from .processes import averaged, ranks
+from .processes import averaged, rank, ranks
 from .records import Sums
 
-SECONDS = "seconds.json"
+WHOLE = "whole"
 """Written last into a checkpoint."""
+ACCOUNT = "account.json"
+"""Beside the checkpoints: what all attempts took so far."""
+NOTED_S = 1.0
+"""Between two entries in the account, and so the most of a killed attempt that is missing there."""
 WEIGHTS, STATES = "trained.safetensors", "states.pt"
 SHARE = 0.05
 """Of the time of a training, that goes into its checkpoints at most."""
@@ -29,18 +33,45 @@ QUESTIONS = 200
 """How often in a training ranks ask each other whether a checkpoint is due, for which their GPUs have to be done."""
 
 
+class Account(TrainerCallback):
+    """Counts the seconds of a training over all its attempts, whose work may be lost, and those of the GPUs that each
+    of them had."""
+
+    def __init__(self, folder: Path, gpus: int) -> None:
+        self.file, self.gpus = folder / ACCOUNT, gpus
+        kept = json.loads(self.file.read_text()) if self.file.is_file() else {"wall": 0.0, "gpu": 0.0}
+        self.wall, self.gpu = float(kept["wall"]), float(kept["gpu"])
+        """Seconds, up to when they were counted last."""
+        self._counted = time.perf_counter()
+
+    def count(self) -> None:
+        """Up to now, on disk as well."""
+        now = time.perf_counter()
+        self.wall += now - self._counted
+        self.gpu += (now - self._counted) * self.gpus
+        self._counted = now
+        if rank():
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_suffix(".partial")
+        unfinished.write_text(json.dumps({"wall": self.wall, "gpu": self.gpu}))
+        unfinished.replace(self.file)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.perf_counter() - self._counted >= NOTED_S:
+            self.count()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.count()
+
+
 class Checkpoints(TrainerCallback):
     """Asks for a checkpoint by the clock, since steps take milliseconds in one plan and minutes in another, and marks
-    each that is whole with the seconds of training that went into it."""
+    each that is whole."""
 
-    def __init__(self, every: float, spent: float) -> None:
+    def __init__(self, every: float) -> None:
         self.every = every
-        self.begun = time.perf_counter() - spent
         self.last = self.asked = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Of training, those before a resumption included."""
-        return time.perf_counter() - self.begun
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if ranks() > 1 and state.global_step % max(1, state.max_steps // QUESTIONS):
@@ -56,21 +87,14 @@ class Checkpoints(TrainerCallback):
         if ranks() > 1:
             # Each rank adds its own random numbers to a checkpoint.
             torch.distributed.barrier()
-        if not state.is_world_process_zero:
-            return
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        unfinished = folder / f"{SECONDS}.partial"
-        unfinished.write_text(json.dumps(self.seconds()))
-        unfinished.replace(folder / SECONDS)
+        if state.is_world_process_zero:
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
 
-def whole_checkpoint(folder: Path) -> tuple[Path | None, float]:
-    """The newest checkpoint that was written to its end, with its seconds of training; a kill may leave a torso."""
-    marks = list(folder.glob(f"checkpoint-*/{SECONDS}"))
-    if not marks:
-        return None, 0.0
-    newest = max(marks, key=lambda mark: int(mark.parent.name.rpartition("-")[2]))
-    return newest.parent, float(json.loads(newest.read_text()))
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; a kill may leave a torso."""
+    found = [mark.parent for mark in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return max(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 def save_weights(folder: Path, model: nn.Module, first: bool) -> None:

@@ -96,11 +96,17 @@ def recipe_of(config: DistillationConfig, phases: int = 1) -> training.Recipe:
     )
 
 
-def load_frozen(model: Artifact, device: str) -> nn.Module:
-    """A model that is only asked: on a GPU in bf16. A backend may have a quicker way there, which it calls `frozen`."""
-    frozen: Callable[[Path, str], nn.Module] | None = getattr(model.backend, "frozen", None)
-    if frozen is not None:
-        return frozen(model.path, device).eval().requires_grad_(False)
+def load_frozen(model: Artifact, device: str, parallel: str = "ddp") -> nn.Module:
+    """A model that is only asked: on a GPU in bf16.
+
+    A backend may have a quicker way there, which it calls `frozen`. Where ranks hold a part each, nobody may hold the
+    whole on a GPU: it stays on the CPU until then, if the backend can in memory that ranks share, which it calls
+    `mapped`.
+    """
+    way = "mapped" if parallel == "fsdp" and ranks() > 1 else "frozen"
+    load: Callable[[Path, str], nn.Module] | None = getattr(model.backend, way, None)
+    if load is not None:
+        return load(model.path, device).eval().requires_grad_(False)
     module = model.backend.module(model.path)
     return (module if device == "cpu" else module.to(torch.bfloat16)).eval().requires_grad_(False)
 
@@ -120,4 +126,4 @@ def load_teacher(job: Job, config: DistillationConfig, stage: str) -> nn.Module 
         raise MambabenchError(
             f"{stage}: the teacher {asked.name} has a vocabulary of {words} tokens, {job.parent.name} one of {own}"
         )
-    return load_frozen(asked, job.device)
+    return load_frozen(asked, job.device, config.parallel)

@@ -112,7 +112,7 @@ class PreferenceTrainer(training.SummedLossTrainer):
         if config.precompute and kept.is_file():
             self.train_dataset = replace(pairs, told=torch.load(kept, weights_only=True))
             return
-        self.reference = self.beside(load_frozen(reference, job.device))
+        self.reference = self.beside(load_frozen(reference, job.device, recipe.parallel))
         if config.precompute:
             told = self.ask(self.reference, pairs)
             if rank() == 0:

@@ -128,7 +128,8 @@ class AlignmentTrainer(training.SummedLossTrainer):
     ) -> None:
         super().__init__(job, model, windows, recipe, {"align": 1.0}, recipe.steps(windows), folder="align")
         self.bare, self.pairs = model, replaced(model, teacher)
-        teacher.to(self.args.device)
+        for _, attention in self.pairs.values():
+            attention.to(self.args.device)
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         places = counted(inputs, shifted(inputs["labels"]))

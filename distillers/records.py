@@ -25,6 +25,10 @@ class Spent:
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    """Seconds times the GPUs that there were at each time."""
+    peak: int = 0
+    """Most memory, in bytes: of the GPU, or of the process where there is none."""
 
 
 class Sums:

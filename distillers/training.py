@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..harness.interfaces import Job, MambabenchError, Unsupported
 from . import flops
-from .checkpoints import Checkpoints, load_states, load_weights, save_states, save_weights, whole_checkpoint
+from .checkpoints import Account, Checkpoints, load_states, load_weights, save_states, save_weights, whole_checkpoint
 from .losses import IGNORED
 from .passes import Passes
 from .placement import exact_policy, gather, held, restored, sharding
@@ -152,6 +152,19 @@ class SummedLossTrainer(Trainer):
         self.sums.add({**parts, LOSS: total}, inputs["attention_mask"].sum())
         return total
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The Trainer's, which would walk through all modules at every step to tell them that they train."""
+        assert self.model is not None
+        if not self.model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
     def create_accelerator_and_postprocess(self) -> None:
         """accelerate shards on GPUs alone; torch can do it on a CPU as well."""
         super().create_accelerator_and_postprocess()
@@ -230,6 +243,9 @@ def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArg
         report_to=[],
         **(sharding() if recipe.parallel == "fsdp" and ranks() > 1 else {}),
     )
+    if arguments.n_gpu > 1:
+        # A process is one GPU's. Where it sees others as well, the Trainer would put the model into nn.DataParallel.
+        arguments._n_gpu = 1
     if arguments.fsdp_plugin_args:
         arguments.fsdp_plugin_args["mixed_precision_policy"] = exact_policy()
     return arguments
@@ -240,15 +256,20 @@ def run(trainer: SummedLossTrainer, job: Job) -> Spent:
     that went before."""
     if job.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    checkpoint, seconds = whole_checkpoint(Path(str(trainer.args.output_dir)))
-    checkpoints = Checkpoints(job.checkpoint_s, seconds)
-    trainer.add_callback(checkpoints)
+    folder = Path(str(trainer.args.output_dir))
+    checkpoint = whole_checkpoint(folder)
+    account = Account(folder, 0 if job.device == "cpu" else ranks())
+    trainer.add_callback(account)
+    trainer.add_callback(Checkpoints(job.checkpoint_s))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    account.count()
     before = trainer.before
     return Spent(
         before.steps + trainer.state.global_step,
         before.tokens + trainer.sums.tokens(),
-        before.seconds + checkpoints.seconds(),
+        before.seconds + account.wall,
+        before.gpu_seconds + account.gpu,
+        max(before.peak, _peak_bytes(job.device)),
     )
 
 
@@ -278,10 +299,10 @@ def report(trainer: SummedLossTrainer, job: Job, spent: Spent) -> None:
         ("training_tokens", spent.tokens, "tokens"),
         ("training_steps", spent.steps, "steps"),
         ("training_wall", spent.seconds, "s"),
-        ("training_gpu", spent.seconds * gpus, "s"),
+        ("training_gpu", spent.gpu_seconds, "s"),
         ("parameters", total, ""),
         ("trainable_share", trained / total, ""),
-        ("peak_memory", _peak_bytes(job.device), "bytes"),
+        ("peak_memory", spent.peak, "bytes"),
     ]
     if ranks() > 1:
         share = sum(map(held, parameters)) / total

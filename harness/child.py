@@ -61,8 +61,11 @@ def main(argv: Sequence[str]) -> int:
         if ranks > 1:
             failure: Mapping[str, Any] | None = None
             failed = together(ranks, lambda rank: work_on(store, key, step, plugins, attempt, rank))
-            if failed is not None:
-                failure = failed.record or attempt.record("crashed", failed.reason(), Muted(), "cpu", [])
+            # A rank may fail while the first one, done with its work, makes the step whole.
+            told = failed is not None and failed.rank == 0 and failed.record is not None
+            if failed is not None and (told or not store.complete(key)):
+                device = f"cuda:{failed.rank}" if step["needs"]["gpus"] else "cpu"
+                failure = failed.record or attempt.record("crashed", failed.reason(), Muted(), device, [])
         else:
             watch()
             failure = work_on(store, key, step, plugins, attempt)
@@ -91,7 +94,10 @@ def work_on(
             facts = recorder.finish()
             if step["kind"] in ARTIFACT_KINDS:
                 work.sign(facts, attempt)
-            store.finish(key, attempt.record("ok", "", recorder, device, facts))
+            outcome = attempt.record("ok", "", recorder, device, facts)
+            if device != "cpu":
+                outcome["detail"]["kernels"] = work.kernels()
+            store.finish(key, outcome)
     except (Exception, SystemExit) as error:
         state, reason = classify(error)
         if state != "unsupported":
@@ -195,6 +201,7 @@ class Work:
             self.out = self.folder / "scratch" / f"rank-{rank}"
             self.out.mkdir(parents=True, exist_ok=True)
         self.seed, self.rank = int(step["seed"]), rank
+        self.backends: list[Any] = []
 
     def run(self) -> None:
         match self.step["kind"]:
@@ -230,6 +237,10 @@ class Work:
             "facts": facts,
         }
         write_json(self.out / "artifact.json", record)
+
+    def kernels(self) -> dict[str, Any]:
+        """By which kernels the operations of those models ran whose backend tells."""
+        return {name: how for each in self.backends if hasattr(each, "kernels") for name, how in each.kernels().items()}
 
     def _convert(self) -> None:
         backend = self._build("backend", self.step["backend"])
@@ -316,7 +327,10 @@ class Work:
         return self._build(kind, self.step["component"])
 
     def _build(self, kind: str, record: Mapping[str, Any]) -> Any:
-        return make(*restore(self.structurer, kind, record))
+        made = make(*restore(self.structurer, kind, record))
+        if kind == "backend":
+            self.backends.append(made)
+        return made
 
     def _name(self) -> str:
         return f"{self.step['component']['kind']} {self.step['component']['name']!r}"

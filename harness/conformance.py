@@ -42,8 +42,10 @@ def check_backend(
     """Raises AssertionError that says which property failed at which round.
 
     `backend` is a registered name (with its default options) or an object. Logits may be `tolerance` x max(1, largest
-    logit) apart. A backend without the trait `rollback` is only driven with start = end; one that raises `Unsupported`
-    from `module` or `save` is not held to them.
+    logit) apart. Below fp32 that serves where steps round as whole sequences do; where these have kernels of their own,
+    the two differ by about as much as either differs from the exact logits, and only that can be bounded. A backend
+    without the trait `rollback` is only driven with start = end; one that raises `Unsupported` from `module` or `save`
+    is not held to them.
     """
     made: Backend = make(registry().find("backend", backend)) if isinstance(backend, str) else backend
     described = made.describe(artifact)

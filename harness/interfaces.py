@@ -302,8 +302,12 @@ class Stepper(Protocol):
 
 
 class Backend(Protocol):
-    """A family of models. An artifact is a folder that only its backend reads and writes. A backend may also have
-    `frozen(artifact, device)`, a quicker `module` for models that trainings only ask: on a GPU in bf16."""
+    """A family of models. An artifact is a folder that only its backend reads and writes.
+
+    A backend may also have `frozen(artifact, device)`, a quicker `module` for models that trainings only ask: on a GPU
+    in bf16; and `kernels()`, which says of each operation that this process ran whether fused kernels ever ran it
+    (`fused`), and the `reasons` where they did not.
+    """
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
         """Makes an artifact from a parent (a teacher or another student): the layers in `keep` keep attention, every

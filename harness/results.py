@@ -35,7 +35,7 @@ FRAMES: Mapping[str, tuple[str, ...]] = {
 FACTS = ("name", "value", "unit", "arm")
 CELLS = (
     *("store", "label", "key", "kind", "model", "decoder", "suite", "stage", "seed", "state", "reason"),
-    *("wall_s", "overhead_s", "started", "attempt", "device", "threads", "peak_rss_bytes"),
+    *("wall_s", "overhead_s", "started", "attempt", "device", "threads", "peak_rss_bytes", "unfused"),
 )
 
 
@@ -207,6 +207,7 @@ def _cells(stores: Mapping[str, Store], runs: Mapping[str, Mapping[str, Any]]) -
                 **{column: record.get(column) for column in ("wall_s", "started", "attempt")},
                 **{column: detail.get(column) for column in ("device", "threads", "peak_rss_bytes")},
                 "overhead_s": _overhead(record.get("wall_s"), detail),
+                "unfused": _unfused(detail.get("kernels", {})),
             }
 
 
@@ -214,6 +215,12 @@ def _overhead(wall: float | None, detail: Mapping[str, Any]) -> float | None:
     """Seconds from a step's start to its first record and from its last record to its end."""
     first, last = detail.get("first_record_s"), detail.get("last_record_s")
     return None if first is None or last is None or wall is None else float(first + wall - last)
+
+
+def _unfused(kernels: Mapping[str, Mapping[str, Any]]) -> str:
+    """The operations that no fused kernel ran on a GPU, and why."""
+    plain = (f"{name} ({'; '.join(how['reasons'])})" for name, how in kernels.items() if not how["fused"])
+    return ", ".join(plain)
 
 
 def _dataset(files: Sequence[Path]) -> pd.DataFrame:

@@ -60,11 +60,17 @@ def reference_only() -> Iterator[None]:
 
 
 _met: dict[str, dict[str, None]] = {}
+_fused: set[str] = set()
 
 
 def reasons() -> dict[str, tuple[str, ...]]:
     """Of every operation that our PyTorch form ran so far: why."""
     return {operation: tuple(found) for operation, found in _met.items()}
+
+
+def record() -> dict[str, dict[str, Any]]:
+    """Of every operation so far: whether a kernel ever ran it, and the reasons where none did."""
+    return {name: {"fused": name in _fused, "reasons": list(_met.get(name, ()))} for name in sorted({*_met, *_fused})}
 
 
 def chosen(operation: str, support: Support) -> bool:
@@ -73,6 +79,8 @@ def chosen(operation: str, support: Support) -> bool:
         _met[operation][support.reason] = None
         level = logging.DEBUG if support.reason.startswith(ELSEWHERE) else logging.INFO
         LOG.log(level, "%s runs in PyTorch: %s", operation, support.reason)
+    if support:
+        _fused.add(operation)
     return bool(support)
 
 
@@ -107,5 +115,15 @@ def installed(module: str) -> Support:
 
 
 def kernel(module: str, name: str) -> Callable[..., Any]:
-    """`name` of a module that is `installed`."""
-    return getattr(importlib.import_module(module), name)
+    """`name` of a module that is `installed`, run on the GPU of its first argument.
+
+    Triton launches on the current GPU, whatever the tensors are on, and so do some functions of mamba-ssm. In backward
+    autograd has made that of forward the current one.
+    """
+    function = getattr(importlib.import_module(module), name)
+
+    def run(tensor: Tensor, *args: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args, **named)
+
+    return run

@@ -1,5 +1,6 @@
 """Triton's autotuner tries a dozen forms of each kernel and compiles them one after the other, which for the kernels of
-a scan's forward and backward takes minutes on a machine that has not met them. Here they compile side by side."""
+a scan's forward and backward takes minutes on a machine that has not met them. Here they compile side by side, and what
+was chosen is kept beside what was compiled, since every step of a run is a process of its own."""
 
 from __future__ import annotations
 
@@ -11,20 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+WARMUP_MS, TIMED_MS = 5, 25
+"""A quarter of what Triton takes for each form: still hundreds of calls."""
 THREADS = 16
 """At most: beyond it the interpreter's lock is what they wait for."""
 
 
 @functools.cache
 def compile_side_by_side(names: tuple[str, ...]) -> None:
-    """Has the tuned kernels of these modules compile all their forms at once, before the first is timed.
-
-    What is chosen stays as it was. Kernels that already prune their forms are left alone.
+    """Has the tuned kernels of these modules compile all their forms at once, before the first is timed; processes to
+    come take the choice from the disk, unless a form has a hook. Kernels that already prune their forms are left alone.
     """
+    from triton.testing import do_bench
+
     for name in names:
         for tuner in _tuners(importlib.import_module(name)):
             if tuner.early_config_prune is None:
                 tuner.early_config_prune = _Compiled(tuner)
+                tuner.do_bench = functools.partial(do_bench, warmup=WARMUP_MS, rep=TIMED_MS)
+                tuner.cache_results = True
 
 
 def _tuners(module: ModuleType) -> list[Any]:

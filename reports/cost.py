@@ -24,8 +24,8 @@ class Cost:
     title = "Cost"
     note = (
         "What each stage of training, and a choice of layers by trial, told of itself; numbers are means over seeds. "
-        "Training wall: over all attempts, where one was resumed. Loss: the last one recorded. "
-        "Weights: as loaded for decoding."
+        "Training wall and GPU: over all attempts, where one was resumed, with the work that was lost. "
+        "Loss: the last one recorded. Weights: as loaded for decoding."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -98,7 +98,8 @@ class Steps:
     title = "Steps"
     note = (
         "Wall: of the last attempt, from its start to its end. "
-        "Overhead: from that start to the first record and from the last record to the end."
+        "Overhead: from that start to the first record and from the last record to the end. "
+        "In plain PyTorch: operations of a step on a GPU that none of the fused kernels ran, and why."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -118,6 +119,7 @@ class Steps:
                 "overhead s": cells["overhead_s"],
                 "attempt": cells["attempt"],
                 "device": cells["device"],
+                "in plain PyTorch": cells["unfused"],
             }
         )
         frame["reason"] = ["".join(lines) for lines in frame["reason"]]
@@ -125,4 +127,4 @@ class Steps:
             frame = frame.drop(columns="store")
         if (frame["attempt"].fillna(1) == 1).all():
             frame = frame.drop(columns="attempt")
-        return drop_empty(frame, ["reason", "overhead s", "device"])
+        return drop_empty(frame, ["reason", "overhead s", "device", "in plain PyTorch"])

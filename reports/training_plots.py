@@ -30,6 +30,8 @@ class Line:
     """Models that were trained alike and keep different shares of attention, by share."""
 
     stages: tuple[str, ...]
+    rule: str
+    """That chooses the layers which keep attention; empty: evenly spread."""
     models: Mapping[float, Row]
 
 
@@ -62,22 +64,36 @@ def ladder(results: Results) -> tuple[Plot, ...]:
 def lines_of(results: Results, rows: Sequence[Row]) -> list[Line]:
     """Those of a ladder, which at 100 % have the one model that tables call `trained on`."""
     models = results.models.set_index("model")
-    alike: dict[Any, list[tuple[float, Row]]] = {}
+    alike: dict[Any, dict[str, list[tuple[float, Row]]]] = {}
     for row in rows:
-        keep = models["keep"][row.model]
-        if row.stages and not row.keeps_all and isinstance(keep, Real) and not isinstance(keep, bool):
+        kept = _kept(models["keep"][row.model])
+        if row.stages and not row.keeps_all and kept is not None:
+            share, rule = kept
             way = (models["store"][row.model], models["backend"][row.model], row.stages)
-            alike.setdefault(way, []).append((float(keep), row))
+            alike.setdefault(way, {}).setdefault(rule, []).append((share, row))
     lines = []
-    for (_, _, stages), group in alike.items():
-        shares = dict(group)
-        if len(shares) < 2 or len(shares) < len(group):
-            continue
-        controls = [trained_on(row, rows) for row in shares.values()]
-        if controls[0] is not None and all(control is controls[0] for control in controls):
-            shares[1.0] = controls[0]
-        lines.append(Line(stages, dict(sorted(shares.items()))))
+    for (_, _, stages), rules in alike.items():
+        none = [(share, row) for share, row in rules.get("", []) if share == 0]
+        for rule, group in rules.items():
+            group = group if not rule else [*none, *group]
+            shares = dict(group)
+            if len(shares) < 2 or len(shares) < len(group):
+                continue
+            controls = [trained_on(row, rows) for row in shares.values()]
+            if controls[0] is not None and all(control is controls[0] for control in controls):
+                shares[1.0] = controls[0]
+            lines.append(Line(stages, rule, dict(sorted(shares.items()))))
     return lines
+
+
+def _kept(keep: Any) -> tuple[float, str] | None:
+    """The share of attention that a plan asks for, and the rule that chooses the layers (empty: evenly spread; where
+    none is kept there is nothing to choose); None where a plan names the layers."""
+    if isinstance(keep, Real) and not isinstance(keep, bool):
+        return float(keep), ""
+    if isinstance(keep, Mapping) and isinstance(keep.get("share"), Real):
+        return float(keep["share"]), "" if keep["use"] == "uniform" else str(keep["use"])
+    return None
 
 
 def _rungs(
@@ -102,7 +118,7 @@ def _rungs(
                 [share for share, _ in points], [point.value for _, point in points], yerr=_bars(points),
                 fmt=MARKS[which % len(MARKS)] + STROKES[which % len(STROKES)], color=COLOURS[place % len(COLOURS)],
                 markersize=5, capsize=2, linewidth=1.5, elinewidth=1,
-                label=", ".join([" → ".join(line.stages), *([task[1]] if len(tasks) > 1 else [])]),
+                label=", ".join(filter(None, (" → ".join(line.stages), line.rule, task[1] if len(tasks) > 1 else ""))),
             )  # fmt: skip
             heights += [point.value for _, point in points]
     if not heights:

@@ -60,6 +60,7 @@ class Builder:
         decoder: Mapping[str, Any] | None = None,
         reference: Mapping[str, Any] | None = None,
         device: str = "cpu",
+        kernels: Mapping[str, Any] | None = None,
         wall: float = 3.0,
         artifact: str = "",
         code: Mapping[str, Any] | None = CODE,
@@ -116,7 +117,8 @@ class Builder:
             "attempt": 1,
             "wall_s": wall,
             "started": self.began,
-            "detail": {"device": device, "threads": 1, "first_record_s": 0.5, "last_record_s": wall - 0.25},
+            "detail": {"device": device, "threads": 1, "first_record_s": 0.5, "last_record_s": wall - 0.25}
+            | ({} if kernels is None else {"kernels": dict(kernels)}),
             "facts": [{"unit": "", "arm": "", **fact} for fact in facts],
             "environment": {},
         }

@@ -130,5 +130,4 @@ class GatedNorm(torch.autograd.Function):
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Tensor:
     """Shapes as in the reference's `gated_norm`. Computed in fp32, rounded to z's dtype once."""
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    with torch.cuda.device_of(y):
-        return GatedNorm.apply(_flat(y), _flat(z), weight, bias, width, eps).view(y.shape)
+    return GatedNorm.apply(_flat(y), _flat(z), weight, bias, width, eps).view(y.shape)

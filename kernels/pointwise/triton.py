@@ -56,8 +56,7 @@ def swiglu_packed(both: Tensor) -> Tensor:
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of contiguous tensors."""
     out = torch.empty_like(gate)
-    with torch.cuda.device_of(gate):
-        _swiglu_forward[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, out, gate.numel(), BLOCK=BLOCK)
+    _swiglu_forward[(triton.cdiv(gate.numel(), BLOCK),)](gate, up, out, gate.numel(), BLOCK=BLOCK)
     return out
 
 
@@ -65,8 +64,7 @@ def swiglu_backward(upstream: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     """Gradients to gate and up."""
     to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
     grid = (triton.cdiv(gate.numel(), BLOCK),)
-    with torch.cuda.device_of(gate):
-        _swiglu_backward[grid](upstream.contiguous(), gate, up, to_gate, to_up, gate.numel(), BLOCK=BLOCK)
+    _swiglu_backward[grid](upstream.contiguous(), gate, up, to_gate, to_up, gate.numel(), BLOCK=BLOCK)
     return to_gate, to_up
 
 
@@ -112,22 +110,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         x = x.contiguous()
     batch, length, heads, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        _rotate[(batch * length,)](
-            x,
-            cos,
-            sin,
-            out,
-            length,
-            heads,
-            width // 2,
-            x.stride(0),
-            x.stride(1),
-            x.stride(2),
-            cos.stride(0) if cos.shape[0] > 1 else 0,
-            cos.stride(1),
-            BACK=back,
-            HEADS=triton.next_power_of_2(heads),
-            HALF=triton.next_power_of_2(width // 2),
-        )
+    _rotate[(batch * length,)](
+        x,
+        cos,
+        sin,
+        out,
+        length,
+        heads,
+        width // 2,
+        x.stride(0),
+        x.stride(1),
+        x.stride(2),
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        cos.stride(1),
+        BACK=back,
+        HEADS=triton.next_power_of_2(heads),
+        HALF=triton.next_power_of_2(width // 2),
+    )
     return out

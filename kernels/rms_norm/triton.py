@@ -92,10 +92,9 @@ def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
     rows, tile, columns = _tile(x)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _forward[(triton.cdiv(rows, tile),)](
-            x, weight.contiguous(), out, scales, rows, x.shape[-1], eps, ROWS=tile, WIDTH=columns, num_warps=8
-        )
+    _forward[(triton.cdiv(rows, tile),)](
+        x, weight.contiguous(), out, scales, rows, x.shape[-1], eps, ROWS=tile, WIDTH=columns, num_warps=8
+    )
     return out, scales
 
 
@@ -119,21 +118,20 @@ def backward(
     programs = min(blocks, PROGRAMS)
     to_x = torch.empty_like(x)
     parts = torch.empty(programs if trained else 0, x.shape[-1], dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward[(programs,)](
-            upstream.contiguous(),
-            x,
-            weight.contiguous(),
-            scales,
-            to_x,
-            parts,
-            rows,
-            x.shape[-1],
-            blocks,
-            programs,
-            WEIGHT=trained,
-            ROWS=tile,
-            WIDTH=columns,
-            num_warps=8,
-        )
+    _backward[(programs,)](
+        upstream.contiguous(),
+        x,
+        weight.contiguous(),
+        scales,
+        to_x,
+        parts,
+        rows,
+        x.shape[-1],
+        blocks,
+        programs,
+        WEIGHT=trained,
+        ROWS=tile,
+        WIDTH=columns,
+        num_warps=8,
+    )
     return to_x, parts.sum(0).to(weight.dtype) if trained else None

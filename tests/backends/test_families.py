@@ -184,9 +184,9 @@ def test_stepping_is_full_recomputation(name: str, make: Make, tmp_path: Path) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_stepping_is_full_recomputation_on_a_gpu(name: str, make: Make, tmp_path: Path) -> None:
-    family, backend, keep, rounds = HYBRIDS[name]
+    family, backend, keep, _ = HYBRIDS[name]
     backend.convert(make(family), keep, tmp_path / "artifact", seed=0)
-    check_backend(backend, tmp_path / "artifact", rounds=rounds, device="cuda:0")
+    check_backend(backend, tmp_path / "artifact", rounds=40, device="cuda:0")
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3-window"])

@@ -94,6 +94,14 @@ def artifact(name: str, folders: dict[str, Path], backend: HfBackend, tmp_path: 
     return tmp_path / "artifact"
 
 
+def test_a_model_that_gpus_share_comes_in_half_the_precision_on_the_cpu(artifact: Path, backend: HfBackend) -> None:
+    exact = dict(backend.module(artifact).named_parameters())
+    for device, dtype in (("cuda:0", torch.bfloat16), ("cpu", torch.float32)):
+        for name, weight in backend.mapped(artifact, device).named_parameters():
+            assert (weight.device.type, torch.equal(weight, exact[name].to(weight.dtype))) == ("cpu", True), name
+            assert weight.dtype == dtype, name
+
+
 def test_a_folder_is_taken_without_a_copy_and_described(
     name: str, artifact: Path, folders: dict[str, Path], backend: HfBackend
 ) -> None:

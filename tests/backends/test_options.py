@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mambabench import Unsupported
+from mambabench.backends import released
 from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend
 from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig
 from mambabench.backends.rope import Rope, rotate
@@ -22,6 +23,7 @@ OPTIONS = [
     {"norm": "none"},
     {"rope": "kept"},
     {"q_scale": "attention"},
+    {"skip": "none"},
     {"gate": "open", "conv": "identity", "activation": "none", "norm": "none", "rope": "kept", "q_scale": "attention"},
 ]
 IDS = [
@@ -49,10 +51,8 @@ def test_every_option_keeps_the_stepping_contract(options: dict[str, str], made:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_all_options_keep_the_stepping_contract_on_a_gpu(dtype: str, made: Callable) -> None:
-    tolerance = {"float64": 1e-9, "bfloat16": 0.02}[dtype]
-    check_backend(*made(**OPTIONS[-1]), rounds=60, device="cuda:0", dtype=dtype, tolerance=tolerance)
+def test_all_options_keep_the_stepping_contract_on_a_gpu(made: Callable) -> None:
+    check_backend(*made(**OPTIONS[-1]), rounds=40, device="cuda:0")
 
 
 def test_all_options_keep_the_stepping_contract_in_bf16(made: Callable) -> None:
@@ -94,6 +94,18 @@ def test_a_layer_with_all_neutral_options_and_no_decay_is_linear_attention(
         want = attention.o_proj(torch.einsum("hts,shp->thp", scores, v).flatten(1))
         got = mixer(h, cos, sin, None, None)[0]
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_skip_only_d_begins_elsewhere_and_the_model_can_be_exported(
+    half: Path, made: Callable, tmp_path: Path
+) -> None:
+    _, artifact = made(skip="none")
+    old, new = (load_file(path / "model.safetensors") for path in (half, artifact))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {f"model.layers.{index}.mamba.D" for index in (0, 2)}
+    assert all(not new[name].any() for name in changed)
+    released.export(artifact, tmp_path / "released")
+    assert released.is_released(tmp_path / "released")
 
 
 def test_random_initialisation_replaces_what_is_inherited_and_nothing_else(half: Path, made: Callable) -> None:

@@ -69,7 +69,8 @@ def test_logits_and_gradients_are_those_with_a_mask(mixed, ragged, window) -> No
     ids = torch.randint(0, 61, (3, 15), generator=torch.Generator().manual_seed(0))
     mixed.model.layers[1].mixer.window = window
     results = []
-    for on, told in ((False, {}), (True, {}), (True, {"cu_seq_lens_q": offsets_of(ROWS), "max_length_q": 15})):
+    said = {"cu_seq_lens_q": offsets_of(ROWS), "max_length_q": 15}
+    for on, told in ((False, {}), (True, {}), (True, said), (True, {**said, "max_documents": 3})):
         ragged(on)
         mixed.zero_grad()
         logits = mixed(input_ids=ids, position_ids=positions_of(ROWS), **told).logits

@@ -88,8 +88,5 @@ def test_there_are_no_mixers_to_train_in_it(some: Path, backend: RemovedBackend)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("bfloat16", BF16)])
-def test_it_keeps_the_stepping_contract_on_a_gpu(
-    dtype: str, tolerance: float, some: Path, backend: RemovedBackend
-) -> None:
-    check_backend(backend, some, rounds=100, device="cuda:0", dtype=dtype, tolerance=tolerance)
+def test_it_keeps_the_stepping_contract_on_a_gpu(some: Path, backend: RemovedBackend) -> None:
+    check_backend(backend, some, rounds=40, device="cuda:0")

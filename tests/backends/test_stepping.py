@@ -53,11 +53,11 @@ def test_shapes_need_not_depend_on_data(half: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", BF16)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_a_gpu_keeps_the_stepping_contract(
     dtype: str, tolerance: float, half: Path, hybrid_backend: Mamba2HybridBackend
 ) -> None:
-    check_backend(hybrid_backend, half, rounds=200, device="cuda:0", dtype=dtype, tolerance=tolerance)
+    check_backend(hybrid_backend, half, rounds=100, device="cuda:0", dtype=dtype, tolerance=tolerance)
 
 
 def test_a_backend_that_cannot_take_back_is_only_driven_forward(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mambabench.backends.packed import Packed
 from mambabench.distillers.batches import counted, known, read
 from mambabench.distillers.losses import IGNORED, shifted
 from mambabench.distillers.windows import collate, pack
@@ -36,12 +37,13 @@ def test_documents_and_what_counts_are_found_on_the_host(sizes, context):
     assert offsets[-1] == positions.numel()
     assert offsets[:-1].tolist() == (positions.flatten() == 0).nonzero().flatten().tolist()
     assert batch["max_length_q"] == int(offsets.diff().max())
+    assert batch["max_documents"] == int((positions == 0).sum(1).max())
 
 
 def test_windows_of_one_document_each_say_nothing_of_documents():
     windows = windows_of([8, 8, 5], 8)
     batch = collate([windows[row] for row in range(3)])
-    assert not {"position_ids", "cu_seq_lens_q", "max_length_q"} & set(batch)
+    assert not {"position_ids", "cu_seq_lens_q", "max_length_q", "max_documents"} & set(batch)
 
 
 def test_a_model_is_given_what_it_names_and_positions_always(hybrid):
@@ -54,11 +56,20 @@ def test_a_model_is_given_what_it_names_and_positions_always(hybrid):
 
     assert set(read(Other(), batch)) == {"input_ids", "position_ids"}
     student = hybrid.backend.module(hybrid.path)
-    assert set(read(student, batch)) == {"input_ids", "position_ids", "cu_seq_lens_q", "max_length_q"}
+    assert set(read(student, batch)) == {"input_ids", "position_ids", "cu_seq_lens_q", "max_length_q", "max_documents"}
     with torch.no_grad():
         told = student(**read(student, batch)).logits
         found = student(input_ids=positions, position_ids=positions).logits
     assert torch.equal(told, found)
+
+
+def test_a_scan_is_lengthened_for_the_documents_of_a_row_not_of_the_batch():
+    """A row has a place for each of its documents but the first; not one for each of all rows."""
+    positions = torch.arange(6).repeat(1, 2).repeat(8, 1)
+    batch = known(positions, positions)
+    told = [batch[name] for name in ("cu_seq_lens_q", "max_length_q")]
+    assert Packed.known(positions, *told, batch["max_documents"]).spread.length == 13
+    assert Packed.known(positions, *told).spread.length == 20
 
 
 def test_a_model_that_would_mix_documents_is_refused():

@@ -1,15 +1,19 @@
 """In which precision weights are held while they are trained, and that nothing of it is in what is saved."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from mambabench.distillers import training
+from mambabench.distillers.distillation import load_frozen
 from mambabench.distillers.mixers import choose_trained
 from mambabench.distillers.placement import gather, gather_states, lighten, restored, spread, spread_states
 from mambabench.distillers.plugin import ProgressiveConfig, SftConfig
 from mambabench.distillers.progressive import Progressive
 from mambabench.distillers.sft import Sft
-from mambabench.harness.interfaces import MambabenchError
-from safetensors.torch import load_file
+from mambabench.harness.interfaces import Artifact, MambabenchError
+from safetensors.torch import load_file, save_file
 
 EXACT = ("A_log", "D", "dt_bias")
 """Of a mixer, in fp32 in every precision."""
@@ -81,6 +85,35 @@ def test_an_optimiser_comes_back_as_it_was():
                     weight.copy_(value)
             spread_states(second, kept)
     assert all(torch.equal(weight, other) for weight, other in zip(one, two, strict=True))
+
+
+def test_a_model_of_which_ranks_hold_parts_is_a_view_of_its_files_until_then(hybrid, tmp_path, monkeypatch):
+    """For a GPU in bf16 and on the CPU all the same; no process has a copy of what the files have in bf16."""
+    folder = tmp_path / "halved"
+    shutil.copytree(hybrid.path, folder)
+    file = folder / "model.safetensors"
+    before = load_file(file)
+    save_file({name: tensor.bfloat16() for name, tensor in before.items()}, file)
+    artifact = Artifact("halved", folder, hybrid.backend)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = load_frozen(artifact, "cuda:0", "fsdp")
+    begins, ends = zip(*mapping_of(file), strict=True)
+    exact = 0
+    for name, weight in model.named_parameters():
+        at, kept = weight.data_ptr(), name.rpartition(".")[2] in EXACT
+        exact += kept
+        assert weight.device.type == "cpu"
+        assert weight.dtype == (torch.float32 if kept else torch.bfloat16), name
+        assert any(begin <= at < end for begin, end in zip(begins, ends, strict=True)) != kept, name
+        assert torch.equal(weight, before[name].bfloat16().to(weight.dtype)), name
+        assert not weight.requires_grad
+    assert exact == len(EXACT)
+
+
+def mapping_of(file):
+    """Where this process has a file in its memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [[int(end, 16) for end in line.split()[0].split("-")] for line in lines if line.endswith(str(file))]
 
 
 @pytest.mark.parametrize("stage", ["sft", "progressive"])

@@ -1,6 +1,7 @@
 """A run that is killed in the middle of a stage goes on from there, to the same losses, as if nothing had been."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -38,7 +39,6 @@ batch = 8
 kl = 0.5
 [models.pure]
 use = "mamba2-hybrid"
-chunk = 16
 keep = 0
 train = ["align"]
 [limits]
@@ -46,7 +46,7 @@ checkpoint = 0.1
 """
 
 
-def until(true, seconds=60.0):
+def until(true, seconds):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not come true in time"
@@ -60,14 +60,15 @@ def killed_in_the_middle(command, partial):
 
     def halfway():
         assert run.poll() is None, "the run ended before it was to be killed"
-        marks = list(partial.glob("scratch/trainer/checkpoint-*/seconds.json"))
+        marks = list(partial.glob("scratch/trainer/checkpoint-*/whole"))
         if not marks:
             return False
         begun.append(max(int(mark.parent.name.rpartition("-")[2]) for mark in marks))
         lines = [json.loads(line) for line in events.read_text().splitlines() if line.endswith("}")]
         return max((line["step"] for line in lines if line["kind"] == "loss"), default=0) > begun[0]
 
-    until(halfway)
+    # However long it takes to compile: a run ends by itself, and that is told.
+    until(halfway, math.inf)
     family = [run, *psutil.Process(run.pid).children(recursive=True)]
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
@@ -124,10 +125,11 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, mambabench, begun, en
 
 @pytest.mark.gpu
 def test_a_killed_run_goes_on_to_the_same_losses_on_a_gpu(tmp_path, mambabench):
-    """With frozen weights in bf16, trained ones in fp32, and kernels that add in any order."""
+    """With frozen weights in bf16, trained ones in fp32, and kernels that add in any order (but need no tuning)."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
-    whole, resumed, _ = interrupted(tmp_path, mambabench, "--gpus", "0", "--set", "stages.align.tokens=600_000")
+    options = ("--gpus", "0", "--set", "models.pure.use=mamba", "--set", "stages.align.tokens=200_000")
+    whole, resumed, _ = interrupted(tmp_path, mambabench, *options)
     assert list(resumed["step"]) == list(whole["step"])
     assert list(resumed["tokens"]) == list(whole["tokens"])
     assert ((resumed["loss"] - whole["loss"]).abs() <= 0.02 * whole["loss"]).all()

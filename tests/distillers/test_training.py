@@ -1,14 +1,17 @@
 """Packing, accumulation, resuming: what all trainers share."""
 
+import json
 import math
 import shutil
+import time
 
 import pytest
 import torch
+from accelerate import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 from mambabench.distillers import checkpoints, training
-from mambabench.distillers.checkpoints import SECONDS, whole_checkpoint
+from mambabench.distillers.checkpoints import ACCOUNT, WHOLE, Account, whole_checkpoint
 from mambabench.distillers.distillation import DistillationTrainer
 from mambabench.distillers.flops import step, work_of
 from mambabench.distillers.losses import IGNORED
@@ -231,27 +234,81 @@ def test_a_killed_training_resumes_to_the_same_weights_and_records(make_job, hyb
         training.run(trainer, job)
     torso = job.scratch / "trainer" / f"checkpoint-{killed_at}"
     shutil.copytree(job.scratch / "trainer" / f"checkpoint-{killed_at - 2}", torso)
-    (torso / SECONDS).unlink()
-    checkpoint, seconds = whole_checkpoint(job.scratch / "trainer")
+    (torso / WHOLE).unlink()
+    checkpoint = whole_checkpoint(job.scratch / "trainer")
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{killed_at - 1}"
     assert (killed_at - 1) % trainer.args.logging_steps, "a record that is half from before the kill"
-    assert seconds > 0
+    account = json.loads((job.scratch / "trainer" / ACCOUNT).read_text())
+    assert account["wall"] > 0
+    assert account["gpu"] == 0
     resumed, trainer = distil(job, hybrid, teacher, windows, steps=steps, batch=2)
     training.report(trainer, job, training.run(trainer, job))
     records = job.emit.of("loss")
     assert [loss["step"] for loss in records] == list(range(2, steps + 1, 2))
     for one, two in zip(uninterrupted.emit.of("loss"), records, strict=True):
         assert one == pytest.approx(two, rel=1e-9)
-    assert job.emit.facts["training_wall"] > seconds
+    assert job.emit.facts["training_wall"] > account["wall"]
     assert job.emit.facts["training_tokens"] == records[-1]["tokens"]
     for (name, one), two in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
 
 
+def test_seconds_of_gpus_are_those_of_the_gpus_that_each_attempt_had(tmp_path):
+    """Of an attempt that was killed, the work that was lost counts as well."""
+    one = Account(tmp_path, gpus=1)
+    time.sleep(0.05)
+    one.count()
+    time.sleep(0.05)
+    one.on_save(None, None, None)
+    two = Account(tmp_path, gpus=2)
+    assert (two.wall, two.gpu) == (one.wall, one.wall)
+    assert one.wall >= 0.1
+    time.sleep(0.05)
+    two.count()
+    assert two.gpu - one.gpu == pytest.approx(2 * (two.wall - one.wall))
+    assert two.wall - one.wall >= 0.05
+
+
+def test_a_stage_tells_the_most_memory_of_its_phases(make_job, hybrid, teacher, windows, monkeypatch):
+    before = training.Spent(steps=3, tokens=30, seconds=50.0, gpu_seconds=100.0, peak=10**15)
+    job = make_job()
+    _, trainer = distil(job, hybrid, teacher, windows, steps=2, batch=2)
+    trainer.before = before
+    spent = training.run(trainer, job)
+    training.report(trainer, job, spent)
+    assert job.emit.facts["peak_memory"] == before.peak
+    assert job.emit.facts["training_gpu"] == 100.0
+    assert job.emit.facts["training_wall"] > 50.0
+    trainer.before = training.Spent()
+    assert 0 < training.run(trainer, job).peak < before.peak
+
+
+def test_a_model_is_told_once_that_it_trains(make_job, hybrid, teacher, windows, monkeypatch):
+    """Not at every step, for which all of its modules have to be visited."""
+    model, trainer = distil(make_job(), hybrid, teacher, windows, steps=6, batch=2)
+    model.eval()
+    told, train = [], type(model).train
+    monkeypatch.setattr(type(model), "train", lambda self, mode=True: (told.append(mode), train(self, mode))[1])
+    training.run(trainer, make_job())
+    assert all(module.training for module in model.modules())
+    assert told.count(True) <= 2
+    assert not any(module.training for module in trainer.teacher.modules())
+
+
 def test_a_batch_that_cannot_be_split_is_refused(make_job, hybrid, teacher, windows):
     with pytest.raises(MambabenchError, match="batch = 8 cannot be split into accumulation = 3"):
         distil(make_job(), hybrid, teacher, windows, steps=1, batch=8, accumulation=3)
+
+
+def test_a_process_trains_on_its_own_gpu_whatever_others_it_sees(make_job, hybrid, teacher, windows, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    _, trainer = distil(make_job(device="cuda:0"), hybrid, teacher, windows, steps=1, batch=2)
+    assert trainer.args.distributed_state.distributed_type == DistributedType.NO
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 2
+    assert trainer._wrap_model(trainer.model) is trainer.model
 
 
 class Hurry(TrainerCallback):

@@ -105,6 +105,25 @@ class Act:
             time.sleep(0.05)
         raise ConnectionError("the other rank is gone")
 
+    def fail_before_rename(self, job) -> None:
+        """The second rank fails when the outcome of the first one is on disk, but not yet in its place."""
+        outcome = job.scratch.parent / "outcome.json"
+        self.fail_late(outcome, lambda *_: time.sleep(60))
+
+    def fail_after_rename(self, job) -> None:
+        """The second rank fails when the first one has moved its folder, but has not ended."""
+        partial, rename = job.scratch.parent, os.rename
+        moved = partial.parents[1] / "steps" / partial.name
+        self.fail_late(moved, lambda *paths: (rename(*paths), time.sleep(60)))
+
+    def fail_late(self, awaited, rename) -> None:
+        if os.environ["RANK"] == "0":
+            os.rename = rename
+            return
+        while not awaited.exists():
+            time.sleep(0.01)
+        raise ValueError("a bug that comes late")
+
     def linger_in_rank_1(self, job) -> None:
         """The second rank does not end when the first one is done."""
         if os.environ["RANK"] == "1":

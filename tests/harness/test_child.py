@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from mambabench import MambabenchError, Unsupported
+from mambabench.harness import child
 from mambabench.harness.child import classify
+from mambabench.harness.ranks import Failure
 from mambabench.harness.store import Store
 
 ACTING = Path(__file__).with_name("acting.py")
@@ -61,3 +63,32 @@ def test_a_step_runs_by_hand(tmp_path: Path) -> None:
     outcome = store.outcome("k")
     assert outcome is not None
     assert outcome["code"]["version"]
+
+
+def test_a_rank_that_died_is_said_to_have_died_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "together", lambda ranks, work: Failure(1, None, -9))
+    for gpus, device in ((2, "cuda:1"), (0, "cpu")):
+        store = Store.create(tmp_path / device)
+        step = {"kind": "train", "seed": 0, "labels": ["a/b"], "needs": {"gpus": gpus, "ranks": 2, "timeout_s": 9.0}}
+        store.prepare("k", step)
+        assert child.main([str(store.path), "k"]) == 0
+        outcome = store.outcome("k")
+        assert outcome is not None
+        assert (outcome["reason"], outcome["detail"]["device"]) == ("rank 1: killed by SIGKILL", device)
+
+
+def test_a_step_on_a_gpu_says_by_which_kernels_it_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"scan": {"fused": False, "reasons": ["mamba-ssm is not installed"]}}
+    monkeypatch.setattr("mambabench.backends.hybrid.TeacherBackend.kernels", lambda self: told)
+    for device, kernels in (("cuda:0", told), ("cpu", None)):
+        monkeypatch.setattr(child, "_device", lambda step, rank, device=device: device)
+        store = Store.create(tmp_path / device)
+        component = {"kind": "source", "name": "act", "config": {"do": "finish"}}
+        step = {"kind": "data", "seed": 0, "labels": ["data/x"], "inputs": {}, "component": component}
+        backend = {"kind": "backend", "name": "teacher", "config": {}}
+        step |= {"backend": backend, "needs": {"gpus": 1, "timeout_s": 9.0}}
+        store.prepare("k", step)
+        store.begin("k")
+        failure = child.work_on(store, "k", step, [ACTING], child.Attempt())
+        assert failure is None
+        assert store.outcome("k")["detail"].get("kernels") == kernels

@@ -123,6 +123,20 @@ def test_overhead_is_what_lies_before_the_first_record_and_after_the_last(builde
     assert overhead == pytest.approx(0.75)
 
 
+def test_operations_that_no_fused_kernel_ran_are_told_with_the_reasons(builder):
+    kernels = {
+        "conv": {"fused": True, "reasons": ["the kernel has no window in front of packed documents"]},
+        "scan": {"fused": False, "reasons": ["mamba-ssm is not installed", "there are no tokens"]},
+        "swiglu": {"fused": False, "reasons": ["triton is not installed"]},
+    }
+    builder.step("half/align@seed0", "train", device="cuda:0", kernels=kernels)
+    builder.step("half/tune@seed0", "train")
+    assert list(Results.read([builder.write()]).cells["unfused"]) == [
+        "scan (mamba-ssm is not installed; there are no tokens), swiglu (triton is not installed)",
+        "",
+    ]
+
+
 def test_models_of_several_stores_are_named_by_store(stores, tmp_path):
     paths = []
     for name in ("one", "two"):

@@ -44,6 +44,8 @@ def gone(pids: list[int]) -> bool:
     [
         ("finish", "ok", ""),
         ("linger_in_rank_1", "ok", ""),
+        ("fail_before_rename", "ok", ""),
+        ("fail_after_rename", "ok", ""),
         ("fail_in_rank_1", "error", "rank 1: ValueError: a bug in one rank"),
         ("kill_rank_1", "crashed", "rank 1: killed by SIGKILL"),
         ("line", "error", "config.json: hidden = 3 is odd"),

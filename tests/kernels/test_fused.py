@@ -124,9 +124,17 @@ def packed(batch: int, length: int, device: str) -> Documents:
     return Documents(starts.cumsum(1, dtype=torch.int32).to(device))
 
 
+TUNED = {(torch.bfloat16, "plain", 1), (torch.bfloat16, "packed", 4), (torch.bfloat16, "carried", 2)}
+TUNED |= {(torch.float32, "plain", 4)}
+"""What of the scan runs on a GPU, where every dtype and every case is a tuning of fifteen kernels, of a minute when
+nothing is compiled. What goes in and comes out for the others is what the stand-ins see."""
+
+
 @pytest.mark.parametrize("repeat", [1, 2, 4])
 @pytest.mark.parametrize("case", ["plain", "packed", "carried", "packed and carried"])
 def test_scan(repeat: int, case: str, where: Where) -> None:
+    if where.device == "cuda" and (where.dtype, case, repeat) not in TUNED:
+        pytest.skip("kernels are tuned for a few cases only")
     batch, length, groups, width = 2, where.length, 2, 64 if where.device == "cuda" else 8
     heads = groups * repeat
     inputs = draw(

@@ -1,5 +1,6 @@
 """The dispatch takes a kernel where it serves, says why where not, and can be held to the reference."""
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 from mambabench.kernels import conv as conv_room
 from mambabench.kernels import gated_norm as norm_room
+from mambabench.kernels import pointwise as pointwise_room
+from mambabench.kernels import rms_norm as rms_room
 from mambabench.kernels import scan as scan_room
 from mambabench.kernels import selective_scan as selective_room
 from mambabench.kernels import support
@@ -33,6 +36,14 @@ def norm_inputs(dtype: torch.dtype = torch.bfloat16) -> tuple:
     return torch.randn(2, 5, 16).to(dtype), torch.randn(2, 5, 16).to(dtype), torch.randn(16), None, 8, 1e-5
 
 
+def rms_inputs() -> tuple:
+    return torch.randn(2, 5, 16).bfloat16(), torch.randn(16), 1e-5, torch.bfloat16
+
+
+def gate_inputs() -> tuple:
+    return torch.randn(2, 5, 16).bfloat16(), torch.randn(2, 5, 16).bfloat16()
+
+
 ROOMS = [
     ("scan", scan_room, scan_inputs),
     ("selective_scan", selective_room, selective_inputs),
@@ -47,6 +58,56 @@ def test_a_kernel_runs_where_it_serves(name, room, inputs, standins) -> None:
     getattr(room, name)(*inputs())
     assert standins == [name]
     assert support.reasons() == {}
+
+
+def test_a_record_says_what_ran_by_a_kernel_and_why_the_rest_did_not(standins, monkeypatch) -> None:
+    monkeypatch.setattr(support, "_fused", set())
+    conv_room.conv(*conv_inputs())
+    conv_room.conv(*conv_inputs(taps=6))
+    scan_room.scan(*scan_inputs(torch.float64))
+    assert support.record() == {
+        "conv": {"fused": True, "reasons": ["the kernel has 2 to 4 taps, not 6"]},
+        "scan": {"fused": False, "reasons": ["the kernel does not serve float64"]},
+    }
+
+
+@rooms
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(name, room, inputs, standins, monkeypatch) -> None:
+    """Which the launch itself does not see to."""
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.dtype)
+        yield
+        assert standins == [name]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    getattr(room, name)(*inputs())
+    assert current == [torch.bfloat16]
+
+
+ON_EITHER_GPU = [*ROOMS, ("rms_norm", rms_room, rms_inputs), ("swiglu", pointwise_room, gate_inputs)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "room", "inputs"), ON_EITHER_GPU, ids=[room[0] for room in ON_EITHER_GPU])
+def test_a_kernel_on_another_gpu_than_the_current_one_gives_what_it_gives_there(name, room, inputs, asked) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"torch finds {torch.cuda.device_count()} GPUs, and two are needed")
+    given, found = inputs(), []
+    for device in ("cuda:0", "cuda:1"):
+        leaves = [t.to(device, copy=True).requires_grad_() if isinstance(t, torch.Tensor) else t for t in given]
+        made = getattr(room, name)(*leaves)
+        result = made[0] if isinstance(made, tuple) else made
+        result.float().square().sum().backward()
+        found.append([result, *(t.grad for t in leaves if isinstance(t, torch.Tensor))])
+    assert support.reasons() == {}
+    for one, two in zip(*found, strict=True):
+        assert str(two.device) == "cuda:1"
+        assert two.isfinite().all()
+        # Some kernels add up in any order in backward.
+        assert (one.cpu().float() - two.cpu().float()).norm() <= 2e-3 * one.float().norm().cpu()
 
 
 @rooms

@@ -3,6 +3,7 @@
 import sys
 import threading
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def tuner(monkeypatch: pytest.MonkeyPatch) -> Any:
     configs = [triton.Config({"SIZE": size}, num_warps=4) for size in (16, 32, 64)]
     module = types.ModuleType("tuned_kernels")
     module.kernel = triton.autotune(configs, key=["x"])(kernel)
-    module.kernel.fn = Kernel()
+    module.kernel.whole, module.kernel.fn = module.kernel.fn, Kernel()
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("mambabench.kernels.tuning.THREADS", FORMS)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(FORMS))
@@ -55,6 +56,38 @@ def test_all_forms_compile_side_by_side_and_are_tried(tuner: Any) -> None:
     assert tried == tuner.configs
     assert [asked["SIZE"] for asked in tuner.fn.asked] == [16, 32, 64]
     assert all(asked["given"] == (7,) and asked["warmup"] and asked["grid"] == (1,) for asked in tuner.fn.asked)
+
+
+def test_a_choice_is_made_once_for_all_processes(tuner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever form is the fastest when it is asked for again."""
+    timed: list[Any] = []
+
+    class Target:
+        def hash(self) -> str:
+            return "a GPU"
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("triton.compiler.compiler.make_backend", lambda target: Target())
+    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_target=lambda: None))
+    monkeypatch.setattr("triton.runtime.autotuner.driver", driver)
+    compile_side_by_side(("tuned_kernels",))
+    assert tuner.do_bench.keywords == {"warmup": 5, "rep": 25}
+    tuner.fn = tuner.whole
+
+    def bench(fastest: int) -> None:
+        def run() -> None:
+            timed.append(fastest)
+            tuner.configs_timings = {c: [abs(c.kwargs["SIZE"] - fastest)] * 3 for c in tuner.configs}
+            tuner.cache[("a size",)] = min(tuner.configs_timings, key=tuner.configs_timings.get)
+
+        assert tuner.cache_results
+        tuner.check_disk_cache(("a size",), tuner.configs, run)
+
+    bench(fastest=32)
+    tuner.cache.clear()
+    bench(fastest=64)
+    assert timed == [32]
+    assert tuner.cache[("a size",)].kwargs == {"SIZE": 32}
 
 
 def test_a_form_that_does_not_compile_is_left_to_the_autotuner(tuner: Any) -> None:

@@ -56,6 +56,22 @@ def test_a_line_joins_models_that_were_trained_alike_and_ends_at_the_teacher_tra
     }
 
 
+def test_a_rule_that_chooses_layers_has_a_line_of_its_own_from_the_model_without_attention_on(made):
+    chosen = [(f"chosen-{share:g}", {"use": "kl-guided", "share": share, "model": "bare"}) for share in (0.25, 0.5)]
+    results = made(("bare", 0), *chosen)
+    lines = {
+        line.rule: {share: row.model for share, row in line.models.items()}
+        for line in lines_of(results, rows_of(results))
+        if line.stages == ("mixers",)
+    }
+    assert lines == {
+        "": {0.0: "bare", 0.25: "quarter", 0.5: "half", 1.0: "on"},
+        "kl-guided": {0.0: "bare", 0.25: "chosen-0.25", 0.5: "chosen-0.5", 1.0: "on"},
+    }
+    (plot, _) = ladder(results)
+    assert "mixers, kl-guided" in re.findall(r"<text[^>]*>([^<]*)</text>", plot.svg)
+
+
 def test_models_that_differ_in_more_than_their_share_are_no_line(made):
     assert set(shares(made(("half-random", 0.5)))) == {("all",)}
     assert set(shares(made(("chosen", [1, 3])))) == {("mixers",), ("all",)}
