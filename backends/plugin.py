@@ -15,13 +15,11 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mamba2HybridConfig:
-    """Options of new Mamba-2 layers; the defaults are what the released recipe does."""
+class MixerConfig:
+    """Options of new layers of either kind; the defaults are what the released recipe does."""
 
     d_conv: int = 4
     """Taps of the convolution."""
-    chunk: int = 64
-    """Tokens of a block of the parallel scan."""
     init: Literal["attention", "random"] = "attention"
     """Where x, B, C and the output projection begin: at the parent's V, K, Q and O, or at random weights."""
     gate: Literal["random", "open"] = "random"
@@ -29,15 +27,34 @@ class Mamba2HybridConfig:
     conv: Literal["random", "identity"] = "random"
     """`identity`: the convolution begins as one that passes each token on as it is."""
     activation: Literal["silu", "none"] = "silu"
-    """Behind the convolution, of x, B and C."""
-    norm: Literal["gated", "none"] = "gated"
-    """Of the scan's output, per head, behind the gate."""
+    """Behind the convolution: of x, and of B and C where that runs over them (Mamba-2)."""
     rope: Literal["dropped", "kept"] = "dropped"
     """`kept`: B and C are rotated by their positions, as the attention's K and Q were."""
     q_scale: Literal["one", "attention"] = "one"
     """`attention`: the rows of C that come from Q are divided by the square root of the head's width."""
     skip: Literal["one", "none"] = "one"
     """`none`: D, the weight of a token's own x beside the scan, begins at zero. Attention has no such path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mamba2HybridConfig(MixerConfig):
+    """Options of new Mamba-2 layers."""
+
+    chunk: int = 64
+    """Tokens of a block of the parallel scan."""
+    norm: Literal["gated", "none"] = "gated"
+    """Of the scan's output, per head, behind the gate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaConfig(MixerConfig):
+    """Options of new Mamba-1 layers; the released recipe has two slips that the defaults have not: dt's bias is added
+    once, and a head's sub-blocks are paired with those of the KV head that it attended to."""
+
+    dt_bias: Literal["once", "twice"] = "once"
+    """How often the bias of dt is added; the released code adds it twice."""
+    sub_block_order: Literal["aligned", "released"] = "aligned"
+    """Which sub-blocks of heads read which of the KV heads: those that the attention paired, or the released order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,33 +71,6 @@ class InitFidelityConfig:
         for name, least in (("documents", 1), ("context", 2), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MambaConfig:
-    """Options of new Mamba-1 layers; the defaults are what the released recipe does but for its two slips: dt's bias is
-    added once, and a head's sub-blocks are paired with those of the KV head that it attended to."""
-
-    d_conv: int = 4
-    """Taps of the convolution."""
-    init: Literal["attention", "random"] = "attention"
-    """Where x, B, C and the output projection begin: at the parent's V, K, Q and O, or at random weights."""
-    gate: Literal["random", "open"] = "random"
-    """`open`: z begins at a learnt bias that lets everything through. Such a model cannot be exported."""
-    conv: Literal["random", "identity"] = "random"
-    """`identity`: the convolution begins as one that passes each token on as it is."""
-    activation: Literal["silu", "none"] = "silu"
-    """Behind the convolution, of x."""
-    rope: Literal["dropped", "kept"] = "dropped"
-    """`kept`: B and C are rotated by their positions, as the attention's K and Q were."""
-    q_scale: Literal["one", "attention"] = "one"
-    """`attention`: the rows of C that come from Q are divided by the square root of the head's width."""
-    skip: Literal["one", "none"] = "one"
-    """`none`: D, the weight of a token's own x beside the scan, begins at zero. Attention has no such path."""
-    dt_bias: Literal["once", "twice"] = "once"
-    """How often the bias of dt is added; the released code adds it twice."""
-    sub_block_order: Literal["aligned", "released"] = "aligned"
-    """Which sub-blocks of heads read which of the KV heads: those that the attention paired, or the released order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

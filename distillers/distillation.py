@@ -79,23 +79,6 @@ class DistillationTrainer(training.SummedLossTrainer):
         return max(1, LOGITS // words)
 
 
-def recipe_of(config: DistillationConfig, phases: int = 1) -> training.Recipe:
-    """How to train, from a stage's options."""
-    return training.Recipe(
-        tokens=config.tokens,
-        batch=config.batch,
-        lr=config.lr,
-        warmup=config.warmup,
-        clip=config.clip,
-        accumulation=config.accumulation,
-        weight_decay=config.weight_decay,
-        beta2=config.beta2,
-        checkpointing=config.checkpointing,
-        parallel=config.parallel,
-        phases=phases,
-    )
-
-
 def load_frozen(model: Artifact, device: str, parallel: str = "ddp") -> nn.Module:
     """A model that is only asked: on a GPU in bf16.
 

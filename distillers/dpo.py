@@ -191,18 +191,7 @@ class Dpo:
         student = job.parent.backend.module(job.parent.path)
         choose_trained(student, config.train, f"dpo: {job.parent.name}")
         lighten(student, job.device)
-        recipe = training.Recipe(
-            tokens=0,
-            batch=config.batch,
-            lr=config.lr,
-            warmup=config.warmup,
-            clip=config.clip,
-            accumulation=config.accumulation,
-            weight_decay=config.weight_decay,
-            beta2=config.beta2,
-            checkpointing=config.checkpointing,
-            parallel=config.parallel,
-        )
+        recipe = training.recipe_of(config, tokens=0)
         trainer = PreferenceTrainer(job, student, asked, pairs, recipe, config)
         training.report(trainer, job, training.run(trainer, job))
         job.emit("fact", name="pairs", value=len(pairs), unit="pairs")

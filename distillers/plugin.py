@@ -132,22 +132,17 @@ class TrainTeacherConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillationConfig:
-    """What the stages that train towards a teacher share; defaults are those of `progressive`."""
+class StageConfig:
+    """What the stages that train a given model share."""
 
     data: DataRef
-    """Text to learn from; the paper uses text that the teacher wrote (`pseudo-labels`)."""
-    tokens: int
-    """Training tokens, counted with every repetition."""
-    context: int = 128
-    """Longest window, in tokens."""
+    context: int
     batch: int = 16
-    """Windows per optimiser step."""
     accumulation: int = 1
     """Parts in which a batch is computed, to save memory; the result is the same."""
-    lr: float = 3e-3
+    lr: float
     """Peak of the learning rate."""
-    warmup: float = 0.05
+    warmup: float
     """Share of the steps in which the learning rate rises; it falls by a cosine to 0 afterwards."""
     clip: float = 1.0
     """Largest norm of the gradient."""
@@ -160,6 +155,34 @@ class DistillationConfig:
     time, the same result."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several GPUs share a stage (`limits.train_gpus`): each holds all weights, or, with FSDP2, a part of them."""
+    slice: int = 0
+    """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
+    0: those of all positions."""
+    train: tuple[str, ...] = ("all",)
+    """What is trained: `mixers` (the Mamba mixers), `all`, or globs over names of parameters (`*.layers.3.mlp.*`)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "context", "batch", "accumulation", "lr", "clip")
+        _below_one(self, "beta2")
+        _not_negative(self, "slice", "weight_decay")
+        if not self.train:
+            raise ValueError("train is empty; it must name what is trained")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillationConfig(StageConfig):
+    """What the stages that train towards a teacher share; defaults are those of `progressive`."""
+
+    data: DataRef
+    """Text to learn from; the paper uses text that the teacher wrote (`pseudo-labels`)."""
+    tokens: int
+    """Training tokens, counted with every repetition."""
+    context: int = 128
+    """Longest window, in tokens."""
+    batch: int = 16
+    """Windows per optimiser step."""
+    lr: float = 3e-3
+    warmup: float = 0.05
     ce: float = 1.0
     """Weight of the cross entropy, per token."""
     kl: float = 0.1
@@ -177,18 +200,15 @@ class DistillationConfig:
     """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
     0: those of all positions, on a GPU as many as half a gigabyte holds."""
     train: tuple[str, ...] = ("mixers",)
-    """What is trained: `mixers` (the Mamba mixers), `all`, or globs over names of parameters (`*.layers.3.mlp.*`)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "tokens", "context", "batch", "accumulation", "lr", "clip", "temperature")
-        _below_one(self, "beta2")
-        _not_negative(self, "ce", "kl", "slice", "weight_decay")
+        StageConfig.__post_init__(self)
+        _positive(self, "tokens", "temperature")
+        _not_negative(self, "ce", "kl")
         if not 0 < self.js_beta < 1:
             raise ValueError(f"js_beta is {self.js_beta}; it must be between 0 and 1")
         if not self.ce and not self.kl:
             raise ValueError("ce and kl are both 0; one of them must be above 0")
-        if not self.train:
-            raise ValueError("train is empty; it must name what is trained")
         if self.teacher and not self.kl:
             raise ValueError("teacher is named and kl is 0, so that nobody asks it")
 
@@ -215,15 +235,13 @@ class ProgressiveConfig(DistillationConfig):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig(DistillationConfig):
     lr: float = 5e-4
-    """Peak of the learning rate."""
     kl: float = 0.0
     """Weight of the divergence from the teacher, per token."""
     train: tuple[str, ...] = ("all",)
-    """What is trained: `all`, `mixers` (the Mamba mixers), or globs over names of parameters (`*.layers.3.mlp.*`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DpoConfig:
+class DpoConfig(StageConfig):
     data: DataRef
     """Preferences: lines of `prompt`, `chosen` and `rejected`."""
     epochs: float = 1.0
@@ -238,35 +256,13 @@ class DpoConfig:
     """Longest text, prompt and answer, in tokens; what is longer is cut."""
     batch: int = 16
     """Pairs per optimiser step."""
-    accumulation: int = 1
-    """Parts in which a batch is computed, to save memory; the result is the same."""
     lr: float = 5e-5
     """Peak of the learning rate. (The paper has 5e-7 for 7 billion parameters.)"""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises; it falls by a cosine to 0 afterwards."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    weight_decay: float = 0.0
-    beta2: float = 0.98
-    """Adam's memory of squared gradients (that of gradients is 0.9): the higher, the longer. 0.98, the default of all
-    stages, is the paper's of the first one, and right for hundreds of steps; its `sft` and `dpo` have 0.999."""
-    checkpointing: bool = False
-    """Keeps only what enters each layer for the way back, and computes the rest again: far less memory, a third more
-    time, the same result."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several GPUs share a stage (`limits.train_gpus`): each holds all weights, or, with FSDP2, a part of them."""
-    slice: int = 0
-    """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
-    0: those of all positions."""
-    train: tuple[str, ...] = ("all",)
-    """What is trained: `all`, `mixers` (the Mamba mixers), or globs over names of parameters (`*.layers.3.mlp.*`)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "beta", "context", "batch", "accumulation", "lr", "clip")
-        _below_one(self, "beta2")
-        _not_negative(self, "slice", "weight_decay")
-        if not self.train:
-            raise ValueError("train is empty; it must name what is trained")
+        StageConfig.__post_init__(self)
+        _positive(self, "epochs", "beta")
 
 
 def _positive(config: Any, *names: str) -> None:

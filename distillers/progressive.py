@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..harness.interfaces import Job, MambabenchError
 from . import training
 from .batches import counted, read
-from .distillation import DistillationTrainer, load_frozen, load_teacher, recipe_of
+from .distillation import DistillationTrainer, load_frozen, load_teacher
 from .losses import alignment, shifted
 from .mixers import choose_trained, compared, give_back, lend, mixers, replaced
 from .placement import lighten
@@ -56,7 +56,7 @@ class Progressive:
             former = teacher if shared else load_frozen(job.teacher, job.device)
         before = align(job, student, former, windows, config)
         choose_trained(student, config.train, name)
-        recipe = recipe_of(config, phases=len(joining))
+        recipe = training.recipe_of(config, config.tokens, phases=len(joining))
         trainer = DistillationTrainer(job, student, teacher, windows, recipe, config, before)
         if former is not None and len(joining) > 1:
             trainer.add_callback(_Joining(student, former.to(trainer.args.device), joining))
@@ -154,7 +154,7 @@ def align(
         student.load_state_dict(kept["mixers"], strict=False)
         return training.Spent(**kept["spent"])
     # All the model's layers run as they were, so that a copy for each GPU has to do.
-    recipe = replace(recipe_of(config), tokens=config.align_tokens, checkpointing=False, parallel="ddp")
+    recipe = replace(training.recipe_of(config, config.align_tokens), checkpointing=False, parallel="ddp")
     spent = training.run(AlignmentTrainer(job, student, former, windows, recipe), job)
     if rank():
         return spent

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..harness.interfaces import Job, MambabenchError
 from . import training
-from .distillation import DistillationTrainer, load_teacher, recipe_of
+from .distillation import DistillationTrainer, load_teacher
 from .mixers import choose_trained
 from .placement import lighten
 from .plugin import SftConfig
@@ -31,6 +31,6 @@ class Sft:
         choose_trained(student, config.train, f"sft: {job.parent.name}")
         lighten(student, job.device)
         teacher = load_teacher(job, config, "sft")
-        trainer = DistillationTrainer(job, student, teacher, windows, recipe_of(config), config)
+        trainer = DistillationTrainer(job, student, teacher, windows, training.recipe_of(config, config.tokens), config)
         training.report(trainer, job, training.run(trainer, job))
         training.save(job, student)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from ..harness.interfaces import Artifact, Bench, Job, MambabenchError, silent
 from . import flops
-from .distillation import DistillationTrainer, load_frozen, recipe_of
+from .distillation import DistillationTrainer, load_frozen
 from .losses import IGNORED
 from .mixers import choose_trained
 from .placement import lighten
 from .plugin import DistillationConfig
 from .train_speed_config import TrainSpeedConfig
+from .training import recipe_of
 from .windows import Windows, collate, pack, read_windows
 
 ATTENTION = "*.layers.{}.self_attn.*"
@@ -138,7 +139,7 @@ class Arm:
             emit=silent,
         )
         least = random_windows(1, 2, 2, bench.seed)
-        self.trainer = DistillationTrainer(job, model, teacher, least, recipe_of(stage), stage)
+        self.trainer = DistillationTrainer(job, model, teacher, least, recipe_of(stage, stage.tokens), stage)
         self.clip = stage.clip
         self.trainer.create_optimizer()
         prepared: Any = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)

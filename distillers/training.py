@@ -24,6 +24,7 @@ from .checkpoints import Account, Checkpoints, load_states, load_weights, save_s
 from .losses import IGNORED
 from .passes import Passes
 from .placement import exact_policy, gather, held, restored, sharding
+from .plugin import StageConfig
 from .processes import rank, ranks
 from .records import LOSS, Records, Spent, Sums
 from .windows import Windows, collate
@@ -53,6 +54,23 @@ class Recipe:
     def steps(self, windows: Windows) -> int:
         """Optimiser steps for the tokens wanted, rounded up."""
         return math.ceil(self.tokens / (self.batch * windows.lengths.double().mean().item()))
+
+
+def recipe_of(config: StageConfig, tokens: int, phases: int = 1) -> Recipe:
+    """How to train on so many tokens, from a stage's options."""
+    return Recipe(
+        tokens=tokens,
+        batch=config.batch,
+        lr=config.lr,
+        warmup=config.warmup,
+        clip=config.clip,
+        accumulation=config.accumulation,
+        weight_decay=config.weight_decay,
+        beta2=config.beta2,
+        checkpointing=config.checkpointing,
+        parallel=config.parallel,
+        phases=phases,
+    )
 
 
 def pace(step: int, steps: int, recipe: Recipe) -> float:

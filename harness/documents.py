@@ -251,9 +251,10 @@ class _Encoder:
         self._copies: list[Any] = []
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        if not self.fast:
+        parts = list(_parts(texts, TEXT_A_CALL, len)) if self.fast else []
+        if len(parts) < 2:
+            # Little text is not worth a copy, which for a large vocabulary takes a second.
             return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        parts = list(_parts(texts, TEXT_A_CALL, len))
         self._copy(min(len(parts), THREADS, cores()))
         free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for copy in self._copies:
@@ -266,13 +267,14 @@ class _Encoder:
             finally:
                 free.put(copy)
 
-        with ThreadPoolExecutor(max(1, len(self._copies))) as pool:
+        with ThreadPoolExecutor(len(self._copies)) as pool:
             return list(itertools.chain.from_iterable(pool.map(encode, parts)))
 
     def _copy(self, count: int) -> None:
         inner = self.tokenizer.backend_tokenizer
+        written = inner.to_str() if len(self._copies) < count else ""
         while len(self._copies) < count:
-            copy = type(inner).from_str(inner.to_str())
+            copy = type(inner).from_str(written)
             copy.no_truncation()
             copy.no_padding()
             copy.encode_special_tokens = inner.encode_special_tokens

@@ -1,14 +1,14 @@
 """The gated norm is its formula, forward and backward, by Triton's kernels as well: on CPU by Triton's interpreter."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.kernels import gated_norm as room
+from mambabench.kernels.gated_norm import fused
 from mambabench.kernels.gated_norm.reference import gated_norm as reference
 from torch import Tensor
 
@@ -62,28 +62,21 @@ def test_the_reference_is_its_formula(shape: dict) -> None:
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a process of the interpreter's own")
-@given(shapes, st.sampled_from([1, 6, 2048]))
-@settings(max_examples=25, deadline=None)
-def test_the_kernels_are_the_reference(shape: dict, programs: int) -> None:
-    from mambabench.kernels.gated_norm import triton as kernels
+@pytest.mark.parametrize("programs", [1, 6, 2048])
+def test_in_the_interpreter_the_kernels_are_the_reference(interpret: Callable[[str], Any], programs: int) -> None:
+    kernels = interpret(fused.MODULE)
+    kernels.PROGRAMS = programs
 
-    width = shape["width"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "PROGRAMS", programs)
+    @given(shapes)
+    @settings(max_examples=10, deadline=None)
+    def check(shape: dict) -> None:
+        width = shape["width"]
         got = results(lambda *given: kernels.gated_norm(*given, width, EPS), torch.float32, **shape)
-    want = results(lambda *given: reference(*given, width, EPS), torch.float64, **shape)
-    for one, two in zip(got, want, strict=True):
-        torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-4)
+        want = results(lambda *given: reference(*given, width, EPS), torch.float64, **shape)
+        for one, two in zip(got, want, strict=True):
+            torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-4)
 
-
-def test_the_kernels_are_the_reference_in_the_interpreter() -> None:
-    """Triton decides when it is imported whether it interprets."""
-    pytest.importorskip("triton")
-    only = f"{__file__}::test_the_kernels_are_the_reference"
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", only]
-    found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert "1 passed" in found.stdout, found.stdout + found.stderr
+    check()
 
 
 def test_agrees_with_the_norm_of_transformers() -> None:
