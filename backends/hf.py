@@ -155,15 +155,17 @@ class HfStepper:
         targets = ids[:, 1:]
         kind = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         logprob = torch.zeros(targets.shape, dtype=kind, device=ids.device)
-        greedy = torch.zeros(targets.shape, dtype=torch.bool, device=ids.device)
+        gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
         count = max(1, SCORED // (self.vocab_size * max(ids.shape[1], 1)))
         for first in range(0, ids.shape[0] if targets.shape[1] else 0, count):
             part = slice(first, first + count)
             logits = self.model(input_ids=ids[part, :-1], use_cache=False).logits.to(kind)
             chosen = logits.gather(-1, targets[part, :, None])
             logprob[part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            greedy[part] = logits.argmax(-1) == targets[part]
-        return Scores(logprob, greedy)
+            best = logits.argmax(-1, keepdim=True)
+            gap[part] = (logits.gather(-1, best) - chosen).squeeze(-1)
+            greedy[part] = best.squeeze(-1) == targets[part]
+        return Scores(logprob, greedy, gap)
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         """The weights, each read once and 2 FLOPs a token; what the model's own cache holds is not known here."""

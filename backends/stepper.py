@@ -116,15 +116,17 @@ class HybridStepper:
         h = self.model.model(input_ids=ids[:, : max(ids.shape[1] - 1, 1)]).last_hidden_state
         targets = ids[:, 1:]
         logprob = torch.zeros(targets.shape, dtype=compute_dtype(h), device=h.device)
-        greedy = torch.zeros(targets.shape, dtype=torch.bool, device=h.device)
+        gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
         count = max(1, HEAD_SLICE // (self.vocab_size * max(ids.shape[0], 1)))
         for first in range(0, targets.shape[1], count):
             part = slice(first, first + count)
             logits = self._head(h[:, part])
             chosen = logits.gather(-1, targets[:, part, None])
             logprob[:, part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            greedy[:, part] = logits.argmax(-1) == targets[:, part]
-        return Scores(logprob, greedy)
+            best = logits.argmax(-1, keepdim=True)
+            gap[:, part] = (logits.gather(-1, best) - chosen).squeeze(-1)
+            greedy[:, part] = best.squeeze(-1) == targets[:, part]
+        return Scores(logprob, greedy, gap)
 
     def shrunk(self, layers: Sequence[int]) -> HybridStepper:
         """A stepper of these layers alone, on the same weights."""

@@ -229,6 +229,8 @@ class Scores(NamedTuple):
     """fp32 (fp64 for an fp64 model) [B, L - 1], natural log."""
     greedy: Tensor
     """bool [B, L - 1]: the token is the argmax (lowest index on a tie)."""
+    gap: Tensor | None = None
+    """Like `logprob`: by how much the token's logit is below the largest one. None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..interfaces import DataRef, ModelRef
 
@@ -74,6 +74,9 @@ class LosslessnessConfig:
     """Longest prompt; the prompts of a batch differ in length."""
     new_tokens: int = 64
     batch: tuple[int, ...] = (1, 4)
+    dtype: Literal["", "float64", "float32", "bfloat16"] = ""
+    """Of the models. Empty: `float64` on a CPU, what models are measured in elsewhere. Texts are equal in `float64`;
+    below it, two right decoders differ where two tokens are about as likely, and near ties are excused."""
 
     def __post_init__(self) -> None:
         _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1)
