@@ -40,7 +40,7 @@ class Losslessness:
     note = (
         "In float64: greedy texts that are the reference decoder's token for token, at every batch size. Below it two "
         "right runs differ where two tokens are about as likely, so each token is held against the plain model's "
-        "logits for the text: none may be farther from the likeliest than the noise between two plain runs of different "
+        "logits for the text: none may be farther from the likeliest than the noise between two plain runs of unlike "
         f"shape, and those that are excused are at most {EXCESS:g} times as many as in the reference's own text. "
         "Beside that: tokens that one parallel run over the text would choose as well, distinct runs of four tokens, "
         "and the shares of rounds that accept, or reject, a drafted token."

@@ -30,6 +30,7 @@ LEVEL = 0.95
 MEGA = 1e6
 FIGURES = (
     *("TPOT ms", "speed-up", "lossless", "tokens/s", "accepted length", "TTFT ms", "reference TPOT ms", "k"),
+    "distinct 4-grams %",
     *("weights MB", "KV MB", "state MB", "peak MB", "blocks"),
 )
 NAMES = {"prompt_tokens": "prompt", "new_tokens": "new"}
@@ -44,7 +45,8 @@ class Speed:
         "Speed-up: reference TPOT / TPOT, both of the same process and prompts, with a "
         f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where the text is greedy and was "
         "checked to be that of the reference decoder, for every seed and on the same kind of device. "
-        "Accepted length: tokens per round, the bonus token included."
+        "Accepted length: tokens per round, the bonus token included. Distinct 4-grams: of the runs of four tokens in a "
+        "text, those that are different; text that loops has few."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -102,14 +104,15 @@ class Speed:
         }
         facts = results.facts[results.facts["key"].isin(own["key"]) & (results.facts["model"] == model)]
         batch = request.get("batch")
-        for column, names in (
-            ("weights MB", ("weights",)),
-            ("KV MB", (f"KV cache, batch {batch}", "KV cache")),
-            ("state MB", (f"state, batch {batch}", "state")),
-            ("peak MB", ("peak device memory", "peak memory of the process")),
+        for column, unit, names in (
+            ("weights MB", 1 / MEGA, ("weights",)),
+            ("KV MB", 1 / MEGA, (f"KV cache, batch {batch}", "KV cache")),
+            ("state MB", 1 / MEGA, (f"state, batch {batch}", "state")),
+            ("peak MB", 1 / MEGA, ("peak device memory", "peak memory of the process")),
+            ("distinct 4-grams %", 100, (f"distinct 4-grams, batch {batch}",)),
         ):
             known = facts[facts["name"].isin(names) & facts["arm"].isin(["", own["arm"].iloc[0]])]
-            row[column] = float(known["value"].astype(float).max()) / MEGA if len(known) else None
+            row[column] = unit * float(known["value"].astype(float).max()) if len(known) else None
         return row
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from .. import metrics
 from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Subject, silent
 from .configs import SpeedConfig
 from .losslessness import decoder_of
@@ -46,6 +47,7 @@ class Speed:
                     block += 1
                     bench.emit("progress", done=block, total=total, unit="blocks")
                 _emit_states(bench, arms, batch)
+                _emit_loops(bench, arms, batch)
             _emit_peaks(bench, {name: arm.peak for name, arm in arms.items()})
             for name, measured in arms.items():
                 for what, (value, unit) in getattr(measured.model, "facts", dict)().items():
@@ -83,6 +85,9 @@ class Speed:
         if on_gpu:
             torch.cuda.synchronize()
             arm.peak = max(arm.peak, torch.cuda.max_memory_allocated())
+        for answer in answers:
+            distinct, runs = metrics.distinct_ngrams(answer.ids)
+            arm.distinct, arm.runs = arm.distinct + distinct, arm.runs + runs
         short = [len(answer.ids) for answer in answers if len(answer.ids) != self.config.new_tokens]
         if short:
             asked = f"{short[0]} tokens, not the {self.config.new_tokens} asked for"
@@ -111,6 +116,9 @@ class Arm:
     """Batch, context and steps of every state that the decoder took."""
     peak: int = 0
     """Most device memory that a block took, in bytes."""
+    distinct: int = 0
+    """Different runs of four tokens within the texts of a batch size, and below all runs."""
+    runs: int = 0
 
 
 class _Watched:
@@ -150,6 +158,15 @@ def _emit_states(bench: Bench, arms: dict[str, Arm], batch: int) -> None:
         for what, field in (("KV cache", "held_kv_bytes"), ("state", "held_state_bytes")):
             known = [size for cost in costs if (size := getattr(cost, field)) is not None]
             _emit_size(bench, f"{what}, batch {batch}", max(known, default=None), name)
+
+
+def _emit_loops(bench: Bench, arms: dict[str, Arm], batch: int) -> None:
+    """Tells how much each arm's text repeats itself: n-gram drafts feed on that."""
+    for name, arm in arms.items():
+        if arm.runs:
+            share = arm.distinct / arm.runs
+            bench.emit("fact", name=f"distinct 4-grams, batch {batch}", value=share, unit="share", arm=name)
+        arm.distinct = arm.runs = 0
 
 
 def _emit_size(bench: Bench, name: str, size: int | None, arm: str = "") -> None:

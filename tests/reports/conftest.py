@@ -73,7 +73,10 @@ def _model(stores, builder, model, seed, chance, nll, differing, check):
         records={"burst": timed, "round": rounds},
         use="speed",
         traits=("pair", "alone"),
-        facts=[{"name": "weights", "value": 2_000_000, "unit": "byte"}],
+        facts=[
+            {"name": "weights", "value": 2_000_000, "unit": "byte"},
+            {"name": "distinct 4-grams, batch 1", "value": 0.25, "unit": "share", "arm": "subject"},
+        ],
     )
 
 

@@ -116,6 +116,8 @@ def test_speed_is_that_of_the_definitions(make, frames_of):
     assert lookup["speed-up"].value == pytest.approx(plain["TPOT ms"] / lookup["TPOT ms"])
     assert lookup["speed-up"].low < lookup["speed-up"].value < lookup["speed-up"].high
     assert lookup["weights MB"] == 2.0
+    assert lookup["distinct 4-grams %"] == 25
+    assert math.isnan(number(plain["distinct 4-grams %"]))
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,19 @@ def test_facts_name_warm_up_sizes_and_memory(records):
     assert facts["peak memory of the process", ""]["value"] > 2**20
 
 
+def test_facts_tell_how_much_the_text_of_each_arm_loops(measure, lookup, plain):
+    looping = measure(Speed(CONFIG), TEXTS, lookup, plain, make=lambda: MockStepper(habit=1.0))
+    other = measure(Speed(CONFIG), TEXTS, lookup, plain, make=lambda: MockStepper(habit=0.0))
+    shares = [
+        {(r["name"], r["arm"]): r["value"] for r in records if r["kind"] == "fact" and r["unit"] == "share"}
+        for records in (looping, other)
+    ]
+    for (name, arm), share in shares[0].items():
+        assert name in ("distinct 4-grams, batch 1", "distinct 4-grams, batch 2")
+        assert share == shares[0][name, "reference" if arm == "subject" else "subject"]
+        assert 1 / 6 <= share < shares[1][name, arm] <= 1
+
+
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_sizes_are_those_of_the_states_that_each_decoder_opened(measure, lookup, plain, warmup):
     opened = set()
@@ -95,7 +108,8 @@ def test_a_backend_that_does_not_know_what_it_holds_has_no_sizes(measure, plain)
 
     records = measure(Speed(CONFIG), TEXTS, plain, make=Unknown)
     names = {r["name"] for r in records if r["kind"] == "fact"}
-    assert names == {"warm-up, batch 1", "warm-up, batch 2", "peak memory of the process"}
+    whats = ("warm-up", "distinct 4-grams")
+    assert names == {f"{what}, batch {batch}" for what in whats for batch in (1, 2)} | {"peak memory of the process"}
 
 
 def test_without_a_reference_there_is_one_arm_and_threads_come_back(measure, plain):
