@@ -47,7 +47,7 @@ def adopt(parent: Path, out: Path) -> None:
     elif all(path.suffix == ".safetensors" for path in shards(parent)):
         link_weights(parent, out)
     else:
-        write(out, _kept(config, Weights(parent)))
+        write(out, kept(config, Weights(parent)))
     checkpoint.save_config(config, out)
     checkpoint.copy_side_files(parent, out)
 
@@ -127,13 +127,13 @@ def _tensors(
     lost = tuple(f"model.layers.{index}.self_attn." for index in traded)
     if isinstance(options, RemovedConfig):
         lost += tuple(f"model.layers.{index}.input_layernorm." for index in traded)
-    yield from _kept(config, weights, lost)
+    yield from kept(config, weights, lost)
     if not isinstance(options, RemovedConfig):
         for index in traded:
             yield from _trade(config, weights, index, seed, options).items()
 
 
-def _kept(config: HybridConfig, weights: Weights, lost: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+def kept(config: HybridConfig, weights: Weights, lost: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     """The tensors whose names do not begin as one of `lost`; a tied head is left out."""
     if config.tie_word_embeddings:
         lost += ("lm_head.",)

@@ -79,6 +79,11 @@ class RemovedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShrunkConfig:
+    """Which layers stay is said by `keep`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HfConfig:
     """A model of transformers has no options: it is taken as it is."""
 
@@ -131,6 +136,14 @@ def mambabench_components() -> list[Component]:
             config=RemovedConfig,
             traits=frozenset({"rollback"}),
             summary="attention taken away, nothing in its place: only the layer's MLP is left",
+        ),
+        Component(
+            kind="backend",
+            name="shrunk",
+            target="mambabench.backends.shrunk:ShrunkBackend",
+            config=ShrunkConfig,
+            traits=frozenset({"rollback"}),
+            summary="only the layers of `keep`, between the parent's embeddings and head: a draft to be trained",
         ),
         Component(
             kind="suite",

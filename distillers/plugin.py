@@ -30,6 +30,15 @@ class ListConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndsConfig:
+    count: int = 2
+    """Layers at even distances, the first and the last among them."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "count")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KlGuidedConfig:
     share: float
     """Share of the layers that keep attention, 0 to 1."""
@@ -342,6 +351,13 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.selectors:Listed",
         config=ListConfig,
         summary="keeps attention in the layers given",
+    )
+    yield Component(
+        kind="selector",
+        name="ends",
+        target=f"{room}.selectors:Ends",
+        config=EndsConfig,
+        summary="the first and the last layer, and others at even distances: for drafts, which have few",
     )
     yield Component(
         kind="selector",
