@@ -1,0 +1,255 @@
+"""Products of a few rows with large weights, in which the weights are read once, at the speed of memory.
+
+A program has BLOCK rows of the weights and all rows of x, padded to TILE: the weights are the large side of the tensor
+cores' products, and STAGES tiles of them are on their way. The root mean square of each row of x is known from sums of
+squares that the kernel before has left; x is normed and rounded tile by tile as a kernel for it would round it. With
+SPLIT > 1 as many programs share the columns of a block; the last of them to end adds up in one order what all have
+left. What a row gives does not depend on how many there are: up to TILE of them run the same program.
+
+With PDL a program begins while the kernel before ends, asks for some lines of its weights, and waits for that kernel.
+`ahead` are the weights of a product that follows when smaller kernels have run: some of their lines are asked for when
+the program's own are read, so that memory is not idle meanwhile. In both cases it is every so manieth line: a program
+then always waits for memory, and for less of it, instead of for the cache first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+PIECE = 1024
+"""Bytes of a line that a thread asks for at a time, at most."""
+
+
+@triton.jit
+def _ask(  # type: ignore[no-untyped-def]
+    lines, first, step, asked, end, number, count,
+    WIDTH: tl.constexpr, PIECE: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """The `number`-th of `count` programs brings its share of lines first, first + step, ... to the L2 cache; `asked`
+    of them, those before `end`. WIDTH and PIECE are in numbers, of 2 bytes."""
+    PARTS: tl.constexpr = WIDTH // PIECE
+    for begin in tl.range(number, asked * PARTS, count * THREADS):
+        at = begin + count * tl.arange(0, THREADS)
+        line = first + at // PARTS * step
+        wanted = (at < asked * PARTS) & (line < end)
+        where = lines + line.to(tl.int64) * WIDTH + at % PARTS * PIECE
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+            "=r,l,r,r",
+            [where, wanted.to(tl.int32), PIECE * 2],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    y, bias, residual, out, sums, line, i, block, row, there,
+    LINES: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EACH: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """From y fp32 [BLOCK, TILE] to what is stored. It is rounded wherever kernels of their own would round."""
+    if BIAS:
+        y += tl.load(bias + line).to(tl.float32)[:, None]
+    if GATE:
+        y = y.to(out.dtype.element_ty).to(tl.float32)
+        gate, up = tl.split(tl.permute(tl.reshape(y, (2, EACH, TILE)), (1, 2, 0)))
+        y = gate / (1 + tl.exp(-gate)) * up
+    own = block * EACH + tl.arange(0, EACH)
+    inside = (own < LINES)[:, None] & there[None, :]
+    to = row.to(tl.int64)[None, :] * LINES + own[:, None]
+    y = y.to(out.dtype.element_ty)
+    if ADD:
+        y = y.to(tl.float32) + tl.load(residual + to, mask=inside, other=0.0).to(tl.float32)
+        y = y.to(out.dtype.element_ty)
+        exact = tl.where(inside, y.to(tl.float32), 0.0)
+        tl.store(sums + row * tl.cdiv(LINES, EACH) + block, tl.sum(exact * exact, axis=0), mask=there)
+    tl.store(out + to, y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def _product(  # type: ignore[no-untyped-def]
+    x, squares, norm, eps, weight, bias, residual, out, sums, left, counters, ahead, rows, parts,
+    WIDTH: tl.constexpr, LINES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, OWN: tl.constexpr, PIECE: tl.constexpr,
+    AHEAD: tl.constexpr, AHEAD_WIDTH: tl.constexpr, AHEAD_STEP: tl.constexpr, AHEAD_PIECE: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    EACH: tl.constexpr = BLOCK // 2 if GATE else BLOCK
+    SHARE: tl.constexpr = (WIDTH + SPLIT * COLUMNS - 1) // (SPLIT * COLUMNS) * COLUMNS
+    WHOLE: tl.constexpr = WIDTH % (SPLIT * COLUMNS) == 0
+    block, split = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        if OWN:
+            _ask(weight, block * EACH, EACH // OWN, OWN, LINES, split, SPLIT, WIDTH, PIECE, THREADS)
+        gdc_wait()
+        gdc_launch_dependents()
+    i = tl.arange(0, BLOCK)
+    line = tl.minimum(block * EACH + i % EACH, LINES - 1)
+    if GATE:
+        line += i // EACH * LINES
+    lines = weight + line.to(tl.int64)[:, None] * WIDTH
+    row = tl.arange(0, TILE)
+    there = row < rows
+    if NORM:
+        part = tl.arange(0, PARTS)
+        known = there[:, None] & (part < parts)[None, :]
+        total = tl.sum(tl.load(squares + row[:, None] * parts + part[None, :], mask=known, other=0.0), axis=1)
+        scale = 1 / tl.sqrt(total / WIDTH + eps)
+    y = tl.zeros((BLOCK, TILE), dtype=tl.float32)
+    for first in tl.range(split * SHARE, min((split + 1) * SHARE, WIDTH), COLUMNS, num_stages=STAGES):
+        column = first + tl.arange(0, COLUMNS)
+        inside = column < WIDTH
+        if WHOLE:
+            w = tl.load(lines + column[None, :], eviction_policy="evict_first")
+            v = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=there[:, None], other=0.0)
+        else:
+            w = tl.load(lines + column[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+            v = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        if NORM:
+            g = tl.load(norm + column) if WHOLE else tl.load(norm + column, mask=inside, other=0.0)
+            v = (v.to(tl.float32) * scale[:, None] * g[None, :]).to(w.dtype)
+        y = tl.dot(w, tl.trans(v), y)
+    if AHEAD:
+        number, count = block * SPLIT + split, tl.num_programs(0) * SPLIT
+        asked = (AHEAD + AHEAD_STEP - 1) // AHEAD_STEP
+        _ask(ahead, 0, AHEAD_STEP, asked, AHEAD, number, count, AHEAD_WIDTH, AHEAD_PIECE, THREADS)
+    if SPLIT == 1:
+        _finish(y, bias, residual, out, sums, line, i, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
+    else:
+        place = left + (block.to(tl.int64) * SPLIT * BLOCK + i)[:, None] * TILE + row[None, :]
+        tl.store(place + split * (BLOCK * TILE), y)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + block, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            tl.debug_barrier()
+            y = tl.load(place, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLIT):
+                y += tl.load(place + other * (BLOCK * TILE), cache_modifier=".cg")
+            tl.store(counters + block, 0)
+            _finish(y, bias, residual, out, sums, line, i, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
+
+
+@triton.jit
+def _squares(x, sums, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    v = tl.load(x + row.to(tl.int64) * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    tl.store(sums + row, tl.sum(v * v, axis=0))
+
+
+class Form(NamedTuple):
+    """How a product is cut up. Only `split`, and whether `block` is 64 or more, change the order of its sums."""
+
+    block: int
+    """Lines of the weights that a program has; of 64 and more wgmma makes the products."""
+    columns: int
+    """At a time."""
+    split: int
+    stages: int
+    warps: int
+    early: int = -1
+    """Lines of a block asked for while the kernel before ends; negative: a program begins when that has ended."""
+
+
+FORMS = (
+    Form(64, 128, 1, 4, 4),
+    Form(64, 128, 1, 6, 4),
+    Form(64, 64, 1, 5, 4),
+    Form(64, 256, 1, 3, 4),
+    Form(128, 128, 1, 3, 8),
+    Form(128, 64, 1, 5, 4),
+    Form(32, 128, 1, 6, 4),
+    Form(32, 256, 1, 4, 4),
+    Form(32, 256, 1, 6, 4),
+    Form(32, 256, 1, 4, 2),
+    Form(16, 256, 1, 6, 2),
+    Form(64, 128, 2, 5, 4),
+    Form(64, 128, 4, 4, 4),
+    Form(32, 256, 2, 4, 4),
+)
+EARLY = (-1, 0, 8)
+ROWS = 32
+"""At most."""
+AHEAD = 16 << 20
+"""Bytes of the weights `ahead` that are asked for."""
+
+
+class Asked(NamedTuple):
+    """Weights that a later product reads: [N, K], and every so manieth of its lines."""
+
+    weight: Tensor
+    step: int
+
+
+def ask(weight: Tensor, wanted: int = AHEAD) -> Asked:
+    """About `wanted` bytes of the weight, evenly."""
+    return Asked(weight, max(1, -(-weight.nbytes // wanted)))
+
+
+def _piece(width: int, size: int) -> int:
+    """Numbers that are asked for at a time: as many as divide a line of `width`."""
+    return math.gcd(width, PIECE // size)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    form: Form,
+    *,
+    norm: Tensor | None = None,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    sums: Tensor | None = None,
+    counters: Tensor | None = None,
+    ahead: Asked | None = None,
+    warmup: bool = False,
+) -> None:
+    """x [M, K] times weight [N, K] into out [M, N] (gated: [M, N / 2]).
+
+    norm fp32 [K] with squares fp32 [M, parts], which add up to each row's sum of squares: x is normed first. residual
+    [M, N] is added; sums [M, blocks] then gets the sum of squares of out, by blocks of form.block. counters int32
+    [blocks] are 0 before and after, where form.split > 1. With `warmup` the kernel is only compiled.
+    """
+    (rows, width), lines = x.shape, out.shape[1]
+    tile, each = (16 if rows <= 16 else 32), form.block // 2 if gated else form.block
+    blocks = triton.cdiv(lines, each)
+    left = x
+    if form.split > 1:
+        left = torch.empty(blocks, form.split, form.block, tile, dtype=torch.float32, device=x.device)
+    parts = 1 if squares is None else squares.shape[1]
+    asked = weight if ahead is None else ahead.weight
+    with torch.cuda.device_of(x):
+        _product.run(
+            x, x if squares is None else squares, x if norm is None else norm, eps, weight,
+            weight if bias is None else bias, x if residual is None else residual, out,
+            out if sums is None else sums, left, left if counters is None else counters, asked, rows, parts,
+            WIDTH=width, LINES=lines, NORM=norm is not None, GATE=gated, ADD=residual is not None,
+            BIAS=bias is not None, PARTS=triton.next_power_of_2(parts), TILE=tile, BLOCK=form.block,
+            COLUMNS=form.columns, SPLIT=form.split, STAGES=form.stages, PDL=form.early >= 0,
+            OWN=min(each, max(0, form.early)), PIECE=_piece(width, weight.itemsize),
+            AHEAD=0 if ahead is None else asked.shape[0], AHEAD_WIDTH=asked.shape[1],
+            AHEAD_STEP=1 if ahead is None else ahead.step, AHEAD_PIECE=_piece(asked.shape[1], asked.itemsize),
+            THREADS=32 * form.warps, num_warps=form.warps, launch_pdl=form.early >= 0,
+            grid=(blocks, form.split), warmup=warmup,
+        )  # fmt: skip
+
+
+def squares_of(x: Tensor) -> Tensor:
+    """fp32 [M, 1]: the sum of squares of each row of x [M, K]."""
+    sums = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    columns = triton.next_power_of_2(x.shape[1])
+    with torch.cuda.device_of(x):
+        _squares[(x.shape[0],)](x, sums, WIDTH=x.shape[1], COLUMNS=columns, num_warps=8 if columns > 1024 else 4)
+    return sums

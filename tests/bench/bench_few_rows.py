@@ -1,0 +1,306 @@
+"""Times products of a few rows with the weights of a decoding step, in every form that their kernel has, on one GPU:
+
+    python tests/bench/bench_few_rows.py [--shapes qkv head …] [--rows 1 5 8 16] [--no-layers] [--json FILE]
+
+Calls are made as a CUDA graph that goes over enough weights for none to be in the L2 cache. Before a form is timed its
+output is held against fp32 arithmetic. Beside each time stands cuBLAS's for the bare product, without the norm, gate or
+sum that is part of ours. Then a layer of Llama-3-8B at a context of 2,048: as it is with kernels of its own for each of
+these, and with ours, begun early or not, with weights asked for ahead or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from mambabench.kernels.decode_attention.triton import decode_attention
+from mambabench.kernels.few_rows import triton as room
+from mambabench.kernels.pointwise.triton import swiglu_packed
+from mambabench.kernels.rms_norm.triton import add_forward
+from torch import Tensor
+
+COLD = 300 << 20
+"""Bytes of the weights of a graph, at least."""
+CALLS = 16
+EPS = 1e-5
+TOLERANCE = 0.01
+"""Relative, of bf16 outputs."""
+CONTEXT = 2048
+LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    width: int
+    lines: int
+    """Of the weights."""
+    kind: str
+    """norm, gate (with a norm), sum, or head (norm, fp32 out)."""
+
+
+SHAPES = {
+    "qkv": Shape(4096, 6144, "norm"),
+    "o": Shape(4096, 4096, "sum"),
+    "gate_up": Shape(4096, 28672, "gate"),
+    "down": Shape(14336, 4096, "sum"),
+    "head": Shape(4096, 128256, "head"),
+    "in_proj": Shape(2560, 10576, "norm"),
+    "out_proj": Shape(5120, 2560, "sum"),
+}
+
+
+def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 7) -> float:
+    """Median microseconds of one of `calls`, which a graph makes one after the other."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) * 1000 / len(calls))
+    return statistics.median(times[2:])
+
+
+def bandwidth() -> float:
+    """GB/s of a copy, read and written."""
+    one, two = torch.zeros(2, 1 << 30, dtype=torch.uint8, device="cuda")
+    return 2 * one.nbytes / graph_us([lambda: two.copy_(one)] * 2) / 1e3
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(std=scale)
+
+
+class Case:
+    """The buffers of one shape."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.gated = shape, shape.kind == "gate"
+        self.outs = shape.lines // 2 if self.gated else shape.lines
+        self.bytes = shape.width * shape.lines * 2
+        self.weights = [draw(shape.lines, shape.width, scale=0.02) for _ in range(max(2, 1 + COLD // self.bytes))]
+        self.x, self.h = draw(room.ROWS, shape.width), draw(room.ROWS, self.outs)
+        self.norm = None if shape.kind == "sum" else 1 + 0.3 * torch.randn(shape.width, device="cuda")
+        self.counters = torch.zeros(1 << 14, dtype=torch.int32, device="cuda")
+
+    def call(self, weight: Tensor, rows: int, form: room.Form, squares: Tensor | None, warmup: bool = False) -> Tensor:
+        kind = torch.float32 if self.shape.kind == "head" else torch.bfloat16
+        out = torch.empty(rows, self.outs, dtype=kind, device="cuda")
+        given: dict[str, Any] = {"norm": self.norm, "squares": squares, "eps": EPS, "gated": self.gated}
+        if self.norm is None:
+            blocks = triton.cdiv(self.outs, form.block)
+            given = {"residual": self.h[:rows], "sums": torch.empty(rows, blocks, device="cuda")}
+        room.launch(self.x[:rows], weight, out, form, counters=self.counters, warmup=warmup, **given)
+        return out
+
+    def squares(self, rows: int) -> Tensor | None:
+        """In as many parts as the kernel before would leave."""
+        if self.norm is None:
+            return None
+        return self.x[:rows].float().square().unflatten(1, (-1, 32)).sum(2)
+
+    def wrong(self, form: room.Form) -> str:
+        """Why the form must not be timed; rows must not depend on how many there are."""
+        weight, x = self.weights[0], self.x
+        if self.norm is not None:
+            x = (x.float() * (x.float().square().mean(1, keepdim=True) + EPS).rsqrt() * self.norm).bfloat16()
+        whole = self.call(weight, 16, form, self.squares(16))
+        wanted = x[:16].float() @ weight.float().T
+        if self.gated:
+            gate, up = wanted.chunk(2, dim=1)
+            wanted = F.silu(gate) * up
+        elif self.norm is None:
+            wanted += self.h[:16].float()
+        apart = float((whole.float() - wanted).norm() / wanted.norm())
+        if not apart <= TOLERANCE:
+            return f"{apart:.1e} from fp32"
+        for rows in (1, 5):
+            if not torch.equal(self.call(weight, rows, form, self.squares(rows)), whole[:rows]):
+                return f"{rows} rows differ from the same among 16"
+        return ""
+
+    def time(self, rows: int, form: room.Form) -> float:
+        squares = self.squares(rows)
+        return graph_us([lambda w=w: self.call(w, rows, form, squares) for w in self.rotated()])
+
+    def cublas(self, rows: int) -> float:
+        x = self.x[:rows].clone()
+        if self.shape.kind == "head":
+            return graph_us([lambda w=w: torch.mm(x, w.T, out_dtype=torch.float32) for w in self.rotated()])
+        return graph_us([lambda w=w: F.linear(x, w) for w in self.rotated()])
+
+    def rotated(self) -> list[Tensor]:
+        count = max(CALLS if self.bytes < COLD else 4, len(self.weights))
+        return [self.weights[i % len(self.weights)] for i in range(count)]
+
+
+def compile_forms(wanted: Sequence[tuple[Case, room.Form, int]]) -> None:
+    """Side by side."""
+    threads = min(16, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for case, form, count in wanted:
+            case.call(case.weights[0], count, form, case.squares(count), warmup=True)
+
+
+def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str, Any]:
+    """Times forms for the first number of rows, and the best of them for all."""
+    times: dict[tuple[int, room.Form], float] = {}
+    first, best = rows[0], room.FORMS[0]
+
+    def told(count: int, form: room.Form) -> str:
+        us = times[count, form]
+        return f"{us:.1f} us {case.bytes / us / 1e3 / copy:.3f}"
+
+    def attempt(form: room.Form) -> None:
+        try:
+            reason = case.wrong(form)
+            if not reason:
+                times[first, form] = case.time(first, form)
+        except (RuntimeError, triton.TritonError) as error:
+            reason = str(error).splitlines()[0]
+        if reason:
+            print(f"  {tuple(form)}: {reason}", flush=True)
+
+    for form in room.FORMS:
+        attempt(form)
+    ranked = sorted((f for _, f in times), key=lambda f: times[first, f])
+    early = [form._replace(early=early) for form in ranked[:2] for early in room.EARLY[1:]]
+    compile_forms([(case, form, first) for form in early])
+    for form in early:
+        attempt(form)
+    print(f"{name} {case.shape.width} -> {case.shape.lines}, {case.bytes / 1e6:.1f} MB, M = {first}:", flush=True)
+    for form in ranked:
+        also = [told(first, f) for f in (form._replace(early=e) for e in room.EARLY[1:]) if (first, f) in times]
+        print(f"  {tuple(form)[:5]}: {told(first, form)}" + (f"; begun early {', '.join(also)}" if also else ""))
+    results: dict[str, Any] = {"plain": {}}
+    if ranked:
+        best = ranked[0]
+    for count in rows:
+        plain = results["plain"][count] = case.cublas(count)
+        line = f"  M = {count}: cuBLAS {plain:.1f} us {case.bytes / plain / 1e3 / copy:.3f}"
+        for form in (best, best._replace(early=0), best._replace(early=8)):
+            if (first, form) in times:
+                times[count, form] = case.time(count, form)
+                line += f"; {form.early} {told(count, form)}"
+        print(line, flush=True)
+    results["best"] = best
+    results["times"] = [{"rows": n, **form._asdict(), "us": us} for (n, form), us in times.items()]
+    return results
+
+
+class Layers:
+    """Some layers of Llama-3-8B, on a cache of `CONTEXT` positions."""
+
+    def __init__(self, cases: dict[str, Case], forms: dict[str, room.Form]) -> None:
+        self.forms = forms
+        self.parts = [
+            {name: cases[name].weights[0].clone() for name in ("qkv", "o", "gate_up", "down")} for _ in range(LAYERS)
+        ]
+        self.caches = [draw(2, 1, CONTEXT + 64, 8, 128) for _ in range(LAYERS)]
+        self.norm, self.rotary = cases["qkv"].norm, draw(CONTEXT + 64, 2, 128)
+        self.start = torch.full((1,), CONTEXT, dtype=torch.int32, device="cuda")
+        self.counters = torch.zeros(1 << 14, dtype=torch.int32, device="cuda")
+        assert self.norm is not None
+        self.rounded = self.norm.bfloat16()
+
+    def separate(self, h: Tensor) -> None:
+        added = h
+        for weights, cache in zip(self.parts, self.caches, strict=True):
+            h, x = add_forward(h, added, self.rounded, EPS)
+            y = decode_attention(F.linear(x, weights["qkv"]), *cache, self.start, self.rotary, 0, None)
+            h, x = add_forward(h, F.linear(y, weights["o"]), self.rounded, EPS)
+            added = F.linear(swiglu_packed(F.linear(x, weights["gate_up"])), weights["down"])
+
+    def ours(self, h: Tensor, early: int, ahead: int, attention: bool = True) -> None:
+        squares = room.squares_of(h)
+        for weights, cache in zip(self.parts, self.caches, strict=True):
+            asked = room.ask(weights["o"], ahead) if ahead else None
+            projected = self._in(h, squares, weights, "qkv", early, asked)
+            if attention:
+                y = decode_attention(projected, *cache, self.start, self.rotary, 0, None)
+            else:
+                y = projected[:, :4096].contiguous()
+            h, squares = self._out(y, h, weights, "o", early)
+            x = self._in(h, squares, weights, "gate_up", early, None)
+            h, squares = self._out(x, h, weights, "down", early)
+
+    def _in(
+        self, h: Tensor, squares: Tensor, weights: dict[str, Tensor], name: str, early: int, ahead: room.Asked | None
+    ) -> Tensor:
+        weight, gated = weights[name], name == "gate_up"
+        out = torch.empty(h.shape[0], weight.shape[0] // (2 if gated else 1), dtype=h.dtype, device=h.device)
+        form, counters = self.forms[name]._replace(early=early), self.counters
+        room.launch(
+            h, weight, out, form, norm=self.norm, squares=squares, eps=EPS, gated=gated, counters=counters, ahead=ahead
+        )
+        return out
+
+    def _out(self, x: Tensor, h: Tensor, weights: dict[str, Tensor], name: str, early: int) -> tuple[Tensor, Tensor]:
+        form, out = self.forms[name]._replace(early=early), torch.empty_like(h)
+        sums = torch.empty(h.shape[0], triton.cdiv(h.shape[1], form.block), device="cuda")
+        room.launch(x, weights[name], out, form, residual=h, sums=sums, counters=self.counters)
+        return out, sums
+
+
+def layers(cases: dict[str, Case], found: dict[str, dict[str, Any]], copy: float, rows: Sequence[int]) -> None:
+    made = Layers(cases, {name: found[name]["best"] for name in ("qkv", "o", "gate_up", "down")})
+    read = sum(w.nbytes for w in made.parts[0].values()) + made.caches[0].nbytes
+    print(f"a layer of Llama-3-8B, {read / 1e6:.0f} MB, {read / copy / 1e3:.1f} us at copy speed")
+    for count in rows:
+        h = draw(count, 4096)
+        ways: dict[str, Callable[[], object]] = {"separate kernels": lambda h=h: made.separate(h)}
+        for early, ahead in ((-1, 0), (-1, 8), (-1, 16), (-1, 32), (0, 0), (4, 0), (8, 0), (8, 16), (8, 32)):
+            name = f"ours, early {early}, {ahead} MB ahead"
+            ways[name] = lambda h=h, e=early, a=ahead: made.ours(h, e, a << 20)
+        ways["ours, early 8, no attention"] = lambda h=h: made.ours(h, 8, 0, False)
+        for name, way in ways.items():
+            us = graph_us([way] * 2) / LAYERS
+            print(f"  M = {count}, {name}: {us:.1f} us, {read / us / 1e3 / copy:.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 5, 8, 16])
+    parser.add_argument("--no-layers", action="store_true", help="time products only")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    began, tiles = time.perf_counter(), sorted({16 if n <= 16 else 32 for n in args.rows})
+    with torch.inference_mode():
+        copy = bandwidth()
+        print(
+            f"{torch.cuda.get_device_name()}: copies {copy:.0f} GB/s; form: (block, columns, split, stages, warps)"
+        )
+        cases = {name: Case(SHAPES[name]) for name in args.shapes}
+        compile_forms([(case, form, count) for case in cases.values() for form in room.FORMS for count in tiles])
+        print(f"compiled after {time.perf_counter() - began:.1f} s", flush=True)
+        found = {name: measure(name, case, args.rows, copy) for name, case in cases.items()}
+        if not args.no_layers and {"qkv", "o", "gate_up", "down"} <= set(cases):
+            layers(cases, found, copy, args.rows[:2])
+    print(f"{time.perf_counter() - began:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps({"copy": copy, "shapes": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
