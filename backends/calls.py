@@ -44,7 +44,7 @@ class AttentionIndices:
 
 @dataclass(eq=False)
 class MambaStep:
-    """T tokens a row and the R before them, for Mamba layers. Those from `settled` on are replayed; earlier ones are
+    """T tokens a row and the R before them, for Mamba layers. Those from `saved` on are replayed; earlier ones are
     among them because rows differ, or because R must not depend on data. Kernels need no more than the positions;
     indices for PyTorch are made when the first layer asks for them."""
 
@@ -53,8 +53,8 @@ class MambaStep:
     """T."""
     start: Tensor
     """int32 [B], on the device."""
-    settled: Tensor
-    """int32 [B], before the call."""
+    saved: Tensor
+    """int32 [B], where the checkpoints stand before the call."""
     settle: bool
     plan: Plan
     """The same for layers whose ring holds what goes into the state."""
@@ -85,10 +85,10 @@ class MambaStep:
 
     @cached_property
     def live(self) -> Tensor | None:
-        """[B, R + T, 1], 0 for a token before `settled`, else 1; in the dtype of the state. None where R = 0."""
+        """[B, R + T, 1], 0 for a token before `saved`, else 1; in the dtype of the state. None where R = 0."""
         if not self.longest:
             return None
-        counted = self._positions[:, self.window :] >= self.settled.unsqueeze(1)
+        counted = self._positions[:, self.window :] >= self.saved.unsqueeze(1)
         return counted.to(self.state.exact).unsqueeze(-1)
 
     @cached_property
@@ -110,6 +110,10 @@ class Fill:
     """int64 [n]."""
     lengths: Tensor
     """int64 [n], at least 1."""
+    start: Tensor
+    """int64 [n], where they begin."""
+    saved: Tensor
+    """int64 [n], where the checkpoints stand before the call."""
     fresh: bool
     """Every row begins anew: nothing of the state is read."""
     end: Tensor
@@ -127,7 +131,7 @@ class Fill:
     read: Tensor
     """int64 [n, W - 1 + R], ring slots of the convolution's window and of the R tokens before `start`."""
     replayed: Tensor
-    """[n, R, 1], 0 for a token before `settled`, else 1."""
+    """[n, R, 1], 0 for a token before `saved`, else 1."""
     tail: Tensor
     """int64 [n, W - 1], ring slots of the convolution's window at the end."""
     sliding: Tensor | None = None
@@ -172,9 +176,9 @@ def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, lo
         batch=start.shape[0],
         count=count,
         start=start,
-        settled=state.settled,
+        saved=state.saved,
         settle=settle,
-        plan=Plan(count, state.steps, state.steps, settle),
+        plan=state.plan(count, settle),
         state=state,
         longest=longest,
         window=config.d_conv - 1,
@@ -186,12 +190,12 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
     """Prompts ids [n, L] of `lengths` [n] tokens for `rows` [n], from `start` [n] on or from the beginning."""
     device, window = ids.device, config.d_conv - 1
     first = torch.zeros_like(lengths) if start is None else start
-    settled, end = state.settled[rows].long(), first + lengths
+    saved, end = state.saved[rows].long(), first + lengths
     tokens = torch.arange(ids.shape[1], device=device)
     positions = first.unsqueeze(1) + tokens
     live, longest, mask = int(end.max()), 0, None
     if start is not None:
-        longest = int((start - settled).max())
+        longest = int((start - saved).max())
         mask = (torch.arange(live, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
     sliding, reach = None, config.sliding_window or 0
     slots = torch.arange(ids.shape[1] if start is None else live, device=device)
@@ -204,6 +208,8 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
     return Fill(
         rows=rows,
         lengths=lengths,
+        start=first,
+        saved=saved,
         fresh=start is None,
         end=end,
         flat=(real[0], real[1]),
@@ -214,7 +220,7 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
         cos=cos,
         sin=sin,
         read=before % state.ring,
-        replayed=(before[:, window:] >= settled.unsqueeze(1)).to(state.exact).unsqueeze(-1),
+        replayed=(before[:, window:] >= saved.unsqueeze(1)).to(state.exact).unsqueeze(-1),
         tail=(end.unsqueeze(1) + torch.arange(-window, 0, device=device)) % state.ring,
         turn=_turn(state, torch.cat((before[:, window:], positions), dim=1)) if config.mamba_rope else None,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.documents import Documents
 from ..kernels.gated_norm import gated_norm
-from ..kernels.multistep import convolve, multistep, ring_multistep
+from ..kernels.multistep import convolve, folded, multistep, ring_multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
 from .calls import Fill, MambaStep
@@ -111,15 +111,20 @@ class Mamba2(Mamba):
         stands before the prompt."""
         z, kept = self._split(h)
         window = state = None
-        replayed = fill.replayed.shape[1]
+        longest = fill.replayed.shape[1]
+        replayed = 0 if cache.ring is not None else longest
         if not fill.fresh:
-            old = cache.inputs[fill.rows.unsqueeze(1), fill.read]
+            old = cache.inputs[fill.rows.unsqueeze(1), fill.read[:, longest - replayed :]]
             taken = old.shape[1] - replayed
             window, state = self._parts(old[:, :taken])[0], cache.state[fill.rows]
             kept = torch.cat((old[:, taken:], kept), dim=1)
+            if cache.ring is not None:
+                ring, decay = cache.ring.views.rows(fill.rows), self._decay(state.dtype)
+                state = folded(ring, decay, state, fill.start, fill.saved, longest)
         u, raw = self._parts(kept)
         dt = self._dt(raw)
-        dt = torch.cat((dt[:, :replayed] * fill.replayed, dt[:, replayed:]), dim=1)
+        if replayed:
+            dt = torch.cat((dt[:, :replayed] * fill.replayed, dt[:, replayed:]), dim=1)
         lengths = fill.lengths + replayed
         convolved, window = self._conv(u, window, lengths)
         x, b, c = self._heads(convolved, fill.turn)
@@ -146,8 +151,8 @@ class Mamba2(Mamba):
     def _step_by_kernel(self, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep) -> Tensor:
         """The same to y [B, T, H, P], over a ring of what goes into the state: the convolution is not made again."""
         new, (weight, bias) = kept.unflatten(0, (call.batch, call.count)), self._taps
-        convolve(
+        c = convolve(
             new, weight, bias, self.dt_bias, cache.inputs, ring.convolved, ring.dt, call.start, self.active
-        )  # fmt: skip
+        ).unflatten(2, (-1, self.width))
         decay = self._decay(ring.dt.dtype)
-        return ring_multistep(ring.views, decay, self.D, cache.state, call.start, call.settled, call.plan)
+        return ring_multistep(ring.views, c, decay, self.D, cache.state, call.start, call.saved, call.plan)

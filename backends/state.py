@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,12 +11,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels.multistep import Ring, ring_supports
+from ..kernels.multistep import Plan, Ring, ring_supports
 from ..kernels.scan.reference import compute_dtype
 from ..kernels.support import chosen
 from .config import REMOVED, HybridConfig
 from .graphs import Graphs
 from .rope import Rope
+
+VARIABLE = "MAMBABENCH_REPLAY"
+"""So many tokens, at least those of a round, may stand between a checkpoint and where a call starts, whatever memory
+that takes."""
+WORTH = {"mamba2": (16, 32)}
+"""Tokens of a replay at small and at large batches. The kernel makes up to 16 as fast as one, and up to 32 as fast as
+17, which fewer writes of the checkpoint outweigh where they are what a call waits for."""
+LARGE = 16
+SHARE = {"mamba2": 1.12}
+"""What a layer may hold, over plain decoding: a state, and the convolution's window."""
 
 
 @dataclass(slots=True)
@@ -30,10 +42,10 @@ class KVCache:
 
 @dataclass(slots=True)
 class StateRing:
-    """Position p lies in slot p mod S, S twice the steps."""
+    """Position p lies in slot p mod S, S = replay + steps."""
 
     convolved: Tensor
-    """[B, S, (2 G + H) P]: x, B and C behind the convolution."""
+    """[B, S, 2 G P]: x and B behind the convolution."""
     dt: Tensor
     """[B, S, H], behind softplus."""
     views: Ring
@@ -45,7 +57,7 @@ class StateRing:
 
 @dataclass(slots=True)
 class MambaState:
-    """A Mamba layer: the state at `settled`, and a ring of what is needed to go on from any later position.
+    """A Mamba layer: the state at `saved`, and a ring of what is needed to go on from any later position.
 
     The ring holds what the input projection made of each token, so that a replay makes from it what the first run of
     the token made. Position p lies in slot p mod S.
@@ -76,17 +88,20 @@ LayerState = KVCache | MambaState | NoState
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class State:
-    """All rows of a batch. `settled` and `end` are int32 [B] on the device, shared by all layers."""
+    """All rows of a batch. `settled`, `saved` and `end` are int32 [B] on the device, shared by all layers."""
 
     layers: list[LayerState]
     settled: Tensor
+    saved: Tensor
+    """Where the checkpoints of Mamba layers stand, at `settled` or before."""
     end: Tensor
     steps: int
+    replay: int
+    """`replayable`: end - saved is never more."""
     capacity: int
     """Positions a row can hold."""
     ring: int
-    """`input_slots`: for two rounds and the convolution's window. A call that settles replays up to `steps` tokens and
-    writes as many new ones, which must not lie in slots that it reads. For one round where it does not read them."""
+    """`input_slots`."""
     exact: torch.dtype
     """Of recurrent states."""
     rotary: Tensor
@@ -96,7 +111,11 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """All that belongs to rows."""
-        return [self.settled, self.end, *(t for layer in self.layers for t in layer.tensors())]
+        return [self.settled, self.saved, self.end, *(t for layer in self.layers for t in layer.tensors())]
+
+    def plan(self, count: int, settle: bool) -> Plan:
+        """Of a call of `count` tokens a row."""
+        return Plan(count, self.steps, self.replay, settle)
 
 
 def recurrent(config: HybridConfig, mixer: str) -> tuple[tuple[int, ...], int]:
@@ -112,24 +131,62 @@ def steps_by_kernel(config: HybridConfig, like: Tensor, steps: int) -> bool:
     return chosen("ring_multistep", ring_supports(like, config.head_dim, steps, config.mamba_rope))
 
 
-def input_slots(config: HybridConfig, like: Tensor, steps: int) -> int:
-    """Slots of the rings of projections. Where kernels run, only the convolution's window is read of them in a call,
-    and what a later prompt may replay."""
+def replayable(config: HybridConfig, like: Tensor, batch: int, steps: int) -> int:
+    """Tokens that a row may go beyond its checkpoints, at least `steps`: as many as are worth their memory where
+    kernels replay them, of every layer."""
+    kinds = {"mamba", "mamba2"} & set(config.mixers)
+    if kinds != {"mamba2"} or not steps_by_kernel(config, like, steps):
+        return steps
+    asked = os.environ.get(VARIABLE)
+    return max(steps, int(asked) if asked else min(_worth(config, kind, like, batch, steps) for kind in kinds))
+
+
+def _worth(config: HybridConfig, mixer: str, like: Tensor, batch: int, steps: int) -> int:
+    """Tokens of a replay that a layer has room for and use of."""
+    state, token = recurrent(config, mixer)
+    exact = math.prod(state) * compute_dtype(like).itemsize
+    plain = exact + (config.d_conv - 1) * (token - config.num_attention_heads) * like.element_size()
+    kept = exact + (steps + config.d_conv - 1) * token * like.element_size()
+    return min(WORTH[mixer][batch >= LARGE], int((SHARE[mixer] * plain - kept) / _ring_bytes(config, like)) - steps)
+
+
+def _ring_bytes(config: HybridConfig, like: Tensor) -> int:
+    """Of a token in the ring of a Mamba-2 layer."""
+    heads = config.num_attention_heads
+    return 2 * config.num_key_value_heads * config.head_dim * like.element_size() + heads * compute_dtype(like).itemsize
+
+
+def input_slots(config: HybridConfig, like: Tensor, batch: int, steps: int) -> int:
+    """Slots of the rings of projections: for a replay, a round of new tokens, which must not lie in slots that the
+    same call reads, and the convolution's window. Where all layers have rings of what goes into the state, only the
+    window is read of them."""
     fewer = "mamba2" in config.mixers and "mamba" not in config.mixers and steps_by_kernel(config, like, steps)
-    return (1 if fewer else 2) * steps + config.d_conv - 1
+    return (0 if fewer else replayable(config, like, batch, steps)) + steps + config.d_conv - 1
+
+
+def held_bytes(config: HybridConfig, like: Tensor, batch: int, steps: int) -> int:
+    """What a row has in its Mamba layers."""
+    total, slots = 0, input_slots(config, like, batch, steps)
+    for mixer in config.mixers:
+        if mixer in ("mamba", "mamba2"):
+            state, token = recurrent(config, mixer)
+            total += math.prod(state) * compute_dtype(like).itemsize + slots * token * like.element_size()
+        if mixer == "mamba2" and steps_by_kernel(config, like, steps):
+            total += (replayable(config, like, batch, steps) + steps) * _ring_bytes(config, like)
+    return total
 
 
 def _state_ring(config: HybridConfig, batch: int, slots: int, like: Tensor) -> StateRing:
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    convolved = like.new_zeros(batch, slots, (2 * groups + heads) * width)
+    convolved = like.new_zeros(batch, slots, 2 * groups * width)
     dt = like.new_zeros(batch, slots, heads, dtype=compute_dtype(like))
-    x, B, C = convolved.unflatten(2, (-1, width)).split((groups, groups, heads), dim=2)
-    return StateRing(convolved, dt, Ring(x, B, C, dt))
+    x, B = convolved.unflatten(2, (-1, width)).split(groups, dim=2)
+    return StateRing(convolved, dt, Ring(x, B, dt))
 
 
 def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, steps: int, like: Tensor) -> State:
     """Empty rows of `capacity` positions, in the dtype and on the device of `like`."""
-    ring = input_slots(config, like, steps)
+    ring, replay = input_slots(config, like, batch, steps), replayable(config, like, batch, steps)
     groups, width = config.num_key_value_heads, config.head_dim
     exact = compute_dtype(like)
     layers: list[LayerState] = []
@@ -142,12 +199,12 @@ def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, step
             shape, slot = recurrent(config, mixer)
             state = like.new_zeros(batch, *shape, dtype=exact)
             by_kernel = mixer == "mamba2" and steps_by_kernel(config, like, steps)
-            inner = _state_ring(config, batch, 2 * steps, like) if by_kernel else None
+            inner = _state_ring(config, batch, replay + steps, like) if by_kernel else None
             layers.append(MambaState(state, like.new_zeros(batch, ring, slot), inner))
     cursor = like.new_zeros(batch, dtype=torch.int32)
     cos, sin = rope(torch.arange(capacity, device=like.device).unsqueeze(0), like)
     rotary = torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1)
-    return State(layers, cursor, cursor.clone(), steps, capacity, ring, exact, rotary)
+    return State(layers, cursor, cursor.clone(), cursor.clone(), steps, replay, capacity, ring, exact, rotary)
 
 
 class Kept:

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
+from ..kernels.multistep import move
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
 from .graphs import Graphs, Recorder, capturing, wanted
 from .mixers import MAMBAS
 from .model import HybridForCausalLM
 from .shrink import shrink
-from .state import Kept, State, input_slots, open_state, recurrent, steps_by_kernel
+from .state import Kept, State, held_bytes, open_state, recurrent, replayable
 
 BLOCK = 256
 """Positions by which memory grows where calls are recorded on it."""
@@ -81,7 +82,7 @@ class HybridStepper:
             h, added = layer.run(h, added, cache, call)
         last = torch.arange(h.shape[0], device=h.device), call.lengths - 1
         logits[call.rows] = self._logits(h[last], None if added is None else added[last])
-        state.end[call.rows] = state.settled[call.rows] = call.end.int()
+        state.end[call.rows] = state.settled[call.rows] = state.saved[call.rows] = call.end.int()
         return logits
 
     @torch.inference_mode()
@@ -99,9 +100,7 @@ class HybridStepper:
         h, added = self.model.model.embed_tokens(ids.flatten()), None
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
             h, added = layer.run(h, added, cache, calls.get(name))
-        if settle:
-            state.settled.copy_(start)
-        torch.add(start, ids.shape[1], out=state.end)
+        move(start, state.settled, state.saved, state.end, state.plan(ids.shape[1], settle))
         return self._logits(h, added).view(*ids.shape, -1)
 
     @torch.inference_mode()
@@ -140,8 +139,9 @@ class HybridStepper:
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         """Least bytes and FLOPs of one `advance`: each weight, cached key and checkpoint read once, the new ones
-        written. A product of n weights with a token is 2 n FLOPs. What is held counts the embedding, which a step
-        reads a few rows of, and whole rings."""
+        written; the mean over the calls between two writes of a checkpoint, if all tokens stay. A product of n weights
+        with a token is 2 n FLOPs. What is held counts the embedding, which a step reads a few rows of, and whole
+        rings."""
         config, size = self.config, self.model.lm_head.weight.element_size()
         attention = len(config.attention_layers)
         heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -150,30 +150,21 @@ class HybridStepper:
         tied = embedding.data_ptr() == self.model.lm_head.weight.data_ptr()
         read = [p for p in held.values() if tied or p is not embedding]
         numbers, tokens = sum(p.numel() for p in read), batch * steps
-        exact = compute_dtype(self.model.lm_head.weight).itemsize
+        weight = self.model.lm_head.weight
+        exact, rounds = compute_dtype(weight).itemsize, replayable(config, weight, batch, steps) // steps
         kinds = [recurrent(config, mixer) for mixer in config.mixers if mixer in MAMBAS]
         cells, slots = sum(math.prod(shape) for shape, _ in kinds), size * sum(slot for _, slot in kinds)
-        kept = input_slots(config, self.model.lm_head.weight, steps)
         reached = [min(context, window or context) + steps for window in self._windows]
         slot_bytes = 2 * groups * width * size * batch
         return Cost(
             weight_bytes=sum(p.nbytes for p in read),
             kv_bytes=slot_bytes * sum(reached),
-            state_bytes=batch * (2 * cells * exact + 2 * steps * slots),
+            state_bytes=round(batch * ((1 + 1 / rounds) * cells * exact + (3 + rounds) / 2 * steps * slots)),
             flops=2 * numbers * tokens + 4 * tokens * sum(reached) * heads * width + tokens * 8 * cells,
             held_weight_bytes=sum(p.nbytes for p in held.values()),
             held_kv_bytes=slot_bytes * attention * self._capacity(context + steps),
-            held_state_bytes=batch * (cells * exact + kept * slots + self._rings(steps)),
+            held_state_bytes=batch * held_bytes(config, weight, batch, steps),
         )
-
-    def _rings(self, steps: int) -> int:
-        """Bytes of a row in the rings that the kernels of Mamba-2 layers read."""
-        config, weight = self.config, self.model.lm_head.weight
-        layers, heads = config.mixers.count("mamba2"), config.num_attention_heads
-        if not layers or not steps_by_kernel(config, weight, steps):
-            return 0
-        convolved = recurrent(config, "mamba2")[1] - heads
-        return layers * 2 * steps * (convolved * weight.element_size() + heads * compute_dtype(weight).itemsize)
 
     def _logits(self, h: Tensor, added: Tensor | None) -> Tensor:
         return self._head(self.model.model.norm.add(h, added)[1])
@@ -204,7 +195,7 @@ class HybridStepper:
 
     def _advance(self, count: int, start: Tensor, state: State, settle: bool) -> dict[str, AttentionStep | MambaStep]:
         """The indices for each kind of mixer that the model has."""
-        live, longest, even = state.capacity, state.steps, False
+        live, longest, even = state.capacity, state.replay, False
         if state.graphs is None and self._looks(start):
             live, longest, even = self._check(count, start, state, settle)
         calls: dict[str, AttentionStep | MambaStep] = {}

@@ -27,17 +27,22 @@ LONGEST = 64
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """Views of what B rows keep of S tokens each. Every group serves an equal number of the H heads side by side, and
-    groups of x, B and C may differ in number."""
+    """Views of what B rows keep of S tokens each. Every group serves an equal number of the H heads side by side."""
 
     x: Tensor
     """[B, S, G, P]."""
     B: Tensor
     """[B, S, G', N]."""
-    C: Tensor
-    """[B, S, G'', N]. Only that of new tokens is read."""
     dt: Tensor
     """[B, S, H], after softplus, fp32 or fp64."""
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What makes the state."""
+        return self.x, self.B, self.dt
+
+    def rows(self, rows: Tensor) -> Ring:
+        """A copy of these rows."""
+        return Ring(self.x[rows], self.B[rows], self.dt[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,54 +77,74 @@ def ring_supports(like: Tensor, width: int, steps: int, turned: bool) -> Support
     return installed("triton")
 
 
-def supports(ring: Ring, state: Tensor, plan: Plan) -> Support:
+def supports(ring: Ring, C: Tensor, state: Tensor, plan: Plan) -> Support:
     """Whether `ring_multistep` runs as a kernel."""
     support = served(ring.x, DTYPES)
     if not support:
         return support
-    if ring.B.dtype != ring.x.dtype or ring.C.dtype != ring.x.dtype:
+    if ring.B.dtype != ring.x.dtype or C.dtype != ring.x.dtype:
         return Support.no("the kernel takes x, B and C in one dtype")
     if state.dtype != torch.float32 or ring.dt.dtype != torch.float32 or not state.is_contiguous():
         return Support.no("the kernel takes a contiguous state and dt in fp32")
     if max(*state.shape[2:], plan.replay) > WIDEST or plan.count > LONGEST:
         return Support.no(f"the kernel has states and replays of up to {WIDEST} and calls of up to {LONGEST} tokens")
-    if any(t.stride(3) != 1 or t.stride(2) != t.shape[3] for t in (ring.x, ring.B, ring.C)) or ring.dt.stride(2) != 1:
+    if any(t.stride(3) != 1 or t.stride(2) != t.shape[3] for t in (ring.x, ring.B, C)) or ring.dt.stride(2) != 1:
         return Support.no("the kernel takes a token's numbers side by side")
     return installed("triton")
 
 
-def ring_multistep(ring: Ring, A: Tensor, D: Tensor, state: Tensor, start: Tensor, saved: Tensor, plan: Plan) -> Tensor:
+def ring_multistep(
+    ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, start: Tensor, saved: Tensor, plan: Plan
+) -> Tensor:
     """T tokens from `start` int32 [B], which are in the ring already.
 
-    A [H] (negative), D [H], state [B, H, P, N]: the checkpoint at `saved` int32 [B], moved to `start` in the rows that
-    are `plan.due`, of which the caller takes note behind its last layer. saved <= start <= saved + plan.replay.
+    C [B, T, G'', N], of which each group serves an equal number of heads side by side, as those of x and B do; A [H]
+    (negative), D [H], state [B, H, P, N]: the checkpoint at `saved` int32 [B], moved to `start` in the rows that are
+    `plan.due`, of which the caller takes note behind its last layer. saved <= start <= saved + plan.replay.
     Returns y [B, T, H, P] in x's dtype, or better in plain PyTorch.
     """
-    if chosen("ring_multistep", supports(ring, state, plan)):
-        y: Tensor = kernel(MODULE, "ring_multistep")(ring, A, D, state, start, saved, plan)
+    if chosen("ring_multistep", supports(ring, C, state, plan)):
+        y: Tensor = kernel(MODULE, "ring_multistep")(ring, C, A, D, state, start, saved, plan)
         return y
-    return plain_ring_multistep(ring, A, D, state, start, saved, plan)
+    return plain_ring_multistep(ring, C, A, D, state, start, saved, plan)
 
 
 def plain_ring_multistep(
-    ring: Ring, A: Tensor, D: Tensor, state: Tensor, start: Tensor, saved: Tensor, plan: Plan
+    ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, start: Tensor, saved: Tensor, plan: Plan
 ) -> Tensor:
     """The same in PyTorch, on a copy of what it reads."""
-    batch, slots = ring.dt.shape[:2]
     heads, device = state.shape[1], state.device
-    positions = start.long().unsqueeze(1) + torch.arange(-plan.replay, plan.count, device=device)
-    live = positions >= saved.unsqueeze(1)
-    taken = torch.arange(batch, device=device).unsqueeze(1), positions % slots
-    x, B, dt = (
-        t[taken].masked_fill(~live.view(*live.shape, *(1,) * (t.dim() - 2)), 0) for t in (ring.x, ring.B, ring.dt)
-    )
-    C = ring.C[taken[0], taken[1][:, plan.replay :]]
+    x, B, dt = _taken(ring, start, saved, plan.replay, plan.count)
     groups = x.shape[2] if x.shape[2] == B.shape[2] else heads
     x, B, C = (t.repeat_interleave(n // t.shape[2], 2) for t, n in ((x, groups), (B, groups), (C, heads)))
     mask, moved = visible(plan.replay, plan.count, state.dtype, device), state.clone()
     y = multistep(x, dt, A, B, C, D, moved, mask, plan.settle)
     torch.where(plan.due(start, saved).view(-1, 1, 1, 1), moved, state, out=state)
     return y
+
+
+def folded(ring: Ring, A: Tensor, state: Tensor, start: Tensor, saved: Tensor, longest: int) -> Tensor:
+    """The state [B, H, P, N] at `start` [B] of rows whose checkpoint `state` is at most `longest` tokens behind."""
+    if not longest:
+        return state
+    x, B, dt = _taken(ring, start, saved, longest, 0)
+    heads, dt = state.shape[1], dt.to(state.dtype)
+    x, B = (t.to(state.dtype).repeat_interleave(heads // t.shape[2], 2) for t in (x, B))
+    decays = torch.cumsum(dt * A.to(dt.dtype), dim=1)
+    weights = torch.exp(decays[:, -1:] - decays) * dt
+    added = torch.einsum("brhp,brhn->bhpn", weights.unsqueeze(-1) * x, B)
+    return torch.addcmul(added, state, torch.exp(decays[:, -1, :, None, None]))
+
+
+def _taken(ring: Ring, start: Tensor, saved: Tensor, before: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, B and dt of the `before` tokens ahead of `start` and the `count` from there on: 0 for what went into the
+    checkpoint."""
+    slots, device = ring.dt.shape[1], start.device
+    positions = start.long().unsqueeze(1) + torch.arange(-before, count, device=device)
+    gone = positions < saved.unsqueeze(1)
+    taken = torch.arange(start.shape[0], device=device).unsqueeze(1), positions % slots
+    x, B, dt = (t[taken].masked_fill(gone.view(*gone.shape, *(1,) * (t.dim() - 2)), 0) for t in ring.parts())
+    return x, B, dt
 
 
 def convolve_supports(u: Tensor, weight: Tensor, window: Tensor, ring: Tensor, dt: Tensor) -> Support:
@@ -146,18 +171,19 @@ def convolve(
     dt: Tensor,
     start: Tensor,
     silu: bool,
-) -> None:
-    """Puts T new tokens at `start` int32 [B] into the rings.
+) -> Tensor:
+    """Puts T new tokens at `start` int32 [B] into the rings. Returns what these do not keep of the convolution's
+    outputs, those of the last E - E' channels [B, T, E - E'].
 
     u [B, T, E + H]: the convolution's inputs, and dt before its bias dt_bias [H] and softplus; weight [E, W] and bias
     [E] fp32 or better; window [B, S', E + H]: earlier u, S' >= T + W - 1, of which the W - 1 before `start` are read
-    and to which u is added; ring [B, S, E] gets the convolution's outputs, dt [B, S, H] the step sizes.
+    and to which u is added; ring [B, S, E'] gets the outputs of the first E' channels, dt [B, S, H] the step sizes.
     """
     given = u, weight, bias, dt_bias, window, ring, dt, start, silu
     if chosen("convolve", convolve_supports(u, weight, window, ring, dt)):
-        kernel(MODULE, "convolve")(*given)
-    else:
-        plain_convolve(*given)
+        left: Tensor = kernel(MODULE, "convolve")(*given)
+        return left
+    return plain_convolve(*given)
 
 
 def plain_convolve(
@@ -170,7 +196,7 @@ def plain_convolve(
     dt: Tensor,
     start: Tensor,
     silu: bool,
-) -> None:
+) -> Tensor:
     """The same in PyTorch, which rounds as the convolution of whole sequences does in PyTorch: twice."""
     (batch, count), (channels, taps) = u.shape[:2], weight.shape
     rows = torch.arange(batch, device=u.device).unsqueeze(1)
@@ -178,6 +204,8 @@ def plain_convolve(
     new = positions[:, taps - 1 :]
     joined = torch.cat((window[rows, positions[:, : taps - 1] % window.shape[1]], u), dim=1)[..., :channels]
     convolved = conv_few(joined, weight, bias)
-    ring[rows, new % ring.shape[1]] = F.silu(convolved) if silu else convolved
+    kept, left = (F.silu(convolved) if silu else convolved).tensor_split((ring.shape[2],), dim=2)
+    ring[rows, new % ring.shape[1]] = kept
     dt[rows, new % dt.shape[1]] = F.softplus(u[..., channels:].to(dt.dtype) + dt_bias.to(dt.dtype))
     window[rows, new % window.shape[1]] = u
+    return left

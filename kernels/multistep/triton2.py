@@ -72,7 +72,7 @@ def _part(pointers, rows, columns, WHOLE: tl.constexpr):  # type: ignore[no-unty
 @triton.jit
 def _step(  # type: ignore[no-untyped-def]
     x_ptr, b_ptr, c_ptr, dt_ptr, decay_ptr, skip_ptr, state_ptr, start_ptr, saved_ptr, y_ptr,
-    x_row, x_slot, b_row, b_slot, c_row, c_slot, dt_row, dt_slot,
+    x_row, x_slot, b_row, b_slot, c_row, c_token, dt_row, dt_slot,
     SLOTS, MARGIN, HEADS, X_HEADS, B_HEADS, C_HEADS,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
     BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
@@ -105,7 +105,7 @@ def _step(  # type: ignore[no-untyped-def]
     c_ptr += row * c_row + head // C_HEADS * SIZE
     wide = (p < WIDTH)[:, None]
     long = n < SIZE
-    c = _part(c_ptr + new_slots[None, :] * c_slot + n[:, None], new[None, :], long[:, None], whole)
+    c = _part(c_ptr + t[None, :] * c_token + n[:, None], new[None, :], long[:, None], whole)
     old_b = _part(b_ptr + old_slots[:, None] * b_slot + n[None, :], old[:, None], long[None, :], whole)
     new_b = _part(b_ptr + new_slots[:, None] * b_slot + n[None, :], new[:, None], long[None, :], whole)
     old_x = _part(x_ptr + old_slots[None, :] * x_slot + p[:, None], old[None, :], wide, whole)
@@ -158,8 +158,8 @@ def _step(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _convolve(  # type: ignore[no-untyped-def]
-    u_ptr, weight_ptr, bias_ptr, dt_bias_ptr, window_ptr, ring_ptr, dt_ptr, start_ptr,
-    u_row, CHANNELS, HEADS, WINDOW_SLOTS, SLOTS,
+    u_ptr, weight_ptr, bias_ptr, dt_bias_ptr, window_ptr, ring_ptr, left_ptr, dt_ptr, start_ptr,
+    u_row, CHANNELS, KEPT, HEADS, WINDOW_SLOTS, SLOTS,
     COUNT: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """A program has BLOCK channels of all new tokens of a row; the last ones have the step sizes of BLOCK heads.
@@ -173,9 +173,9 @@ def _convolve(  # type: ignore[no-untyped-def]
     new = t < COUNT
     parts = tl.cdiv(CHANNELS, BLOCK)
     slots = row * SLOTS + (start + t) % SLOTS
-    kept = CHANNELS + HEADS
+    whole = CHANNELS + HEADS
     u_ptr += row * COUNT * u_row
-    window_ptr += row * WINDOW_SLOTS * kept
+    window_ptr += row * WINDOW_SLOTS * whole
     window_slots = (start + t) % WINDOW_SLOTS
     if part < parts:
         channel = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -185,19 +185,22 @@ def _convolve(  # type: ignore[no-untyped-def]
             at = t + (tap - TAPS + 1)
             u = tl.load(u_ptr + at * u_row + channel, mask=(at >= 0) & new & there, other=0.0)
             before = (start + at + WINDOW_SLOTS) % WINDOW_SLOTS
-            u += tl.load(window_ptr + before * kept + channel, mask=(at < 0) & new & there, other=0.0)
+            u += tl.load(window_ptr + before * whole + channel, mask=(at < 0) & new & there, other=0.0)
             total += u.to(tl.float32) * tl.load(weight_ptr + channel * TAPS + tap, mask=there, other=0.0)
         u = tl.load(u_ptr + t * u_row + channel, mask=new & there, other=0.0)
         total += u.to(tl.float32) * tl.load(weight_ptr + channel * TAPS + TAPS - 1, mask=there, other=0.0)
         if SILU:
             total = total * tl.sigmoid(total)
-        tl.store(ring_ptr + slots * CHANNELS + channel, total.to(ring_ptr.dtype.element_ty), mask=new & there)
-        tl.store(window_ptr + window_slots * kept + channel, u, mask=new & there)
+        total = total.to(ring_ptr.dtype.element_ty)
+        tl.store(ring_ptr + slots * KEPT + channel, total, mask=new & (channel < KEPT))
+        left = (row * COUNT + t) * (CHANNELS - KEPT) + channel - KEPT
+        tl.store(left_ptr + left, total, mask=new & there & (channel >= KEPT))
+        tl.store(window_ptr + window_slots * whole + channel, u, mask=new & there)
     else:
         head = ((part - parts) * BLOCK + tl.arange(0, BLOCK))[None, :]
         there = head < HEADS
         given = tl.load(u_ptr + t * u_row + CHANNELS + head, mask=new & there, other=0.0)
-        tl.store(window_ptr + window_slots * kept + CHANNELS + head, given, mask=new & there)
+        tl.store(window_ptr + window_slots * whole + CHANNELS + head, given, mask=new & there)
         raw = given.to(tl.float32) + tl.load(dt_bias_ptr + head, mask=there, other=0.0)
         grown = tl.exp(-tl.abs(raw))
         near = 1 + grown
@@ -231,18 +234,18 @@ CONVOLVED = 256
 _best: dict[tuple[Any, ...], Form] = {}
 
 
-def _kind(ring: Ring, state: Tensor, plan: Plan) -> tuple[Any, ...]:
+def _kind(ring: Ring, C: Tensor, state: Tensor, plan: Plan) -> tuple[Any, ...]:
     """What a form is chosen for: calls of other lengths, but of the same tiles, take about as long."""
-    groups = (t.shape[2] for t in (ring.x, ring.B, ring.C))
+    groups = (t.shape[2] for t in (ring.x, ring.B, C))
     return *state.shape, *groups, _tile(plan.count), _tile(plan.replay), plan.settle, ring.x.dtype, state.device
 
 
-def form_for(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> Form:
+def form_for(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> Form:
     """The fastest where memory is large enough for that to matter and can be measured now, else one that keeps a GPU
     busy: wider tiles only where there are many."""
-    found = _best.get(_kind(ring, state, plan))
+    found = _best.get(_kind(ring, C, state, plan))
     if found is None and state.nbytes >= MEASURED and state.is_cuda and not torch.cuda.is_current_stream_capturing():
-        found = tune(ring, A, D, state, plan)
+        found = tune(ring, C, A, D, state, plan)
     if found is None:
         few = state.shape[0] * state.shape[1] < 2048 or ring.x.dtype == torch.float32
         found = Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4)
@@ -251,6 +254,7 @@ def form_for(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> For
 
 def ring_multistep(
     ring: Ring,
+    C: Tensor,
     A: Tensor,
     D: Tensor,
     state: Tensor,
@@ -263,14 +267,14 @@ def ring_multistep(
 ) -> Tensor:
     """Shapes as in `ring`; y [B, T, H, P] in x's dtype. With `warmup` the kernel is only compiled."""
     batch, heads, width, size = state.shape
-    form = form or form_for(ring, A, D, state, plan)
+    form = form or form_for(ring, C, A, D, state, plan)
     y = torch.empty(batch, plan.count, heads, width, dtype=ring.x.dtype, device=state.device)
     exact = ring.x.dtype == torch.float32
     with torch.cuda.device_of(state):
         _step.run(
-            ring.x, ring.B, ring.C, ring.dt, A, D, state, start, saved, y,
-            *(t.stride(i) for t in (ring.x, ring.B, ring.C, ring.dt) for i in (0, 1)),
-            ring.dt.shape[1], plan.steps, heads, *(heads // t.shape[2] for t in (ring.x, ring.B, ring.C)),
+            ring.x, ring.B, C, ring.dt, A, D, state, start, saved, y,
+            *(t.stride(i) for t in (ring.x, ring.B, C, ring.dt) for i in (0, 1)),
+            ring.dt.shape[1], plan.steps, heads, *(heads // t.shape[2] for t in (ring.x, ring.B, C)),
             WIDTH=width, SIZE=size, COUNT=plan.count, REPLAY=plan.replay, SETTLE=plan.settle,
             BLOCK_P=form.block, COLUMNS=form.columns or _tile(size), N=_tile(size), T=_tile(plan.count),
             R=_tile(plan.replay), PIECES=0 if exact else pieces, EXACT=exact, num_warps=form.warps,
@@ -292,31 +296,33 @@ def forms_for(ring: Ring, state: Tensor) -> list[Form]:
     return [form for form in FORMS if form.block <= min(width, most) and form.columns < size]
 
 
-def compile_forms(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, pieces: tuple[int, ...]) -> None:
+def compile_forms(
+    ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: Plan, pieces: tuple[int, ...]
+) -> None:
     """Compiles what `ring_multistep` may run, side by side."""
     cursor = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
     with ThreadPoolExecutor(16) as pool, triton.AsyncCompileMode(pool):
         for form, count in itertools.product(forms_for(ring, state), pieces):
-            ring_multistep(ring, A, D, state, cursor, cursor, plan, form, count, warmup=True)
+            ring_multistep(ring, C, A, D, state, cursor, cursor, plan, form, count, warmup=True)
 
 
-def tune(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: int = 16) -> Form:
+def tune(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: int = 16) -> Form:
     """Times every form on scratch memory of the shapes given, and has calls of these shapes use the fastest.
 
     The rows of the scratch memory are at every stage between two writes of the checkpoint; its checkpoints take turns,
     so that they are not found in the cache.
     """
-    kind = _kind(ring, state, plan)
+    kind = _kind(ring, C, state, plan)
     if kind in _best:
         return _best[kind]
-    parts = {name: torch.zeros_like(getattr(ring, name)) for name in ("x", "B", "C", "dt")}
+    parts = {name: torch.zeros_like(getattr(ring, name)) for name in ("x", "B", "dt")}
     scratch = dataclasses.replace(ring, **parts)
     checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
     saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
     start = 1 + (torch.arange(state.shape[0], device=state.device) % plan.replay).int()
-    compile_forms(scratch, A, D, state, plan, (PIECES,))
+    compile_forms(scratch, C, A, D, state, plan, (PIECES,))
     times = {
-        form: _time(scratch, A, D, checkpoints, start, saved, plan, form, repeats) for form in forms_for(ring, state)
+        form: _time(scratch, C, A, D, checkpoints, start, saved, plan, form, repeats) for form in forms_for(ring, state)
     }
     _best[kind] = min(times, key=times.__getitem__)
     return _best[kind]
@@ -324,6 +330,7 @@ def tune(ring: Ring, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: i
 
 def _time(
     ring: Ring,
+    C: Tensor,
     A: Tensor,
     D: Tensor,
     checkpoints: list[Tensor],
@@ -335,11 +342,11 @@ def _time(
 ) -> float:
     """Milliseconds of the best of three graphs, which the host does not slow down."""
     given = start, saved, plan, form
-    ring_multistep(ring, A, D, checkpoints[0], *given)
+    ring_multistep(ring, C, A, D, checkpoints[0], *given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for i in range(repeats):
-            ring_multistep(ring, A, D, checkpoints[i % len(checkpoints)], *given)
+            ring_multistep(ring, C, A, D, checkpoints[i % len(checkpoints)], *given)
     times = []
     for _ in range(3):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -361,14 +368,16 @@ def convolve(
     dt: Tensor,
     start: Tensor,
     silu: bool,
-) -> None:
+) -> Tensor:
     """Shapes as in `ring`."""
     batch, count = u.shape[:2]
-    channels, heads = ring.shape[2], dt.shape[2]
+    channels, kept, heads = weight.shape[0], ring.shape[2], dt.shape[2]
+    left = torch.empty(batch, count, channels - kept, dtype=ring.dtype, device=ring.device)
     grid = triton.cdiv(channels, CONVOLVED) + triton.cdiv(heads, CONVOLVED), batch
     with torch.cuda.device_of(u):
         _convolve[grid](
-            u, weight, bias, dt_bias, window, ring, dt, start, u.stride(1), channels, heads,
+            u, weight, bias, dt_bias, window, ring, left, dt, start, u.stride(1), channels, kept, heads,
             window.shape[1], ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu, BLOCK=CONVOLVED,
             T=triton.next_power_of_2(count), num_warps=4,
         )  # fmt: skip
+    return left

@@ -82,9 +82,11 @@ class Layer:
     def __init__(self, shape: tuple[int, ...], batch: int, plan: Plan) -> None:
         heads, x_groups, b_groups, c_groups, width, size = shape
         slots, self.shape, self.batch, self.count = plan.replay + plan.steps, shape, batch, plan.count
-        sizes = [(x_groups, width), (b_groups, size), (c_groups, size)]
-        self.channels = sum(groups * w for groups, w in sizes)
-        self.whole = torch.randn(batch, slots, self.channels, device="cuda").bfloat16()
+        sizes = [(x_groups, width), (b_groups, size)]
+        kept = sum(groups * w for groups, w in sizes)
+        self.channels = kept + c_groups * size
+        self.whole = torch.randn(batch, slots, kept, device="cuda").bfloat16()
+        self.C = torch.randn(batch, plan.count, c_groups, size, device="cuda").bfloat16()
         parts = self.whole.split([groups * w for groups, w in sizes], dim=2)
         views = (part.unflatten(2, pair) for part, pair in zip(parts, sizes, strict=True))
         self.ring = Ring(*views, 0.1 * torch.rand(batch, slots, heads, device="cuda"))
@@ -112,12 +114,12 @@ def moved_bytes(layer: Layer, replayed: float, written: float) -> float:
 def check(layer: Layer, plan: Plan, form: Any, pieces: int, start: Tensor, saved: Tensor) -> str:
     """Empty if y and the state are as near to fp64 as they should be."""
     one = slice(0, 1)
-    given = Ring(*(t[one] for t in (layer.ring.x, layer.ring.B, layer.ring.C, layer.ring.dt)))
-    exact = Ring(*(t.double() for t in (given.x, given.B, given.C, given.dt)))
+    given, C = Ring(*(t[one] for t in layer.ring.parts())), layer.C[one]
+    exact = Ring(*(t.double() for t in given.parts()))
     state, want_state = layer.state[one].clone(), layer.state[one].double()
     at = start[one], saved[one]
-    y = triton2.ring_multistep(given, layer.A, layer.D, state, *at, plan, form, pieces)
-    want = plain_ring_multistep(exact, layer.A.double(), layer.D.double(), want_state, *at, plan)
+    y = triton2.ring_multistep(given, C, layer.A, layer.D, state, *at, plan, form, pieces)
+    want = plain_ring_multistep(exact, C.double(), layer.A.double(), layer.D.double(), want_state, *at, plan)
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in ((y, want), (state, want_state))]
     return (
         "" if errors[0] < 2.0**-8 and errors[1] < 4e-7 else f"y is off by {errors[0]:.1e}, the state by {errors[1]:.1e}"
@@ -129,7 +131,7 @@ def time_ours(made: list[Layer], plan: Plan, rounds: list[tuple[Tensor, Tensor]]
 
     def call(i: int) -> Callable[[], object]:
         layer, (start, saved) = made[i % len(made)], rounds[i]
-        given = layer.ring, layer.A, layer.D, layer.state, start, saved, plan, form, pieces
+        given = layer.ring, layer.C, layer.A, layer.D, layer.state, start, saved, plan, form, pieces
         return lambda: triton2.ring_multistep(*given)
 
     return graph_us([call(i) for i in range(len(rounds))])
@@ -160,7 +162,7 @@ def time_update(made: list[Layer]) -> float:
         groups = max(b_groups, c_groups)
         x = layer.ring.x[:, 0].repeat_interleave(heads // x_groups, 1).contiguous()
         B = layer.ring.B[:, 0].repeat_interleave(groups // b_groups, 1).contiguous()
-        C = layer.ring.C[:, 0].repeat_interleave(groups // c_groups, 1).contiguous()
+        C = layer.C[:, 0].repeat_interleave(groups // c_groups, 1).contiguous()
         dt = torch.randn(layer.batch, heads, device="cuda").bfloat16().unsqueeze(-1).expand(-1, -1, width)
         A = layer.A.view(-1, 1, 1).expand(-1, width, size)
         D, bias = (t.unsqueeze(-1).expand(-1, width) for t in (layer.D, layer.A))
@@ -181,7 +183,7 @@ def time_scan(made: list[Layer]) -> float:
             groups = max(b_groups, c_groups)
             x = layer.ring.x[:, : layer.count].repeat_interleave(heads // x_groups, 2).contiguous()
             B = layer.ring.B[:, : layer.count].repeat_interleave(groups // b_groups, 2).contiguous()
-            C = layer.ring.C[:, : layer.count].repeat_interleave(groups // c_groups, 2).contiguous()
+            C = layer.C.repeat_interleave(groups // c_groups, 2).contiguous()
             dt = layer.ring.dt[:, : layer.count].contiguous()
             more = {"D": layer.D, "initial_states": layer.state, "return_final_states": True}
             return lambda: mamba_chunk_scan_combined(x, dt, layer.A, B, C, chunk, **more)
@@ -227,7 +229,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
         written = statistics.fmean(float(plan.due(*pair).float().mean()) for pair in rounds)
         bytes_moved = moved_bytes(made[0], replayed, written)
         first = made[0]
-        triton2.compile_forms(first.ring, first.A, first.D, first.state, plan, (1, 2))
+        triton2.compile_forms(first.ring, first.C, first.A, first.D, first.state, plan, (1, 2))
         convolution = time_convolution(made, rounds[0][0])
         for pieces in (1, 2):
             times = {}

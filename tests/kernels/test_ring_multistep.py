@@ -58,7 +58,7 @@ class Layer:
         self.plan, self.batch, self.dtype, self.device = plan, batch, dtype, device
         self.dice = torch.Generator().manual_seed(seed)
         slots = slots or plan.replay + plan.steps
-        sizes = [(g, w) for g, w in zip(self.groups, (self.width, self.size, self.size), strict=True)]
+        sizes = list(zip(self.groups[:2], (self.width, self.size), strict=True))
         whole = torch.full((batch, slots, sum(g * w for g, w in sizes)), torch.nan, dtype=dtype, device=device)
         parts = whole.split([g * w for g, w in sizes], dim=2)
         views = (part.unflatten(2, pair) for part, pair in zip(parts, sizes, strict=True))
@@ -75,14 +75,15 @@ class Layer:
         """New tokens of every row at its start."""
         for row, at in enumerate(start.tolist()):
             slots = torch.arange(at, at + count) % self.ring.dt.shape[1]
-            for t in (self.ring.x, self.ring.B, self.ring.C):
+            for t in (self.ring.x, self.ring.B):
                 t[row, slots] = self.normal(count, *t.shape[2:]).to(self.dtype)
             self.ring.dt[row, slots] = 0.1 * self.normal(count, self.heads).exp()
+        self.C = self.normal(self.batch, count, self.groups[2], self.size).to(self.dtype)
 
     def exact(self):
         """Everything in fp64."""
-        parts = (t.double() for t in (self.ring.x, self.ring.B, self.ring.C, self.ring.dt))
-        return Ring(*parts), self.A.double(), self.D.double(), self.state.double()
+        parts = (t.double() for t in self.ring.parts())
+        return Ring(*parts), self.C.double(), self.A.double(), self.D.double(), self.state.double()
 
 
 def filled(shape, plan, batch, dtype, seed, starts, device="cpu"):
@@ -90,7 +91,7 @@ def filled(shape, plan, batch, dtype, seed, starts, device="cpu"):
     layer = Layer(shape, plan, batch, dtype, seed, device=device)
     start = torch.tensor(starts, dtype=torch.int32, device=device)
     layer.put(torch.zeros_like(start), plan.replay)
-    for t in (layer.ring.x, layer.ring.B, layer.ring.C, layer.ring.dt):
+    for t in layer.ring.parts():
         for row, at in enumerate(starts):
             t[row, at:] = torch.nan
     layer.put(start, plan.count)
@@ -103,12 +104,12 @@ def error(got, want):
 
 def errors(way, layer, start):
     """Of y and of the state, against fp64, and of plain PyTorch with the inputs' dtypes; y is rounded to x's dtype."""
-    ring, A, D, exact = layer.exact()
-    y = plain_ring_multistep(ring, A, D, exact, start, layer.saved, layer.plan)
+    ring, C, A, D, exact = layer.exact()
+    y = plain_ring_multistep(ring, C, A, D, exact, start, layer.saved, layer.plan)
     found = []
     for run in (way, plain_ring_multistep):
         state = layer.state.clone()
-        made = run(layer.ring, layer.A, layer.D, state, start, layer.saved, layer.plan).to(layer.dtype)
+        made = run(layer.ring, layer.C, layer.A, layer.D, state, start, layer.saved, layer.plan).to(layer.dtype)
         assert made.shape == y.shape
         assert made.isfinite().all()
         found.append((error(made, y), error(state, exact)))
@@ -120,11 +121,13 @@ def errors(way, layer, start):
 def test_plain_steps_over_a_ring_are_the_recurrence(shape, settle):
     plan = Plan(count=3, steps=4, replay=6, settle=settle)
     layer, start = filled(shape, plan, 4, torch.float64, 0, [0, 1, 3, 6])
-    ring, A, D, state = layer.exact()
-    y = plain_ring_multistep(ring, A, D, state, start, layer.saved, plan)
+    ring, new_C, A, D, state = layer.exact()
+    y = plain_ring_multistep(ring, new_C, A, D, state, start, layer.saved, plan)
     for row, at in enumerate(start.tolist()):
         slots = torch.arange(at + 3) % 10
-        parts = ((t[row : row + 1, slots], t.shape[2]) for t in (ring.x, ring.B, ring.C))
+        whole_C = torch.cat((torch.zeros(at, *new_C.shape[2:]), new_C[row])).unsqueeze(0)
+        given = ring.x[row : row + 1, slots], ring.B[row : row + 1, slots], whole_C
+        parts = ((t, t.shape[2]) for t in given)
         x, B, C = (part.repeat_interleave(layer.heads // groups, 2) for part, groups in parts)
         dt = ring.dt[row : row + 1, slots]
         want, _ = scan_loop(x, dt, A, B, C, D, layer.first[row : row + 1])
@@ -155,7 +158,7 @@ def test_in_the_interpreter_a_call_that_settles_nothing_leaves_the_checkpoint(ke
     plan = Plan(count=2, steps=4, replay=4, settle=False)
     layer, start = filled(SHAPES["odd"], plan, 3, torch.bfloat16, 2, [4, 0, 2])
     state = layer.state.clone()
-    kernels.ring_multistep(layer.ring, layer.A, layer.D, state, start, layer.saved, plan)
+    kernels.ring_multistep(layer.ring, layer.C, layer.A, layer.D, state, start, layer.saved, plan)
     assert torch.equal(state, layer.state)
 
 
@@ -164,13 +167,14 @@ def check_rounds(kernels, shape, replay, rounds, device):
     dice, steps, count, batch = random.Random(replay), 4, 3, 2
     plan = Plan(count=count, steps=steps, replay=replay, settle=True)
     layer = Layer(shape, plan, batch, torch.bfloat16, 3, device=device)
-    _, A, D, exact = layer.exact()
+    exact = layer.first.clone()
     plain, saved, start, written = layer.state.clone(), layer.saved, layer.saved.clone(), 0
     for _ in range(rounds):
         layer.put(start, count)
-        y = kernels.ring_multistep(layer.ring, layer.A, layer.D, layer.state, start, saved, plan)
-        plain_ring_multistep(layer.ring, layer.A, layer.D, plain, start, saved, plan)
-        want = plain_ring_multistep(layer.exact()[0], A, D, exact, start, saved, plan)
+        given = layer.C, layer.A, layer.D
+        y = kernels.ring_multistep(layer.ring, *given, layer.state, start, saved, plan)
+        plain_ring_multistep(layer.ring, *given, plain, start, saved, plan)
+        want = plain_ring_multistep(*layer.exact()[:4], exact, start, saved, plan)
         assert error(y, want) < 2**-8
         due = plan.due(start, saved)
         written += int(due.sum())
@@ -194,9 +198,10 @@ def test_on_a_gpu_a_state_is_as_exact_as_pytorch_s_after_a_thousand_rounds(repla
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("channels", "heads", "taps", "silu"), [(7, 3, 4, True), (300, 2, 2, False), (16, 300, 1, True)]
+    ("channels", "kept", "heads", "taps", "silu"),
+    [(7, 5, 3, 4, True), (300, 260, 2, 2, False), (300, 7, 2, 2, True), (16, 16, 300, 1, True)],
 )
-def test_in_the_interpreter_the_convolution_is_pytorch_s(kernels, dtype, channels, heads, taps, silu):
+def test_in_the_interpreter_the_convolution_is_pytorch_s(kernels, dtype, channels, kept, heads, taps, silu):
     batch, count, slots = 3, 5, 11
     dice = torch.Generator().manual_seed(0)
 
@@ -206,16 +211,17 @@ def test_in_the_interpreter_the_convolution_is_pytorch_s(kernels, dtype, channel
     u = normal(batch, count, channels + heads + 2).to(dtype)[..., 1:-1]
     weight, bias, dt_bias = normal(channels, taps), normal(channels), 6 * normal(heads)
     start = torch.tensor([0, 9, 1030], dtype=torch.int32)
-    kept = normal(batch, count + taps + 1, channels + heads).to(dtype)
+    before = normal(batch, count + taps + 1, channels + heads).to(dtype)
     made = []
     for way in (kernels.convolve, plain_convolve):
-        window, ring = kept.clone(), torch.full((batch, slots, channels), 3.0, dtype=dtype)
+        window, ring = before.clone(), torch.full((batch, slots, kept), 3.0, dtype=dtype)
         dt = torch.full((batch, slots, heads), 3.0)
-        way(u, weight, bias, dt_bias, window, ring, dt, start, silu)
-        made.append((window, ring, dt))
+        made.append((window, ring, dt, way(u, weight, bias, dt_bias, window, ring, dt, start, silu)))
     assert torch.equal(made[0][0], made[1][0])
     torch.testing.assert_close(made[0][1], made[1][1])
     torch.testing.assert_close(made[0][2], made[1][2], rtol=1e-6, atol=0)
+    assert made[1][3].shape == (batch, count, channels - kept)
+    torch.testing.assert_close(made[0][3], made[1][3])
 
 
 @pytest.mark.gpu
@@ -226,7 +232,7 @@ def test_on_a_gpu_the_kernel_is_as_exact_as_pytorch(dtype, shape, count, replay)
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=count, steps=min(count, replay), replay=replay, settle=True)
     layer, start = filled(shape, plan, 4, dtype, 1, [0, replay, 1, replay // 2], "cuda")
-    assert room.supports(layer.ring, layer.state, plan)
+    assert room.supports(layer.ring, layer.C, layer.state, plan)
     (y, state), (plain_y, plain_state) = errors(kernels.ring_multistep, layer, start)
     assert y <= 2 * plain_y + EPS
     assert state <= 2 * plain_state + EPS
@@ -239,7 +245,7 @@ def test_on_a_gpu_every_form_is_as_exact_as_pytorch(shape, replay):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=9, steps=9, replay=replay, settle=True)
     layer, start = filled(shape, plan, 4, torch.bfloat16, 1, [0, replay, 1, replay // 2], "cuda")
-    kernels.compile_forms(layer.ring, layer.A, layer.D, layer.state, plan, (1, 2))
+    kernels.compile_forms(layer.ring, layer.C, layer.A, layer.D, layer.state, plan, (1, 2))
     for form in kernels.forms_for(layer.ring, layer.state):
         for pieces in (1, 2):
 
@@ -257,19 +263,20 @@ def test_on_a_gpu_every_form_is_as_exact_as_pytorch(shape, replay):
 def test_on_a_gpu_the_convolution_is_pytorch_s(dtype, count):
     kernels = pytest.importorskip(room.MODULE)
     dice = torch.Generator().manual_seed(0)
-    channels, heads, taps, batch = 700, 12, 4, 3
+    channels, ring, heads, taps, batch = 700, 300, 12, 4, 3
 
     def normal(*shape):
         return torch.randn(shape, generator=dice)
 
     u, weight, bias = normal(batch, count, channels + heads).to(dtype), normal(channels, taps), normal(channels)
     kept, start = normal(batch, count + taps, channels + heads).to(dtype), torch.tensor([0, 9, 1030], dtype=torch.int32)
-    empty = torch.zeros(batch, 11, channels, dtype=dtype), torch.zeros(batch, 11, heads)
+    empty = torch.zeros(batch, 11, ring, dtype=dtype), torch.zeros(batch, 11, heads)
     made = []
     for way, device in ((kernels.convolve, "cuda"), (plain_convolve, "cpu")):
         given = [t.to(device, copy=True) for t in (u, weight, bias, torch.linspace(-9, 9, heads), kept, *empty, start)]
-        way(*given, True)
-        made.append([t.cpu() for t in given[4:7]])
+        left = way(*given, True)
+        made.append([t.cpu() for t in (*given[4:7], left)])
     assert torch.equal(made[0][0], made[1][0])
     torch.testing.assert_close(made[0][1], made[1][1])
     torch.testing.assert_close(made[0][2], made[1][2], rtol=2e-6, atol=0)
+    torch.testing.assert_close(made[0][3], made[1][3])
