@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,10 +28,14 @@ from .rows import (
 
 PLAIN, EXCUSED, BEYOND = "plain", "excused", "beyond_noise"
 """The task of samples of the reference's own text; the metrics of tokens that are not the likeliest."""
+DRAWN = ("chi_square_tokens", "chi_square_likelihood")
+"""The metrics of text that was drawn."""
 EXCESS = 1.5
 """So many times the excused tokens of the reference's text a decoder's may have."""
 CHANCE = 0.01
-"""Probability below which chance is no explanation."""
+"""Probability below which chance is no explanation of that."""
+UNLIKELY = 1e-3
+"""The same of drawn text that is unlike the reference's."""
 
 
 class Losslessness:
@@ -42,8 +47,10 @@ class Losslessness:
         "right runs differ where two tokens are about as likely, so each token is held against the plain model's "
         "logits for the text: none may be farther from the likeliest than the noise between two plain runs of unlike "
         f"shape, and those that are excused are at most {EXCESS:g} times as many as in the reference's own text. "
-        "Beside that: tokens that one parallel run over the text would choose as well, distinct runs of four tokens, "
-        "and the shares of rounds that accept, or reject, a drafted token."
+        "Sampled text: the probability that two samples of one distribution are as unlike (chi-square of tokens and "
+        f"of how likely texts are), at least {UNLIKELY:g}. Beside that: tokens that one parallel run over the text "
+        "would choose as well, distinct runs of four tokens, and the shares of rounds that accept, or reject, a drafted "
+        "token."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -68,14 +75,15 @@ class Losslessness:
                 equal, parallel = (mine[mine["metric"] == metric] for metric in ("equal", "parallel_argmax"))
                 noise = _noise(results, own)
                 row |= {
-                    "texts": len(equal),
-                    "equal": int(equal["value"].sum()),
+                    "texts": len(equal) or None,
+                    "equal": int(equal["value"].sum()) if len(equal) else None,
                     "lossless": "partly" if verdict == "yes" and row["state"] != "ok" else verdict,
-                    "tokens": int(parallel["weight"].sum()),
+                    "tokens": int(parallel["weight"].sum()) or None,
                     "noise": noise,
                     "beyond noise": int(mine.loc[mine["metric"] == BEYOND, "value"].sum()) if noise else None,
                     "excused %": _share(mine, EXCUSED),
                     "reference's %": _share(own[own["task"] == PLAIN], EXCUSED),
+                    "drawn p": drawn_p(mine),
                     "parallel argmax %": _share(mine, "parallel_argmax"),
                     "distinct 4-grams %": _share(mine, "distinct_4grams"),
                     "accepted length": of.get("mean_accepted_length"),
@@ -85,7 +93,7 @@ class Losslessness:
                 }
             rows.append(row)
         texts = ["lossless", "texts", "equal", "tokens", "noise", "beyond noise", "excused %", "reference's %"]
-        texts += ["parallel argmax %", "distinct 4-grams %"]
+        texts += ["drawn p", "parallel argmax %", "distinct 4-grams %"]
         drafts = ["accepted length", "k", "accepting %", "rejecting %"]
         frame = table_of(with_teachers(results, rows, cells), [*WHO, "state", *texts, *drafts])
         if frame["suite"].nunique() <= 1:
@@ -96,8 +104,11 @@ class Losslessness:
 def of_texts(samples: pd.DataFrame) -> str:
     """`yes` where every text of a decoder's checks is as it must be, else what is not.
 
-    Steps that excuse near ties are judged by those, all others by equal texts.
+    Steps that excuse near ties are judged by those, those that drew by what they drew, all others by equal texts.
     """
+    p = drawn_p(samples)
+    if p is not None and p < UNLIKELY:
+        return f"no: sampled text is unlike the reference's (p = {p:.1g})"
     steps = pd.Series(list(zip(samples["store"], samples["key"], strict=True)), index=samples.index, dtype=object)
     near = steps.isin(set(steps[samples["metric"] == BEYOND]))
     equal = samples[~near & (samples["metric"] == "equal")]
@@ -105,7 +116,17 @@ def of_texts(samples: pd.DataFrame) -> str:
         return f"no: {wrong} of {len(equal)} texts differ"
     if near.any():
         return _of_near_ties(samples[near])
-    return "yes" if len(equal) else "unchecked"
+    return "yes" if len(equal) or p is not None else "unchecked"
+
+
+def drawn_p(samples: pd.DataFrame) -> float | None:
+    """The probability of a statistic as large as the sum over all prompts, the least of the tests times their number;
+    None where nothing was drawn."""
+    from scipy.special import gammaincc
+
+    drawn = samples[samples["metric"].isin(DRAWN)].groupby("metric")[["value", "weight"]].sum()
+    tests = [float(gammaincc(weight / 2, value / 2)) for value, weight in drawn.itertuples(index=False)]
+    return min(1.0, len(tests) * min(tests)) if tests else None
 
 
 def _of_near_ties(samples: pd.DataFrame) -> str:
@@ -145,42 +166,48 @@ def _noise(results: Results, samples: pd.DataFrame) -> float | None:
 
 
 class Check:
-    """What the losslessness suites of a report vouch for: a decoder of a model of one seed on one kind of device."""
+    """What the losslessness suites of a report vouch for: a decoder of a model of one seed on one kind of device, at
+    one temperature."""
 
     def __init__(self, results: Results) -> None:
         suites = suites_with(results, use="losslessness")
         samples = of_suites(results.samples, suites)
-        self._texts = dict(iter(samples.groupby(["model", "decoder"], sort=False)))
-        equal = samples[samples["metric"] == "equal"]
-        known = set(zip(equal["store"], equal["key"], strict=True))
+        drawn = samples["metric"].isin(DRAWN)
+        at = samples["task"].str.removeprefix("temperature ").where(drawn, "0").astype(float)
+        counts = samples[drawn | samples["metric"].isin(["equal", EXCUSED, BEYOND])].assign(at=at)
+        self._texts = dict(iter(counts.groupby(["model", "decoder", "at"], sort=False)))
+        judged = counts[counts["metric"].isin(["equal", *DRAWN])]
+        known = set(zip(judged["store"], judged["key"], judged["at"], strict=True))
+        temperatures = {at for _, _, at in known}
         cells = measuring(results, suites)
-        self._checked: dict[tuple[str, str, str], set[str]] = {}
+        self._checked: dict[tuple[str, str, str, float], set[str]] = {}
         for cell in cells[cells["state"] == "ok"].to_dict("records"):
-            if (cell["store"], cell["key"]) in known:
-                of = cell["model"], cell["decoder"], str(cell["seed"])
-                self._checked.setdefault(of, set()).add(kind_of(cell["device"]))
+            for temperature in temperatures:
+                if (cell["store"], cell["key"], temperature) in known:
+                    of = cell["model"], cell["decoder"], str(cell["seed"]), temperature
+                    self._checked.setdefault(of, set()).add(kind_of(cell["device"]))
         finished = results.cells[results.cells["state"] == "ok"]
         self._finished = dict(iter(finished.groupby(["store", "key"], sort=False)))
 
     def verdict(self, model: str, decoder: str, steps: Iterable[tuple[str, str]], temperature: object) -> str:
         """What is known of the text whose speed the steps (store, key) measured.
 
-        `yes` only where each of their seeds was checked on their kind of device, every text of every check is right
-        (`of_texts`), and the timed text is greedy: sampled text was not checked.
+        `yes` only where each of their seeds was checked on their kind of device at their temperature, and every text
+        of every such check is right (`of_texts`).
         """
-        texts = self._texts.get((model, decoder))
+        at = float(temperature) if isinstance(temperature, int | float) else math.nan
+        texts = self._texts.get((model, decoder, at))
         if texts is None:
-            return "unchecked"
+            return "unchecked: sampled" if at and (model, decoder, 0.0) in self._texts else "unchecked"
         if (verdict := of_texts(texts)) != "yes":
             return verdict
-        if temperature != 0:
-            return "unchecked: sampled"
         missing: dict[str, None] = {}
         for step in steps:
             for cell in self._finished[step].to_dict("records"):
                 if (cell["model"], cell["decoder"]) != (model, decoder):
                     continue
-                on, kind = self._checked.get((model, decoder, str(cell["seed"])), set()), kind_of(cell["device"])
+                on = self._checked.get((model, decoder, str(cell["seed"]), at), set())
+                kind = kind_of(cell["device"])
                 if not on:
                     missing[f"seed {cell['seed']}"] = None
                 elif kind not in on:

@@ -43,8 +43,8 @@ class Speed:
     note = (
         "TTFT: time to the first token; TPOT: time per further token; both geometric means over blocks. "
         "Speed-up: reference TPOT / TPOT, both of the same process and prompts, with a "
-        f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where the text is greedy and was "
-        "checked to be that of the reference decoder, for every seed and on the same kind of device. "
+        f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where text of that "
+        "temperature was checked to be the reference decoder's, for every seed and on the same kind of device. "
         "Accepted length: tokens per round, the bonus token included. Distinct 4-grams: of the runs of four tokens in "
         "a text, those that are different; text that loops has few."
     )

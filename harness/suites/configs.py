@@ -77,9 +77,15 @@ class LosslessnessConfig:
     dtype: Literal["", "float64", "float32", "bfloat16"] = ""
     """Of the models. Empty: `float64` on a CPU, what models are measured in elsewhere. Texts are equal in `float64`;
     below it, two right decoders differ where two tokens are about as likely, and near ties are excused."""
+    temperature: float = 0.0
+    """Above 0 texts are drawn, and what is held against plain decoding is their distribution."""
+    draws: int = 256
+    """How often each prompt is asked then; a part of them at each batch size."""
 
     def __post_init__(self) -> None:
-        _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1)
+        _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1, temperature=0, draws=20)
+        if self.temperature and self.new_tokens < 2:
+            raise ValueError(f"new_tokens is {self.new_tokens}; texts that are drawn need at least 2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

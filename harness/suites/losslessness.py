@@ -1,18 +1,21 @@
-"""Is greedy text the same whichever decoder makes it, at every batch size?
+"""Is text the same whichever decoder makes it, at every batch size?
 
-In float64 token for token. Below it two right runs choose differently where two tokens are about as likely, so there
-every token of a text is held against the plain model's logits for that text: it is the likeliest, or less far from it
-than two plain runs of different shape are from each other (`near_ties`).
+Greedy text in float64 token for token. Below it two right runs choose differently where two tokens are about as likely,
+so there every token of a text is held against the plain model's logits for that text: it is the likeliest, or less far
+from it than two plain runs of different shape are from each other (`near_ties`). Sampled text by its distribution
+(`draws`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from .. import metrics
-from ..interfaces import Answer, Bench, Decoder, Limits, MambabenchError, Prompt, Stepper, Subject, silent
+from ..interfaces import Answer, Bench, Decoder, Emit, Limits, MambabenchError, Prompt, Stepper, Subject, silent
+from . import draws
 from .configs import LosslessnessConfig
 from .near_ties import gaps, noise
 from .texts import check_room, pad, take_prompts
@@ -29,6 +32,9 @@ class Losslessness:
 
     Below float64 also `excused`, the tokens that run would not choose although they are within the noise, and
     `beyond_noise`, those that are not; both of the reference's own text too, as the task `plain`.
+
+    Above temperature 0 each prompt is asked many times, and `chi_square_tokens` and `chi_square_likelihood` compare
+    what was drawn (`draws`); their weight are the degrees of freedom.
     """
 
     def __init__(self, config: LosslessnessConfig) -> None:
@@ -39,13 +45,16 @@ class Losslessness:
         dtype = config.dtype or (EXACT if subject.device == "cpu" else subject.dtype)
         model = subject.load(dtype)
         plain = model if reference.artifact.path == subject.artifact.path else reference.load(dtype)
-        total = config.prompts * len(config.batch)
+        total = config.prompts * (config.draws if config.temperature else len(config.batch))
         bench.emit("progress", done=0, total=total, unit="texts")
         check_room("losslessness", model, config.prompt_tokens + config.new_tokens)
         shortest = max(config.prompt_tokens - 3, 1)
         lengths = range(config.prompt_tokens, shortest - 1, -1)
         texts = take_prompts(bench.data[config.data], model, config.prompts, lengths)
         prompts = [Prompt(ids, number) for number, ids in enumerate(texts)]
+        if config.temperature:
+            self._draw(bench, model, plain, texts)
+            return
         end = model.tokenizer.eos_token_id
         limits = Limits(new_tokens=config.new_tokens, stop_tokens=() if end is None else (end,), seed=bench.seed)
         wanted = decoder_of(reference).generate(plain, prompts, limits, silent)
@@ -59,16 +68,9 @@ class Losslessness:
             answers: list[Answer] = []
             for first in range(0, len(prompts), batch):
                 chosen = prompts[first : first + batch]
-                request = {"arm": "subject", "block": block, "batch": batch, "temperature": 0.0}
-                request |= {"prompt_tokens": config.prompt_tokens, "new_tokens": config.new_tokens}
-                request["content"] = config.data
-
-                def emit(kind: str, /, *, of: dict[str, Any] = request, **fields: Any) -> None:
-                    if kind == "round":
-                        rounds.append(fields)
-                        bench.emit(kind, **of, **fields)
-
-                answers += decoder_of(subject).generate(model, chosen, limits, emit)
+                answers += decoder_of(subject).generate(
+                    model, chosen, limits, self._rounds(bench, block, batch, rounds)
+                )
                 block += 1
                 done += len(chosen)
                 bench.emit("progress", done=done, total=total, unit="texts")
@@ -81,6 +83,52 @@ class Losslessness:
             if allowed is not None:
                 _emit_near_ties(bench, plain, task, prompts, answers, allowed)
         self._emit_facts(bench, rounds)
+
+    def _draw(self, bench: Bench, model: Stepper, plain: Stepper, texts: Sequence[tuple[int, ...]]) -> None:
+        """Both arms draw from each prompt, with random numbers of their own."""
+        config, subject, reference = self.config, bench.subject, bench.reference or bench.subject
+        rounds: list[dict[str, Any]] = []
+        blocks = itertools.count()
+
+        def ask(chosen: Sequence[Prompt]) -> list[Answer]:
+            emit = self._rounds(bench, next(blocks), len(chosen), rounds)
+            return decoder_of(subject).generate(model, chosen, limits[1], emit)
+
+        def ask_plain(chosen: Sequence[Prompt]) -> list[Answer]:
+            return decoder_of(reference).generate(plain, chosen, limits[0], silent)
+
+        limits = [
+            Limits(new_tokens=config.new_tokens, temperature=config.temperature, seed=2 * bench.seed + arm)
+            for arm in range(2)
+        ]
+        for number, ids in enumerate(texts):
+            prompts = draws.requests(ids, number, config.draws)
+            answers = draws.in_batches(ask, prompts, config.batch)
+            wanted = draws.in_batches(ask_plain, prompts, [max(config.batch)])
+            task = f"temperature {config.temperature:g}"
+            likely = (draws.likelihoods(plain, ids, of, max(config.batch)) for of in (answers, wanted))
+            for metric, (value, freedom) in (
+                ("chi_square_tokens", draws.of_tokens(answers, wanted, config.new_tokens)),
+                ("chi_square_likelihood", draws.of_likelihoods(*likely)),
+            ):
+                if freedom:
+                    _emit_sample(bench, task, prompts[0], metric, value, freedom, "lower")
+            _emit_loops(bench, task, prompts, answers)
+            bench.emit("progress", done=(number + 1) * config.draws, total=len(texts) * config.draws, unit="texts")
+        self._emit_facts(bench, rounds)
+
+    def _rounds(self, bench: Bench, block: int, batch: int, rounds: list[dict[str, Any]]) -> Emit:
+        """Passes on what a request tells of its rounds, and notes it; the rest is for nobody."""
+        config = self.config
+        request = {"arm": "subject", "block": block, "batch": batch, "temperature": config.temperature}
+        request |= {"prompt_tokens": config.prompt_tokens, "new_tokens": config.new_tokens, "content": config.data}
+
+        def emit(kind: str, /, **fields: Any) -> None:
+            if kind == "round":
+                rounds.append(fields)
+                bench.emit(kind, **request, **fields)
+
+        return emit
 
     def _noise(self, bench: Bench, plain: Stepper, lengths: Sequence[int]) -> float:
         """Of the data's own text, which no model chose, behind prompts of the same lengths."""

@@ -180,3 +180,24 @@ def test_a_check_in_float64_beside_one_below_it_must_be_green_too(timed):
     store.near_ties(5, 5)
     store.check(differing=1, suite="exactly")
     assert found()["lossless"] == "no: 1 of 4 texts differ"
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "verdict"),
+    [
+        (1, 95.0, "yes"),
+        (1, 180.0, "no: sampled text is unlike the reference's (p = 2e-06)"),
+        (0.5, 95.0, "unchecked: sampled"),
+    ],
+)
+def test_sampled_text_is_green_by_what_was_drawn_at_its_temperature(timed, at, value, verdict):
+    start, found = timed
+    store = start()
+    store.speed(temperature=1.0)
+    store.check()
+    (like,) = store.stores.samples(store.rng, f"temperature {at:g}", items=1)
+    drawn = {**like, "metric": "chi_square_tokens", "value": value, "weight": 100.0}
+    label = "teacher/lookup/drawn@seed0"
+    store.builder.step(label, records={"sample": [drawn]}, use="losslessness", traits=("pair",))
+    assert found()["lossless"] == verdict
+    assert is_green(found()) == (verdict == "yes")
