@@ -11,10 +11,11 @@ from .reference import Norms
 
 MODULE = f"{__package__}.triton"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-QUERIES = 128
-"""At most for each group: its heads times the new tokens are one tile. In fp32 half of it, and of the width."""
+QUERIES = {2: 128, 4: 32}
+"""At most for each group, by the bytes of a number: its heads times the new tokens are one tile. With 64 and more rows
+tensor cores make fp32 products otherwise (wgmma), and were 100 times less exact."""
 TOKENS = 16
-WIDEST = 256
+WIDEST = {2: 256, 4: 128}
 
 
 def supports(
@@ -26,8 +27,7 @@ def supports(
         return support
     if keys_dtype != like.dtype or rotary.dtype not in DTYPES:
         return Support.no("the kernel serves caches of the projection's dtype")
-    half = like.dtype.itemsize // 2
-    queries, widest = QUERIES // half, WIDEST // half
+    queries, widest = QUERIES[like.dtype.itemsize], WIDEST[like.dtype.itemsize]
     if count > TOKENS or heads // groups * count > queries:
         return Support.no(f"the kernel serves up to {TOKENS} tokens and {queries} queries of a group at a time")
     if width % 2 or width > widest:

@@ -176,7 +176,7 @@ def test_reasons_are_given_where_the_kernel_does_not_serve(monkeypatch) -> None:
     half = {"dtype": torch.bfloat16, "cache": torch.bfloat16}
     assert reason(4, 2, 16, 17, **half) == "the kernel serves up to 16 tokens and 128 queries of a group at a time"
     assert reason(32, 1, 16, 4, **half) == ""
-    assert reason(32, 1, 16, 4) == "the kernel serves up to 16 tokens and 64 queries of a group at a time"
+    assert reason(32, 1, 16, 4) == "the kernel serves up to 16 tokens and 32 queries of a group at a time"
     assert reason(4, 2, 512, 1, **half) == "the kernel serves heads of an even width up to 256, not 512"
     assert reason(4, 2, 15, 1) == "the kernel serves heads of an even width up to 128, not 15"
     monkeypatch.setenv(VARIABLE, "reference")
