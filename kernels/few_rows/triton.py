@@ -176,8 +176,6 @@ FORMS = (
     Form(32, 256, 2, 4, 4),
 )
 EARLY = (-1, 0, 8)
-ROWS = 32
-"""At most."""
 AHEAD = 16 << 20
 """Bytes of the weights `ahead` that are asked for."""
 
@@ -192,6 +190,11 @@ class Asked(NamedTuple):
 def ask(weight: Tensor, wanted: int = AHEAD) -> Asked:
     """About `wanted` bytes of the weight, evenly."""
     return Asked(weight, max(1, -(-weight.nbytes // wanted)))
+
+
+def tile_of(rows: int) -> int:
+    """Rows of the tile that so many are padded to."""
+    return max(16, int(triton.next_power_of_2(rows)))
 
 
 def _piece(width: int, size: int) -> int:
@@ -223,11 +226,11 @@ def launch(
     [blocks] are 0 before and after, where form.split > 1. With `warmup` the kernel is only compiled.
     """
     (rows, width), lines = x.shape, out.shape[1]
-    tile, each = (16 if rows <= 16 else 32), form.block // 2 if gated else form.block
+    each = form.block // 2 if gated else form.block
     blocks = triton.cdiv(lines, each)
     left = x
     if form.split > 1:
-        left = torch.empty(blocks, form.split, form.block, tile, dtype=torch.float32, device=x.device)
+        left = torch.empty(blocks, form.split, form.block, tile_of(rows), dtype=torch.float32, device=x.device)
     parts = 1 if squares is None else squares.shape[1]
     asked = weight if ahead is None else ahead.weight
     with torch.cuda.device_of(x):
@@ -236,7 +239,7 @@ def launch(
             weight if bias is None else bias, x if residual is None else residual, out,
             out if sums is None else sums, left, left if counters is None else counters, asked, rows, parts,
             WIDTH=width, LINES=lines, NORM=norm is not None, GATE=gated, ADD=residual is not None,
-            BIAS=bias is not None, PARTS=triton.next_power_of_2(parts), TILE=tile, BLOCK=form.block,
+            BIAS=bias is not None, PARTS=triton.next_power_of_2(parts), TILE=tile_of(rows), BLOCK=form.block,
             COLUMNS=form.columns, SPLIT=form.split, STAGES=form.stages, PDL=form.early >= 0,
             OWN=min(each, max(0, form.early)), PIECE=_piece(width, weight.itemsize),
             AHEAD=0 if ahead is None else asked.shape[0], AHEAD_WIDTH=asked.shape[1],

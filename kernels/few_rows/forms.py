@@ -1,0 +1,184 @@
+"""Calls of this room's kernels, and which form of them is the fastest for given sizes.
+
+The choice is made for a shape of weights and up to 16 or 32 rows, not for each number of rows: what a row gives must
+not depend on what else is in a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import reference
+from .reference import Projection, Stream
+from .triton import EARLY, FORMS, Form, ask, launch, squares_of, tile_of
+
+MEASURED = 8 << 20
+"""Bytes of weights from which on forms are timed."""
+COLD = 160 << 20
+"""Bytes of weights that do not fit in a cache."""
+MOST = 7
+"""Copies of weights."""
+THREADS = 16
+MARGIN = 1.015
+"""A form that is listed before others is taken though they are faster by this: so that processes agree."""
+
+
+class Kind(NamedTuple):
+    """What a form is chosen for."""
+
+    width: int
+    lines: int
+    gated: bool
+    normed: bool
+    biased: bool
+    dtype: torch.dtype
+    out: torch.dtype
+    tile: int
+    device: torch.device
+
+
+_best: dict[Kind, Form | None] = {}
+"""None where separate kernels are faster."""
+
+
+def kind_of(given: Projection, rows: int, out: torch.dtype) -> Kind:
+    weight, biased = given.weight, given.bias is not None
+    sizes = weight.shape[1], weight.shape[0], given.gated, given.norm is not None, biased
+    return Kind(*sizes, weight.dtype, out, tile_of(rows), weight.device)
+
+
+def faster(x: Tensor, given: Projection, out: torch.dtype) -> bool:
+    """Whether a kernel of this room is the fastest way to the product with x [M, K]."""
+    return form_for(given, x.shape[0], out) is not None
+
+
+def form_for(given: Projection, rows: int, out: torch.dtype) -> Form | None:
+    """The fastest where that matters and can be measured now, else one that keeps a GPU busy; None where separate
+    kernels are faster."""
+    kind = kind_of(given, rows, out)
+    if kind not in _best:
+        weight = given.weight
+        if weight.nbytes < MEASURED or not weight.is_cuda or torch.cuda.is_current_stream_capturing():
+            return usual(kind)
+        _best[kind] = tune(given, kind)
+    return _best[kind]
+
+
+def usual(kind: Kind) -> Form:
+    """Blocks of lines so small that every processor of a large GPU has one, if there are as many."""
+    block = next((size for size in (64, 32) if kind.lines >= 128 * size), 16)
+    return Form(block, 128, 1, 4, 4)
+
+
+def project(
+    x: Tensor,
+    given: Projection,
+    stream: Stream,
+    out: torch.dtype,
+    ahead: Projection | None,
+    form: Form | None = None,
+    warmup: bool = False,
+) -> tuple[Tensor, Stream]:
+    """Shapes as in the room's `project`; x is the stream's h. With `warmup` the kernel is only compiled."""
+    h = x if stream.added is None else x + stream.added
+    squares = stream.squares if stream.added is None and stream.squares is not None else squares_of(h)
+    form = form or form_for(given, len(h), out)
+    assert form is not None
+    y = torch.empty(len(h), given.lines, dtype=out, device=h.device)
+    asked = None if ahead is None or not begins_early(h.device) else ask(ahead.weight)
+    launch(
+        h, given.weight, y, form, norm=given.exact_norm, squares=squares, eps=given.eps, gated=given.gated,
+        bias=given.bias, counters=given.counters, ahead=asked, warmup=warmup,
+    )  # fmt: skip
+    return y, Stream(h, None, squares)
+
+
+def add_projected(
+    x: Tensor, given: Projection, stream: Stream, form: Form | None = None, warmup: bool = False
+) -> Stream:
+    """Shapes as in the room's `add_projected`."""
+    assert stream.added is None
+    form = form or form_for(given, len(x), x.dtype)
+    assert form is not None
+    h = torch.empty_like(stream.h)
+    sums = torch.empty(len(h), triton.cdiv(given.lines, form.block), dtype=torch.float32, device=h.device)
+    launch(
+        x, given.weight, h, form, bias=given.bias, residual=stream.h, sums=sums, counters=given.counters,
+        warmup=warmup,
+    )  # fmt: skip
+    return Stream(h, None, sums)
+
+
+def tune(given: Projection, kind: Kind) -> Form | None:
+    """Times every form on weights that take turns, so that they are not found in the cache, and separate kernels."""
+    weight, rows = given.weight, 1 if kind.tile == 16 else kind.tile
+    turns = [given, *(_copy(given) for _ in range(min(MOST, COLD // weight.nbytes)))]
+    x = torch.zeros(rows, kind.width, dtype=kind.dtype, device=kind.device)
+    stream = Stream(x, None, squares_of(x)) if kind.normed else Stream(x.new_zeros(rows, given.lines))
+
+    def ours(turn: Projection, form: Form, warmup: bool = False) -> object:
+        if kind.normed:
+            return project(x, turn, stream, kind.out, None, form, warmup)
+        return add_projected(x, turn, stream, form, warmup)
+
+    def separate(turn: Projection) -> object:
+        if kind.normed:
+            return reference.project(turn, Stream(x, x), kind.out)
+        return reference.add_projected(turn, x, stream)
+
+    def time(form: Form) -> float:
+        try:
+            return milliseconds([partial(ours, turn, form) for turn in turns])
+        except triton.TritonError:
+            return float("inf")
+
+    def best(forms: Sequence[Form]) -> tuple[Form, float]:
+        compile_forms(lambda form, warmup: ours(given, form, warmup), forms)
+        times = {form: time(form) for form in forms}
+        return next((form, ms) for form, ms in times.items() if ms <= MARGIN * min(times.values()))
+
+    found, ms = best(FORMS)
+    if begins_early(kind.device):
+        found, ms = best([found._replace(early=lines) for lines in EARLY])
+    return found if ms <= milliseconds([partial(separate, turn) for turn in turns]) else None
+
+
+def begins_early(device: torch.device) -> bool:
+    """Whether kernels can begin before the one before has ended."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _copy(given: Projection) -> Projection:
+    return Projection(given.weight.clone(), given.bias, given.norm, given.eps, given.gated)
+
+
+def compile_forms(call: Callable[[Form, bool], object], forms: Sequence[Form]) -> None:
+    """Side by side. `call` makes a call with a form, or only compiles it."""
+    with ThreadPoolExecutor(THREADS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for form in forms:
+            call(form, True)
+
+
+def milliseconds(calls: Sequence[Callable[[], object]], repeats: int = 3) -> float:
+    """Of `calls` one after the other in a graph, which the host does not slow down; the best of some."""
+    calls[0]()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after))
+    return min(times)
