@@ -193,6 +193,10 @@ class Mamba(nn.Module, ABC):
         convolved = conv_few(joined, *self._taps)
         return F.silu(convolved) if self.active else convolved
 
+    def ends(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Weights and biases of what projects into the mixing and out of it."""
+        return (self.in_proj.weight, self.in_proj.bias), (self.out_proj.weight, self.out_proj.bias)
+
     def fuse(self) -> None:
         """Gets ready for inference: the decay is computed once, the convolution's small weights are cast once."""
         kind = compute_dtype(self.A_log)

@@ -47,9 +47,9 @@ class Mamba2(Mamba):
         if self.norm is not None:
             self.norm.weight.fill_(1)
 
-    def _split(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h [..., E] -> gate z [..., H P]; what a token leaves for later ones: [..., (2 G + H) P + H]."""
-        z, kept = self.in_proj(h).split((self.inner, self.channels + self.heads), dim=-1)
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """What `in_proj` made -> gate z [..., H P]; what a token leaves for later ones: [..., (2 G + H) P + H]."""
+        z, kept = projected.split((self.inner, self.channels + self.heads), dim=-1)
         if self.b_norm is None:
             return z, kept
         u, raw = self._parts(kept)
@@ -78,14 +78,12 @@ class Mamba2(Mamba):
             b, c = rotate(b, *turn), rotate(c, *turn)
         return x, b, c
 
-    def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gated norm per head and the output projection. y [B, L, H, P], z [..., H P]."""
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """The gated norm per head, which the output projection gets. y [B, L, H, P], z [..., H P]."""
         y = y.reshape(z.shape)
         if self.norm is None:
-            out = self._gate(y, z).to(z.dtype)
-        else:
-            out = gated_norm(y, z, self.norm.weight, self.gate_bias, self.width, self.eps)
-        return self.out_proj(out)
+            return self._gate(y, z).to(z.dtype)
+        return gated_norm(y, z, self.norm.weight, self.gate_bias, self.width, self.eps)
 
     def forward(
         self,
@@ -104,12 +102,12 @@ class Mamba2(Mamba):
             u, dt = u * keep, dt * keep
         x, b, c = self._heads(self._conv(u, documents=documents)[0], (cos, sin))
         y, _ = scan(x, dt, self._decay(dt.dtype), b, c, self.D, chunk=self.chunk, documents=documents)
-        return self._out(y, z)
+        return self.out_proj(self._gated(y, z))
 
     def prefill(self, h: Tensor, cache: MambaState, fill: Fill) -> Tensor:
         """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end. What is replayed
         stands before the prompt."""
-        z, kept = self._split(h)
+        z, kept = self._split(self.in_proj(h))
         window = state = None
         longest = fill.replayed.shape[1]
         replayed = 0 if cache.ring is not None else longest
@@ -130,13 +128,13 @@ class Mamba2(Mamba):
         x, b, c = self._heads(convolved, fill.turn)
         y, cache.state[fill.rows] = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, lengths, self.chunk)
         cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.channels] = window
-        return self._out(y[:, replayed:], z)
+        return self.out_proj(self._gated(y[:, replayed:], z))
 
-    def step(self, h: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
-        """T tokens a row. h [B * T, E]."""
-        z, kept = self._split(h)
+    def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
+        """T tokens a row, between the two projections: [B * T, …] -> [B * T, H P]."""
+        z, kept = self._split(projected)
         if cache.ring is not None:
-            return self._out(self._step_by_kernel(kept, cache, cache.ring, call), z)
+            return self._gated(self._step_by_kernel(kept, cache, cache.ring, call), z)
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         u, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
@@ -146,7 +144,7 @@ class Mamba2(Mamba):
             dt = dt * call.live
         decay = self._decay(dt.dtype)
         y = multistep(x, dt, decay, b, c[:, -call.count :], self.D, cache.state, call.mask, call.settle)
-        return self._out(y, z)
+        return self._gated(y, z)
 
     def _step_by_kernel(self, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep) -> Tensor:
         """The same to y [B, T, H, P], over a ring of what goes into the state: the convolution is not made again."""

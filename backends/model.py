@@ -16,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..harness.interfaces import Unsupported
+from ..kernels.few_rows import Projection, Stream, add_projected, project
 from ..kernels.pointwise import swiglu, swiglu_packed
-from .attention import Attention, fuse_linears, needs_no_mask, product_dtype
+from .attention import Attention, Weights, fuse_linears, needs_no_mask, product_dtype
 from .calls import AttentionStep, Fill, MambaStep
 from .config import HybridConfig
 from .mamba import Mamba
@@ -37,7 +38,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=bias)
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
-        self._fused: tuple[Tensor, Tensor | None] | None = None
+        self._fused: Weights | None = None
 
     @property
     def fused(self) -> bool:
@@ -51,6 +52,11 @@ class MLP(nn.Module):
         if self._fused is None:
             return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(swiglu_packed(F.linear(x, *self._fused)))
+
+    def ends(self) -> tuple[Weights, Weights]:
+        """Gate and up, laid out for inference, and down."""
+        assert self._fused is not None
+        return self._fused, (self.down_proj.weight, self.down_proj.bias)
 
 
 class HybridLayer(GradientCheckpointingLayer):
@@ -67,6 +73,8 @@ class HybridLayer(GradientCheckpointingLayer):
         if self.mixer_name:
             self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._mixing: tuple[Projection, Projection] | None = None
+        self._inner: tuple[Projection, Projection] | None = None
 
     @property
     def mixer(self) -> Any:
@@ -86,19 +94,25 @@ class HybridLayer(GradientCheckpointingLayer):
             h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep, documents)
         return h + self.mlp(self.post_attention_layernorm(h))
 
-    def run(
-        self, h: Tensor, added: Tensor | None, cache: LayerState, call: AttentionStep | MambaStep | Fill | None
-    ) -> tuple[Tensor, Tensor]:
-        """The same on a state: prompts [n, L, E] or a few tokens of each row [B * T, E], whatever `call` describes.
-        What the layer before has still to add to h is `added`, and what this one has is returned beside h: each sum
-        is made with the norm that follows it."""
-        mixer = self.mixer
-        if mixer is not None:
-            way = mixer.prefill if isinstance(call, Fill) else mixer.step
+    def fill(self, h: Tensor, added: Tensor | None, cache: LayerState, call: Fill) -> tuple[Tensor, Tensor]:
+        """The same of prompts [n, L, E], on a state. What the layer before has still to add to h is `added`, and what
+        this one has is returned beside h: each sum is made with the norm that follows it."""
+        if self.mixer is not None:
             h, normed = self.input_layernorm.add(h, added)
-            added = way(normed, cache, call)
+            added = self.mixer.prefill(normed, cache, call)
         h, normed = self.post_attention_layernorm.add(h, added)
         return h, self.mlp(normed)
+
+    def step(self, stream: Stream, cache: LayerState, call: AttentionStep | MambaStep | None) -> Stream:
+        """The same of a few tokens of each row [B * T, E]."""
+        assert self._inner is not None
+        if self._mixing is not None:
+            into, out = self._mixing
+            projected, stream = project(into, stream, ahead=out)
+            stream = add_projected(out, self.mixer.mix(projected, cache, call), stream)
+        into, out = self._inner
+        inner, stream = project(into, stream)
+        return add_projected(out, inner, stream)
 
     def fuse(self) -> None:
         """Gets ready for inference: projections with one input share one storage. Once, if models share the layer."""
@@ -107,6 +121,14 @@ class HybridLayer(GradientCheckpointingLayer):
         self.mlp.fuse()
         if self.mixer is not None:
             self.mixer.fuse()
+            self._mixing = _ends(self.mixer.ends(), self.input_layernorm)
+        self._inner = _ends(self.mlp.ends(), self.post_attention_layernorm, gated=True)
+
+
+def _ends(weights: tuple[Weights, Weights], norm: RMSNorm, gated: bool = False) -> tuple[Projection, Projection]:
+    """What reads the residual stream behind a norm, and what adds to it."""
+    into, out = weights
+    return Projection(*into, norm.weight, norm.eps, gated), Projection(*out)
 
 
 class HybridPreTrainedModel(PreTrainedModel):

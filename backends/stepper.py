@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
+from ..kernels.few_rows import Projection, Stream, project
 from ..kernels.multistep import move
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
@@ -55,6 +56,8 @@ class HybridStepper:
         self._layers = list(model.model.layers)
         for layer in self._layers:
             layer.fuse()
+        norm = model.model.norm
+        self._into_logits = Projection(weight, None, norm.weight, norm.eps)
 
     @torch.inference_mode()
     def open(self, batch: int, context: int, steps: int) -> State:
@@ -79,7 +82,7 @@ class HybridStepper:
             return logits
         h, added = self.model.model.embed_tokens(ids[call.rows]), None
         for layer, cache in zip(self._layers, state.layers, strict=True):
-            h, added = layer.run(h, added, cache, call)
+            h, added = layer.fill(h, added, cache, call)
         last = torch.arange(h.shape[0], device=h.device), call.lengths - 1
         logits[call.rows] = self._logits(h[last], None if added is None else added[last])
         state.end[call.rows] = state.settled[call.rows] = state.saved[call.rows] = call.end.int()
@@ -97,11 +100,15 @@ class HybridStepper:
 
     def _run(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Tensor:
         calls = self._advance(ids.shape[1], start, state, settle)
-        h, added = self.model.model.embed_tokens(ids.flatten()), None
+        stream = Stream(self.model.model.embed_tokens(ids.flatten()))
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
             h, added = layer.run(h, added, cache, calls.get(name))
         move(start, state.settled, state.saved, state.end, state.plan(ids.shape[1], settle))
-        return self._logits(h, added).view(*ids.shape, -1)
+        return project(self._into_logits, stream, compute_dtype(stream.h))[0].view(*ids.shape, -1)
+
+    def recording(self, state: State) -> Graphs | None:
+        """Where a decoder records rounds with calls on this memory; None where nothing is recorded."""
+        return state.graphs
 
     @torch.inference_mode()
     def take(self, state: State, rows: Tensor) -> None:
