@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, plain, references
+from .config import ConfigError, filled, plain, references
 from .interfaces import DTYPES, Choice, MambabenchError, Needs, StepView
 from .keys import PACKAGE, Fingerprints, digest
 from .plan import Model, Plan
@@ -235,7 +235,8 @@ class _Expander:
         return Made(key, model.backend)
 
     def _train(self, name: str, stage: str, seed: int, parent: Made | None, backend: Choice) -> Made:
-        choice = self.plan.stages[stage]
+        start = None if name == TEACHER else self.plan.models[name].start
+        choice = filled(self.plan.stages[stage], {"model": name, "start": start or TEACHER})
         if parent is None and "from-scratch" not in self.registry.find("distiller", choice.name).traits:
             raise ConfigError(f"stages.{stage}.use", f"{choice.name!r} trains a given model; the teacher has no `path`")
         inputs = {"parent": parent.key} if parent else {}
@@ -320,7 +321,7 @@ class _Expander:
 
     def _measure(self, model: str, seed: int, suite: str, decoder: str, reference: str | None) -> None:
         assert self.teacher is not None
-        choice = self.plan.suites[suite]
+        choice = filled(self.plan.suites[suite], {"model": model})
         traits = self.registry.find("suite", choice.name).traits
         made = self.teacher if model == TEACHER else self.chains[model, seed]
         cell = Cell(
@@ -341,8 +342,9 @@ class _Expander:
         extra: dict[str, Any] = {"decoder": None, "reference": None}
         for role, name in (("decoder", decoder), ("reference", reference)):
             if name is not None and name != NO_DECODER:
-                used[role] = (f"decoders.{name}", self.plan.decoders[name])
-                extra[role] = {"plan_name": name, **self._record(self.plan.decoders[name])}
+                of = filled(self.plan.decoders[name], {"model": model})
+                used[role] = (f"decoders.{name}", of)
+                extra[role] = {"plan_name": name, **self._record(of)}
         device = "cuda" if self.gpus else "cpu"
         salt: dict[str, Any] = {"device": device, "dtype": DTYPES[device]}
         if "alone" in traits:

@@ -49,8 +49,8 @@ class Losslessness:
         f"shape, and those that are excused are at most {EXCESS:g} times as many as in the reference's own text. "
         "Sampled text: the probability that two samples of one distribution are as unlike (chi-square of tokens and "
         f"of how likely texts are), at least {UNLIKELY:g}. Beside that: tokens that one parallel run over the text "
-        "would choose as well, distinct runs of four tokens, and the shares of rounds that accept, or reject, a drafted "
-        "token."
+        "would choose as well, distinct runs of four tokens, and the shares of rounds that accept, or reject, a "
+        "drafted token."
     )
 
     def __init__(self, config: NoOptions) -> None:
