@@ -2,14 +2,15 @@
 
 A decoding step of a small batch is hundreds of kernels of a few microseconds, which the host could not launch as fast
 as they run. A recorded call reads its tokens and positions from buffers of its own, so that one recording serves all
-that a shape can be called with.
+that a shape can be called with. A decoder records whole rounds (`interfaces.Recording`), of which calls become a part.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,17 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+class _Unrecorded:
+    """How many blocks of `Graphs.unrecorded` are open."""
+
+    count = 0
+
+
+def alone(tensor: Tensor) -> bool:
+    """Whether a call must start no graph of its own."""
+    return _Unrecorded.count > 0 or capturing(tensor)
+
+
 @dataclass(slots=True)
 class _Call:
     ids: Tensor
@@ -54,19 +66,26 @@ class Recorder:
 
     def record(self, work: Work, ids: Tensor, start: Tensor) -> tuple[Callable[[], None], Tensor]:
         """What starts the recorded call, and its logits, which every start overwrites."""
+        found: list[Tensor] = []
+        with torch.cuda.device_of(ids):
+            replay = self.capture(lambda: found.append(work(ids, start)))
+        return replay, found[0]
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What starts the work, on the device that is the current one, again."""
         began = time.perf_counter()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device_of(ids), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            logits = work(ids, start)
+        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            work()
         self.count += 1
         self.seconds += time.perf_counter() - began
-        return graph.replay, logits
+        return graph.replay
 
 
 class Graphs:
-    """The recorded calls on one state's memory, by tokens a row and whether they settle.
+    """The recorded calls on one state's memory, by tokens a row and whether they settle, and what decoders recorded.
 
     The first call of a kind runs as it is, which loads and tunes its kernels; the second is recorded.
     """
@@ -74,6 +93,21 @@ class Graphs:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._calls: dict[tuple[int, bool], _Call] = {}
+        self.kept: dict[Hashable, Any] = {}
+        """The callers': it lives as long as the memory."""
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Calls are launched kernel by kernel meanwhile, whatever the model."""
+        _Unrecorded.count += 1
+        try:
+            yield
+        finally:
+            _Unrecorded.count -= 1
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Records work with calls on this memory among it, which has run `unrecorded` before."""
+        return self._recorder.capture(work)
 
     def run(self, work: Work, ids: Tensor, start: Tensor, settle: bool) -> Tensor:
         """Logits [B, T, V] of `work`, the caller's to keep."""

@@ -20,7 +20,7 @@ from ..kernels.few_rows import Projection, Stream, project
 from ..kernels.multistep import move
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
-from .graphs import Graphs, Recorder, capturing, wanted
+from .graphs import Graphs, Recorder, alone, capturing, wanted
 from .mixers import MAMBAS
 from .model import HybridForCausalLM
 from .shrink import shrink
@@ -92,7 +92,7 @@ class HybridStepper:
     def advance(self, ids: Tensor, start: Tensor, state: State, settle: bool = True) -> Tensor:
         """Runs ids [B, T] at `start` [B] -> logits [B, T, V]. A caller that records a graph of its own records the
         call with it; its memory must have met a call of the same shape before."""
-        if state.graphs is None or capturing(start):
+        if state.graphs is None or alone(start):
             return self._run(ids, start, state, settle)
         if self._looks(start):
             self._check(ids.shape[1], start, state, settle)
@@ -102,7 +102,7 @@ class HybridStepper:
         calls = self._advance(ids.shape[1], start, state, settle)
         stream = Stream(self.model.model.embed_tokens(ids.flatten()))
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
-            h, added = layer.run(h, added, cache, calls.get(name))
+            stream = layer.step(stream, cache, calls.get(name))
         move(start, state.settled, state.saved, state.end, state.plan(ids.shape[1], settle))
         return project(self._into_logits, stream, compute_dtype(stream.h))[0].view(*ids.shape, -1)
 

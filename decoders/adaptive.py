@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..harness.interfaces import Emit, Limits, Stepper
-from .batch import Round
 
 UNTIMED, TIMED = 2, 5
 """Rounds of each K that get kernels tuned and graphs recorded, and rounds whose median is the cost."""
@@ -30,7 +29,7 @@ class CostTable:
         self._model: Stepper | None = None
         self._known: dict[tuple[int, bool, int], list[float]] = {}
 
-    def of(self, model: Stepper, batch: int, limits: Limits, k: int, play: Callable[[int], Round]) -> list[float]:
+    def of(self, model: Stepper, batch: int, limits: Limits, k: int, play: Callable[[int], None]) -> list[float]:
         """Looks costs up, or measures them by playing rounds of a text that is not changed by it."""
         if self._model is not model:
             self._model, self._known = model, {}
@@ -40,7 +39,7 @@ class CostTable:
         return self._known[key]
 
     @staticmethod
-    def _measure(model: Stepper, k: int, play: Callable[[int], Round]) -> float:
+    def _measure(model: Stepper, k: int, play: Callable[[int], None]) -> float:
         times = []
         for _ in range(UNTIMED + TIMED):
             _wait(model)
@@ -69,8 +68,12 @@ class Chooser:
         """Seconds and tokens of a round of this window."""
         self._kept: list[tuple[int, int, float, float, float, float]] = []
 
-    def next(self, accepted: Sequence[Sequence[int]]) -> int:
-        """K for the next round, after rounds with this K that accepted so many drafts of each running row."""
+    def next(self, accepted: Sequence[Sequence[int]], k: int | None = None) -> int:
+        """K for the next round, after rounds with this K that accepted so many drafts of each running row. Rounds with
+        another `k`, which were on their way when it changed, do not count."""
+        if k not in (None, self.k):
+            self._began = time.perf_counter()
+            return self.k
         self._seen += [(self.k, count) for each in accepted for count in each]
         self._rounds += len(accepted)
         if self._rounds >= self._window:

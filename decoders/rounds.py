@@ -1,19 +1,23 @@
 """One round of decoding, the same for every decoder: drafts if there is a draft, one call of the model, a verdict.
 
-Nothing in a round waits for the host, and its shapes depend on nothing but K, the number of drafts.
+Nothing in a round waits for the host, and its shapes depend on nothing but K, the number of drafts. What differs from
+round to round, and from request to request, lies in the tensors of a `Board`: a round can be recorded as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..harness.interfaces import DeviceDraft, Draft, Limits, Prompt, Stepper
-from .batch import Batch, Round
-from .sampling import ACCEPT, agreeing, pick, probabilities, reject, uniform
+from ..harness.interfaces import DeviceDraft, Draft, Limits, Stepper
+from ..kernels.rounds import finish, uniform
+from .results import Results
+from .sampling import ACCEPT, pick, probabilities, reject
+from .texts import Texts
 
 
 class Drafting(Protocol):
@@ -23,58 +27,73 @@ class Drafting(Protocol):
         """`DeviceDraft.follow`. May give fewer than k tokens a row."""
 
 
-def plain_round(batch: Batch, state: Any) -> Round:
-    """One more token of every row."""
-    last, start = batch.texts.last()
-    logits = batch.model.advance(last, start, state)
-    tokens = pick(logits, batch.limits, batch.texts.sequence, start.unsqueeze(1) + 1)
-    none = torch.zeros_like(batch.texts.length)
-    return Round(tokens, none, none)
+@dataclass(slots=True, eq=False)
+class Board:
+    """All that rounds read and write beside models: their addresses are part of every recorded round."""
+
+    texts: Texts
+    results: Results
+    none: Tensor
+    """int32 [B], zeros: no row has drafts."""
+    draft: Draft | DeviceDraft | None = None
+    memory: tuple[Any] | None = None
+    """What the draft opened; None before it has."""
+    recorded: dict[int, Callable[[], None] | None] = field(default_factory=dict)
+    """By K: what starts a round, None where one has been played but none recorded."""
 
 
-def draft_round(batch: Batch, state: Any, draft: Drafting, k: int, steady: bool) -> Round:
+def plain_round(model: Stepper, state: Any, board: Board, limits: Limits, k: int = 0) -> None:
+    """One more token of every row, without drafts."""
+    last, start = board.texts.last()
+    logits = model.advance(last, start, state)
+    append(board, pick(logits, limits, board.texts.stream, start))
+
+
+def draft_round(
+    model: Stepper, state: Any, board: Board, limits: Limits, draft: Drafting, steady: bool, k: int
+) -> None:
     """Lets a draft propose k tokens a row, and the model judge them. With `steady`, a draft that samples proposes one
     more, to be judged in the bonus token's place (`sampling.reject`)."""
-    texts, limits = batch.texts, batch.limits
+    texts = board.texts
     samples = limits.temperature > 0
     ids, real, q = draft(texts.ids, texts.length, k + 1 if samples and steady else k)
     last, start = texts.last()
-    logits = batch.model.advance(torch.cat([last, ids[:, :k]], dim=1), start, state)
-    position = start.unsqueeze(1) + torch.arange(1, k + 2, device=start.device)
+    logits = model.advance(torch.cat([last, ids[:, :k]], dim=1), start, state)
+    accepted = None
     if q is None or not samples:
-        tokens = pick(logits, limits, texts.sequence, position)
-        accepted = agreeing(ids[:, :k], real, tokens)
+        tokens = pick(logits, limits, texts.stream, start)
     else:
-        p = probabilities(logits, limits)
-        accepted, tokens = reject(p, q, ids, real, limits.seed, texts.sequence, position)
-    return Round(tokens, real.long().clamp(max=k), accepted)
+        position = start.long().unsqueeze(1) + torch.arange(1, k + 2, device=start.device)
+        accepted, tokens = reject(probabilities(logits, limits), q, ids, real, texts.stream, position)
+    finish(tokens, ids[:, :k], real, texts.rows, board.results.ring, accepted=accepted)
+    board.results.send()
 
 
-def scripted_round(batch: Batch, state: Any, draft: Drafting, k: int, rate: float) -> Round:
+def scripted_round(
+    model: Stepper, state: Any, board: Board, limits: Limits, draft: Drafting, rate: float, k: int
+) -> None:
     """A round whose verdict is thrown away: each draft stands by chance, at this rate if those before it do."""
-    at = batch.texts.length.unsqueeze(1) + torch.arange(k, device=batch.texts.length.device)
-    proposed: list[Tensor] = []
-
-    def noted(ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        drafts, real, q = draft(ids, length, k)
-        proposed.append(drafts)
-        return drafts, real, q
-
-    judged = draft_round(batch, state, noted, k, steady=False)
-    stands = uniform(batch.limits.seed, batch.texts.sequence, at, ACCEPT) < rate
-    accepted = stands.long().cumprod(1).sum(1)
-    standing = torch.arange(k, device=at.device) < accepted.unsqueeze(1)
-    tokens = torch.cat([torch.where(standing, proposed[0], judged.tokens[:, :k]), judged.tokens[:, k:]], dim=1)
-    return Round(tokens, torch.full_like(accepted, k), accepted)
+    texts = board.texts
+    ids, real, _ = draft(texts.ids, texts.length, k)
+    last, start = texts.last()
+    logits = model.advance(torch.cat([last, ids], dim=1), start, state)
+    tokens = pick(logits, limits, texts.stream, start)
+    at = texts.length.unsqueeze(1) + torch.arange(k, device=start.device)
+    stands = uniform(texts.stream, at, ACCEPT) < rate
+    finish(tokens, ids, torch.full_like(real, k), texts.rows, board.results.ring, stands)
+    board.results.send()
 
 
-def drafting(
-    draft: Draft | DeviceDraft, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int, steady: bool
-) -> Drafting:
-    """Opens a draft for a batch. One that wants the texts on the host gets them, and the device waits for it."""
+def append(board: Board, tokens: Tensor) -> None:
+    """A round without drafts, of tokens int64 [B, 1]."""
+    finish(tokens, tokens[:, :0], board.none, board.texts.rows, board.results.ring)
+    board.results.send()
+
+
+def drafting(draft: Draft | DeviceDraft, memory: Any) -> Drafting:
+    """A draft with what it opened. One that wants the texts on the host gets them, and the device waits for it."""
     if not hasattr(draft, "follow"):
-        return _Asked(draft, draft.open(target, prompts, limits, k))
-    memory = draft.open(target, prompts, limits, k + 1 if limits.temperature > 0 and steady else k)
+        return _Asked(draft, memory)
     return lambda ids, length, count: draft.follow(memory, ids, length, count)
 
 

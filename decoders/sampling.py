@@ -1,8 +1,8 @@
 """Turns logits into tokens, the same ones in every decoder, batch and call.
 
 Random numbers are counter-based: each is a hash of (seed, sequence, position, purpose), so that what is drawn depends
-neither on the batch nor on how many tokens a call runs. Logits are used as they come (fp32 or fp64) and probabilities
-are fp64; ties always go to the lowest index.
+neither on the batch nor on how many tokens a call runs. A text's stream stands for its seed and sequence. Logits are
+used as they come (fp32 or fp64) and probabilities are fp64; ties always go to the lowest index.
 """
 
 from __future__ import annotations
@@ -11,24 +11,11 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Limits
+from ..kernels.rounds import greedy, uniform
 from .filters import top_k_mask, top_p_mask
 
 TOKEN, DRAFT, ACCEPT = range(3)
 """Purposes of a random number: the emitted token, a draft's own draw, the acceptance of a drafted token."""
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = 2**64 - 1
-
-
-def uniform(seed: int, sequence: Tensor, position: Tensor, purpose: int) -> Tensor:
-    """Random numbers in [0, 1), fp64, of the broadcast shape of `sequence` and `position` (int64).
-
-    Finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the parts of the key; the upper 53 bits count.
-    """
-    state = _mix((sequence.long() ^ _mix_number(seed + _GOLDEN)) + _signed(_GOLDEN))
-    state = _mix((state ^ position.long()) + _signed(_GOLDEN))
-    state = _mix((state ^ purpose) + _signed(_GOLDEN))
-    return _shift(state, 11).double() * 2.0**-53
 
 
 def probabilities(logits: Tensor, limits: Limits) -> Tensor:
@@ -54,37 +41,26 @@ def draw(weights: Tensor, at: Tensor) -> Tensor:
     return first.where(reached.any(-1), weights.argmax(-1))
 
 
-def pick(logits: Tensor, limits: Limits, sequence: Tensor, position: Tensor) -> Tensor:
-    """The tokens that plain decoding emits: the argmax at temperature 0, else a draw keyed by sequence and position.
+def pick(logits: Tensor, limits: Limits, stream: Tensor, before: Tensor) -> Tensor:
+    """The tokens that plain decoding emits: the argmax at temperature 0, else a draw keyed by stream and position.
 
-    logits [..., V]; sequence and position int64, broadcast to [...]. Returns int64 [...].
+    logits [B, T, V]; stream int64 [B]; before int [B], the position before the first token's. Returns int64
+    [B, T].
     """
     if limits.temperature == 0:
-        return logits.argmax(-1)
-    at = uniform(limits.seed, sequence, position, TOKEN).expand(logits.shape[:-1])
-    return draw(probabilities(logits, limits), at)
-
-
-def agreeing(drafts: Tensor, real: Tensor, choice: Tensor) -> Tensor:
-    """How many leading drafts are the very tokens that plain decoding emits.
-
-    drafts [B, K], real int [B] (so many of them count), choice [B, K + 1] from `pick`. Returns int64 [B].
-    For a deterministic draft this is rejection sampling: the choice is the draft with the target's probability of it,
-    and otherwise distributed as the target without it.
-    """
-    k = drafts.shape[1]
-    matches = (drafts == choice[:, :k]) & (torch.arange(k, device=drafts.device) < real.unsqueeze(1))
-    return matches.long().cumprod(1).sum(1)
+        return greedy(logits)
+    position = before.long().unsqueeze(1) + torch.arange(1, logits.shape[1] + 1, device=before.device)
+    return draw(probabilities(logits, limits), uniform(stream, position, TOKEN))
 
 
 def reject(
-    target: Tensor, draft: Tensor, drafts: Tensor, real: Tensor, seed: int, sequence: Tensor, position: Tensor
+    target: Tensor, draft: Tensor, drafts: Tensor, real: Tensor, stream: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rejection sampling (Leviathan et al. 2023, Algorithm 1): draft d stands with probability min(1, p(d) / q(d)); the
     token after the last standing one is drawn from max(p - q, 0), or from p where no draft was left to judge.
 
-    target p [B, K + 1, V] and draft q [B, K, V] are filtered probabilities, drafts int64 [B, K], real int [B], sequence
-    [B, 1], position [B, K + 1] of the emitted tokens. Returns how many of the first K drafts stand, int64 [B], and the
+    target p [B, K + 1, V] and draft q [B, K, V] are filtered probabilities, drafts int64 [B, K], real int [B], stream
+    [B], position [B, K + 1] of the emitted tokens. Returns how many of the first K drafts stand, int64 [B], and the
     tokens [B, K + 1], of which one more than that are emitted.
 
     With K + 1 drafts (q [B, K + 1, V]) the last one is judged in the bonus token's place. Then each token depends on
@@ -95,7 +71,7 @@ def reject(
     counts = torch.arange(judged, device=drafts.device) < real.unsqueeze(1)
     p = target[:, :judged].gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
     q = draft.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
-    stands = (uniform(seed, sequence, position[:, :judged], ACCEPT) * q < p) & counts
+    stands = (uniform(stream, position[:, :judged], ACCEPT) * q < p) & counts
     standing = stands.long().cumprod(1).sum(1)
 
     at = standing.clamp(max=count - 1)
@@ -104,32 +80,8 @@ def reject(
     tried = at.clamp(max=judged - 1)
     residual = (plain - draft[row, tried].double() * (counts[row, tried] & (at < judged)).unsqueeze(-1)).clamp(min=0)
     residual = residual.where(residual.sum(-1, keepdim=True) > 0, plain)
-    after = draw(residual, uniform(seed, sequence, position, TOKEN)[row, at])
+    after = draw(residual, uniform(stream, position, TOKEN)[row, at])
     tokens = torch.cat([drafts, drafts[:, :1]], dim=1)[:, :count]
     # Where all of K + 1 stand, the last of them is what the bonus token's place holds already.
     after = after.where(standing < count, tokens[:, -1])
     return at, tokens.scatter(1, at.unsqueeze(1), after.unsqueeze(1))
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _mix_number(x: int) -> int:
-    """`_mix` of one number, as a signed one."""
-    x &= _MASK
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
-    return _signed(x ^ (x >> 31))
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    """The low 64 bits of x as a signed number; int64 tensors wrap around."""
-    return (x + 2**63) % 2**64 - 2**63

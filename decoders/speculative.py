@@ -23,9 +23,9 @@ from ..harness.interfaces import (
     Unsupported,
 )
 from .adaptive import Chooser, CostTable
-from .batch import Batch, Round
+from .batch import Batch
+from .play import Rounds, run
 from .plugin import SpeculativeConfig
-from .rounds import draft_round, drafting, scripted_round
 
 
 def speculative(config: SpeculativeConfig) -> SpeculativeDecoder:
@@ -69,29 +69,17 @@ class SpeculativeDecoder:
             return []
         if "rollback" not in model.traits:
             raise Unsupported("speculative decoding needs a backend that can roll back (trait `rollback`)")
-        batch = Batch(model, prompts, limits, emit, on_text, steps=self.k + 1)
-        state = batch.prefill()
+        batch = Batch(model, prompts, limits, emit, on_text)
+        rounds = Rounds(model, prompts, limits, self.k + 1, self.look, self.draft, self.steady, self.script)
+        batch.begin(rounds.prefill())
         if not batch.running:
             return batch.answers()
-        draft = drafting(self.draft, model, prompts, limits, self.k, self.steady)
-
-        def play(k: int) -> Round:
-            if self.script is not None:
-                return scripted_round(batch, state, draft, k, self.script)
-            return draft_round(batch, state, draft, k, self.steady)
-
+        rounds.open_draft()
         chooser = None
         if self.window:
-            chooser = Chooser(self._costs.of(model, len(prompts), limits, self.k, play), self.window)
-        k = self.k
-        while batch.running:
-            rounds: list[Round] = []
-            for _ in range(min(self.look, batch.missing)):
-                rounds.append(play(k))
-                batch.texts.append(rounds[-1].tokens, rounds[-1].accepted + 1)
-            accepted = batch.look(rounds, drafts=True)
-            if chooser is not None:
-                k = chooser.next(accepted)
+            costs = self._costs.of(model, len(prompts), limits, self.k, rounds.try_out)
+            chooser = Chooser(costs, self.window)
+        run(batch, rounds, self.look, chooser)
         if chooser is not None:
             chooser.report(emit)
         return batch.answers()

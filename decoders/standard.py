@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..harness.interfaces import Answer, Emit, Limits, OnText, Prompt, Stepper
-from .batch import Batch, Round
+from .batch import Batch
+from .play import Rounds, run
 from .plugin import StandardConfig
-from .rounds import plain_round
 
 
 class StandardDecoder:
@@ -27,11 +27,7 @@ class StandardDecoder:
                 on_text(row, answer.text)  # type: ignore[misc]
             return answers
         batch = Batch(model, prompts, limits, emit, on_text)
-        state = batch.prefill()
-        while batch.running:
-            rounds: list[Round] = []
-            for _ in range(min(self.config.look, batch.missing)):
-                rounds.append(plain_round(batch, state))
-                batch.texts.append(rounds[-1].tokens, rounds[-1].accepted + 1)
-            batch.look(rounds, drafts=False)
+        rounds = Rounds(model, prompts, limits, look=self.config.look)
+        batch.begin(rounds.prefill())
+        run(batch, rounds, self.config.look)
         return batch.answers()

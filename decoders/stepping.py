@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Artifact, Limits, MambabenchError, Prompt, Stepper, Unsupported
+from ..kernels.rounds import ending, greedy, streams, uniform
 from .plugin import LayersConfig, ModelConfig
-from .sampling import DRAFT, draw, probabilities, uniform
+from .sampling import DRAFT, draw, probabilities
+from .texts import padded
 
+BLOCK = 256
+"""Positions by which memory grows, so that it serves requests of about one length."""
 PROBED = 64
 """Tokens, spread over the vocabulary, that two models must write alike."""
 
@@ -27,8 +31,14 @@ class Memory(NamedTuple):
     model: Stepper
     state: Any
     limits: Limits
-    sequence: Tensor
+    context: int
+    """Most tokens of a text."""
+    stream: Tensor
     """int64 [B]."""
+    places: Tensor
+    """int32 [K + 1, 1], from 0 on."""
+    real: Tensor
+    """int32 [K + 1, B], the same for each row: all k drafts are real."""
 
 
 class SteppingDraft:
@@ -43,35 +53,56 @@ class SteppingDraft:
         model = self.model(target)
         if "rollback" not in model.traits:
             raise Unsupported("a draft's model must be of a backend that can roll back (trait `rollback`)")
-        # All but the last token: a round begins one token before the text's last.
-        lengths = [len(prompt.ids) - 1 for prompt in prompts]
-        ids = torch.zeros(len(prompts), max(*lengths, 1), dtype=torch.int64)
-        for row, prompt, length in zip(ids, prompts, lengths, strict=True):
-            row[:length] = torch.tensor(prompt.ids[:-1])
-        state = model.open(len(prompts), max(lengths) + 1 + limits.new_tokens, k + 1)
-        device = model.device
-        if any(lengths):
-            model.prefill(ids.to(device), torch.tensor(lengths, dtype=torch.int32, device=device), state)
-        return Memory(model, state, limits, torch.tensor([prompt.sequence for prompt in prompts], device=device))
+        needed = _needed(prompts, limits)
+        context = max(needed, min(-(-needed // BLOCK) * BLOCK, model.max_context))
+        state = model.open(len(prompts), context, k + 1)
+        stream = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
+        places = torch.arange(k + 1, dtype=torch.int32, device=model.device).unsqueeze(1)
+        memory = Memory(model, state, limits, context, stream, places, places.repeat(1, len(prompts)))
+        _begin(memory, prompts, limits)
+        return memory
+
+    def again(self, state: Memory, prompts: Sequence[Prompt], limits: Limits) -> bool:
+        # A prompt of one token leaves nothing to prefill, and so a row as it is.
+        if _needed(prompts, limits) > state.context or min(len(prompt.ids) for prompt in prompts) == 1:
+            return False
+        _begin(state, prompts, limits)
+        return True
+
+    def records(self, state: Memory) -> bool:
+        return getattr(state.model, "recording", lambda _: None)(state.state) is not None
 
     def follow(self, state: Memory, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        before = length - 2
-        two = ids.gather(1, torch.stack([before, before + 1], dim=1))
-        logits = state.model.advance(two, before.int(), state.state)[:, 1]
-        tokens: list[Tensor] = []
+        fed, first = ending(ids, length, 2)
+        start = first + state.places[1:]
+        tokens = torch.empty(k, len(ids), dtype=torch.int64, device=ids.device)
         q: list[Tensor] = []
         for place in range(k):
             if place:
-                fed = tokens[-1].unsqueeze(1)
-                logits = state.model.advance(fed, (length + place - 1).int(), state.state, settle=False)[:, 0]
+                fed = tokens[place - 1].unsqueeze(1)
+                logits = state.model.advance(fed, start[place], state.state, settle=False)[:, 0]
+            else:
+                logits = state.model.advance(fed, first, state.state)[:, 1]
             if state.limits.temperature == 0:
-                tokens.append(logits.argmax(-1))
+                greedy(logits, out=tokens[place])
                 continue
             q.append(probabilities(logits, state.limits))
-            at = uniform(state.limits.seed, state.sequence, length + place, DRAFT)
-            tokens.append(draw(q[-1], at))
-        real = torch.full_like(length, k, dtype=torch.int32)
-        return torch.stack(tokens, dim=1), real, torch.stack(q, dim=1) if q else None
+            tokens[place] = draw(q[-1], uniform(state.stream, length + place, DRAFT))
+        return tokens.T, state.real[k], torch.stack(q, dim=1) if q else None
+
+
+def _needed(prompts: Sequence[Prompt], limits: Limits) -> int:
+    return max(len(prompt.ids) for prompt in prompts) + limits.new_tokens
+
+
+def _begin(memory: Memory, prompts: Sequence[Prompt], limits: Limits) -> None:
+    """Runs all but the last token of prompts: a round begins one token before the text's last."""
+    device = memory.stream.device
+    lengths = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], dtype=torch.int32)
+    if lengths.any():
+        ids = padded([prompt.ids[:-1] for prompt in prompts])
+        memory.model.prefill(ids.to(device), lengths.to(device), memory.state)
+    memory.stream.copy_(streams(limits.seed, torch.tensor([prompt.sequence for prompt in prompts])))
 
 
 class ModelDraft(SteppingDraft):

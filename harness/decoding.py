@@ -81,7 +81,12 @@ class Draft(Protocol):
 
 
 class DeviceDraft(Protocol):
-    """A draft that reads the texts where they are, on the target's device, so that nobody waits for the host."""
+    """A draft that reads the texts where they are, on the target's device, so that nobody waits for the host.
+
+    It may have `records(state) -> bool`: whether `follow` can become part of a recorded round, that is, launches the
+    same work at every call, on the same memory; and `again(state, prompts, limits) -> bool`, which makes what `open`
+    returned serve another request of as many rows, or says that it cannot.
+    """
 
     def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> Any:
         """Prepares state for a batch, for up to k tokens a round. No row ever has more than its prompt and

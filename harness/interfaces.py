@@ -8,7 +8,8 @@ field with a default is the compatible way to grow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -260,9 +261,24 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
 
 
+class Recording(Protocol):
+    """Lets a decoder record whole rounds as CUDA graphs. Recorded work reads and writes the memory it was recorded on:
+    that of a state, which outlives requests, and what the decoder keeps beside it."""
+
+    kept: dict[Hashable, Any]
+    """The decoder's: what it put there for an earlier request on the same memory is there again."""
+
+    def unrecorded(self) -> AbstractContextManager[None]:
+        """Calls are launched kernel by kernel meanwhile: so runs first what is then recorded."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Records work that does not wait for the device, without running it; returns what starts it."""
+
+
 class Stepper(Protocol):
     """A model as decoders see it: steps of any number of tokens, and positions that belong to the caller. With the
     trait `shrinks` it has `layers`, their number, and `shrunk(layers)`, a `Stepper` of these alone on the same weights.
+    It may have `recording(state) -> Recording | None`.
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always

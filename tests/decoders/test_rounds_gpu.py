@@ -3,12 +3,12 @@
 import pytest
 import torch
 from mambabench.backends.config import HybridConfig
+from mambabench.backends.graphs import VARIABLE
 from mambabench.backends.model import HybridForCausalLM
 from mambabench.backends.stepper import HybridStepper
-from mambabench.decoders.batch import Batch
 from mambabench.decoders.ngram import NgramDraft
+from mambabench.decoders.play import Rounds
 from mambabench.decoders.plugin import LayersConfig, StandardConfig
-from mambabench.decoders.rounds import draft_round, drafting, plain_round
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.decoders.stepping import LayersDraft
@@ -57,24 +57,24 @@ def test_the_text_is_that_of_the_cpu(draft, limits):
 
 
 @pytest.mark.parametrize("draft", drafts())
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_round_does_not_wait_for_the_host(draft, temperature):
+@pytest.mark.parametrize("limits", [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9}])
+@pytest.mark.parametrize("way", ["", "off"], ids=["recorded", "eager"])
+def test_a_round_does_not_wait_for_the_host(draft, limits, way, monkeypatch):
+    monkeypatch.setenv(VARIABLE, way)
     model, of = hybrid("cuda", torch.bfloat16), drafts()[draft]
-    limits = Limits(new_tokens=60, stop_tokens=(3,), temperature=temperature, top_k=9, top_p=0.9)
-    batch = Batch(model, PROMPTS, limits, silent, steps=4)
-    state = batch.prefill()
-    drafter = None if of is None else drafting(of, model, PROMPTS, limits, 3, steady=True)
-
-    def play():
-        played = plain_round(batch, state) if drafter is None else draft_round(batch, state, drafter, 3, steady=True)
-        batch.texts.append(played.tokens, played.accepted + 1)
-
+    limits = Limits(new_tokens=60, stop_tokens=(3,), **limits)
+    rounds = Rounds(model, PROMPTS, limits, 4 if of else 1, draft=of, look=6)
+    rounds.prefill()
+    if of is not None:
+        rounds.open_draft()
     for _ in range(3):
-        play()
+        rounds.play(3)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            play()
+            rounds.play(3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(rounds.board.results.read(6)) == 6
+    assert bool(rounds.board.recorded) == (way != "off")

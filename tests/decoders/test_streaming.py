@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.plugin import StandardConfig
+from mambabench.decoders.results import Results
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.decoders.texts import Texts
@@ -12,6 +13,7 @@ from mambabench.harness.answers import Pieces, make_answer
 from mambabench.harness.conformance_decoders import answer_with_records, check_answers, check_decoder, check_records
 from mambabench.harness.interfaces import Answer, Limits, Prompt, silent
 from mambabench.harness.mockmodel import MockStepper
+from mambabench.kernels.rounds import finish
 
 prompt_lists = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=9), min_size=1, max_size=4)
 decoders = st.one_of(
@@ -136,15 +138,36 @@ def test_a_model_with_its_own_loop_is_shown_whole():
 
 def test_a_text_that_ended_stays_as_it_is():
     prompts = [Prompt((1, 2)), Prompt((1,)), Prompt((1,))]
-    texts = Texts(prompts, Limits(new_tokens=5, stop_tokens=(9,)), 3, "cpu")
-    tokens = torch.tensor([[4, 9, 5], [4, 5, 9], [3, 3, 3]])
-    texts.append(tokens, torch.tensor([3, 2, 3]))
+    texts, results = Texts(3, 12, (9,), "cpu"), Results(3, 2, 2, "cpu")
+    texts.begin(prompts, Limits(new_tokens=5, stop_tokens=(9,)))
+    tokens, real = torch.tensor([[4, 9, 5], [4, 5, 9], [3, 3, 3]]), torch.tensor([2, 2, 2])
+    accepted = torch.tensor([2, 1, 2])
+    finish(tokens, tokens[:, :2], real, texts.rows, results.ring, accepted=accepted)
     assert texts.length.tolist() == [4, 3, 4]
     assert texts.running.tolist() == [False, True, True]
-    texts.append(tokens, torch.tensor([3, 2, 3]))
+    with texts.held():
+        finish(tokens, tokens[:, :2], real, texts.rows, results.ring, accepted=accepted)
+    assert texts.length.tolist() == [4, 3, 4]
+    finish(tokens, tokens[:, :2], real, texts.rows, results.ring, accepted=accepted)
     assert texts.length.tolist() == [4, 5, 6]
     assert texts.running.tolist() == [False, True, False]
     ids, start = texts.last()
     assert ids.tolist() == [[9], [5], [3]]
     assert start.tolist() == [3, 4, 5]
     assert start.dtype == torch.int32
+
+
+def test_texts_serve_one_request_after_the_other():
+    texts = Texts(2, 12, (), "cpu")
+    for prompts in ([Prompt((1, 2, 3)), Prompt((4,))], [Prompt((5,), 7), Prompt((6, 7), 8)]):
+        limits = Limits(new_tokens=5, seed=len(prompts[0].ids))
+        texts.begin(prompts, limits)
+        fresh = Texts(2, 12, (), "cpu")
+        fresh.begin(prompts, limits)
+        for one, two, prompt in zip(texts.ids, fresh.ids, prompts, strict=True):
+            assert one[: len(prompt.ids)].tolist() == two[: len(prompt.ids)].tolist() == list(prompt.ids)
+        assert texts.length.tolist() == [len(prompt.ids) for prompt in prompts]
+        assert torch.equal(texts.stream, fresh.stream)
+        assert torch.equal(texts.full, texts.length + 5)
+        assert texts.running.all()
+        texts.running[0] = False

@@ -1,0 +1,61 @@
+"""What a decoding round does beside running models: picks, random numbers, look-ups, and the texts' bookkeeping."""
+
+from torch import Tensor
+
+from ..support import chosen, kernel
+from . import fused, reference
+from .reference import Ring, Rows, streams
+
+__all__ = ["Ring", "Rows", "ending", "finish", "greedy", "match", "streams", "uniform"]
+
+
+def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The index of the largest of logits [..., V], the lowest of equal ones: int64 [...], written into `out` if given
+    (contiguous)."""
+    if chosen("greedy", fused.supports_logits(logits)):
+        tokens: Tensor = kernel(fused.MODULE, "greedy")(logits, out)
+        return tokens
+    return reference.greedy(logits, out)
+
+
+def ending(ids: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The last tokens of texts, int64 [B, count], and the position of the first of them, int32 [B]. ids int64 [B, S],
+    length int64 [B], at least `count`."""
+    if chosen("ending", fused.supports_integers(ids)):
+        last: tuple[Tensor, Tensor] = kernel(fused.MODULE, "ending")(ids, length, count)
+        return last
+    return reference.ending(ids, length, count)
+
+
+def match(ids: Tensor, length: Tensor, k: int, longest: int, shortest: int) -> tuple[Tensor, Tensor]:
+    """`reference.match`: looks the ends of texts ids int64 [B, S], length int64 [B], up in themselves -> drafts int64
+    [B, k] and how many are real, int32 [B]."""
+    if chosen("match", fused.supports_integers(ids)):
+        found: tuple[Tensor, Tensor] = kernel(fused.MODULE, "match")(ids, length, k, longest, shortest)
+        return found
+    return reference.match(ids, length, k, longest, shortest)
+
+
+def finish(
+    tokens: Tensor,
+    drafts: Tensor,
+    real: Tensor,
+    rows: Rows,
+    ring: Ring,
+    stands: Tensor | None = None,
+    accepted: Tensor | None = None,
+) -> None:
+    """`reference.finish`: the end of a round of tokens int64 [B, K + 1] and drafts int64 [B, K]."""
+    if chosen("finish", fused.supports_integers(tokens)):
+        kernel(fused.MODULE, "finish")(tokens, drafts, real, rows, ring, stands, accepted)
+    else:
+        reference.finish(tokens, drafts, real, rows, ring, stands, accepted)
+
+
+def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
+    """A random number in [0, 1) for each position int64 [B] or [B, T] of the texts with the keys stream int64 [B]:
+    fp64, of the shape of position. Keyed by all three, and nothing else."""
+    if chosen("uniform", fused.supports_integers(position)):
+        numbers: Tensor = kernel(fused.MODULE, "uniform")(stream, position.contiguous(), purpose)
+        return numbers
+    return reference.uniform(stream.view(-1, *[1] * (position.dim() - 1)), position, purpose)

@@ -1,0 +1,150 @@
+"""The small operations of a decoding round in plain PyTorch: each is many kernels of a microsecond, or one of ours."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+class Rows(NamedTuple):
+    """The texts of a batch: row b's is the first length[b] of ids[b]; nothing is said of those behind."""
+
+    ids: Tensor
+    """int64 [B, S], with room for a round's tokens behind the longest text."""
+    length: Tensor
+    """int64 [B]."""
+    full: Tensor
+    """int64 [B]: the length at which a text ends."""
+    running: Tensor
+    """bool [B]."""
+    stops: Tensor
+    """int64 [n]: tokens that end a text."""
+
+
+class Ring(NamedTuple):
+    """What rounds made of a batch, for the host to read: the round that is row b's turn[b]-th lies in slot
+    turn[b] mod R."""
+
+    slots: Tensor
+    """int64 [R, B, W + 2]: W tokens, of which a round may fill fewer, the real drafts, the accepted ones."""
+    turn: Tensor
+    """int64 [B]."""
+
+
+def streams(seed: int, sequence: Tensor) -> Tensor:
+    """The keys of all random numbers of texts: int64, of the shape of `sequence` (int64).
+
+    SplitMix64 (Steele, Lea, Flood 2014), its finaliser chained over seed and sequence, as `uniform` goes on.
+    """
+    return _mix((sequence.long() ^ _mix_number(seed + _GOLDEN)) + _signed(_GOLDEN))
+
+
+def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
+    """Random numbers in [0, 1), fp64, of the broadcast shape of `stream` and `position` (int64); 53 bits count."""
+    state = _mix((stream ^ position.long()) + _signed(_GOLDEN))
+    state = _mix((state ^ purpose) + _signed(_GOLDEN))
+    return _shift(state, 11).double() * 2.0**-53
+
+
+def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The index of the largest of logits [..., V], the lowest of equal ones: int64 [...]."""
+    return torch.argmax(logits, dim=-1) if out is None else torch.argmax(logits, dim=-1, out=out)
+
+
+def ending(ids: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The last tokens of texts, int64 [B, count], and the position of the first of them, int32 [B]. ids int64 [B, S],
+    length int64 [B], at least `count`."""
+    first = length - count
+    places = first.unsqueeze(1) + torch.arange(count, device=ids.device)
+    return ids.gather(1, places), first.int()
+
+
+def match(ids: Tensor, length: Tensor, k: int, longest: int, shortest: int) -> tuple[Tensor, Tensor]:
+    """What followed the most recent earlier occurrence of each text's last `longest` tokens, or fewer down to
+    `shortest`: drafts int64 [B, k], and how many are real, int32 [B]: k or none.
+
+    A copy that reaches the end of the text goes on with itself. ids int64 [B, S], length int64 [B].
+    """
+    places = torch.arange(ids.shape[1], device=ids.device)
+    matches = places < (length - 1).unsqueeze(1)
+    end = torch.zeros_like(length)
+    for back in range(min(longest, ids.shape[1])):
+        last = ids.gather(1, (length - 1 - back).clamp(min=0).unsqueeze(1))
+        matches[:, :back] = False
+        matches[:, back:] &= ids[:, : ids.shape[1] - back] == last
+        if back + 1 >= shortest:
+            latest = torch.where(matches, places + 1, 0).amax(1)
+            end = torch.where(latest > 0, latest, end)
+    found = end > 0
+    # Where nothing was found, the copy is of any tokens: none of them counts.
+    period = torch.where(found, length - end, 1).unsqueeze(1)
+    copied = end.unsqueeze(1) + torch.arange(k, device=ids.device) % period
+    return ids.gather(1, copied), found.int() * k
+
+
+def finish(
+    tokens: Tensor,
+    drafts: Tensor,
+    real: Tensor,
+    rows: Rows,
+    ring: Ring,
+    stands: Tensor | None = None,
+    accepted: Tensor | None = None,
+) -> None:
+    """The end of a round: how many drafts stand, what is put behind each text, and the round's place in the ring.
+
+    tokens int64 [B, K + 1], drafts int64 [B, K], real int [B]: so many drafts count. A draft stands if it is the token
+    at its place, or if `stands` (bool [B, K]) says so, and all before it stand; or `accepted` (int64 [B]) do. Texts get
+    the drafts that stand and the token after them, up to their end: their last place, or a stop token. A text that has
+    ended stays as it is.
+    """
+    k = drafts.shape[1]
+    places = torch.arange(k + 1, device=tokens.device)
+    if accepted is None:
+        stands = drafts == tokens[:, :k] if stands is None else stands
+        counted = stands & (places[:k] < real.unsqueeze(1))
+        accepted = counted.long().cumprod(1).sum(1)
+    tokens = torch.cat([torch.where(places[:k] < accepted.unsqueeze(1), drafts, tokens[:, :k]), tokens[:, k:]], dim=1)
+    rows.ids.scatter_(1, rows.length.unsqueeze(1) + places, tokens)
+    grown = torch.minimum(rows.length + accepted + 1, rows.full)
+    # k + 1 stands for "none of them".
+    stops = torch.where((tokens.unsqueeze(-1) == rows.stops).any(-1), places, k + 1).amin(1)
+    ended = rows.length + stops + 1
+    stopped = ended <= grown
+    grown = torch.minimum(grown, ended)
+    rows.length.copy_(torch.where(rows.running, grown, rows.length))
+    rows.running.logical_and_(~stopped & (rows.length < rows.full))
+    slot = ring.turn % ring.slots.shape[0]
+    at = slot, torch.arange(len(slot), device=slot.device)
+    ring.slots[:, :, : k + 1].index_put_(at, tokens)
+    ring.slots[:, :, -2:].index_put_(at, torch.stack([real.long().clamp(max=k), accepted], dim=1))
+    ring.turn.add_(1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _mix_number(x: int) -> int:
+    """`_mix` of one number, as a signed one."""
+    x &= _MASK
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return _signed(x ^ (x >> 31))
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """The low 64 bits of x as a signed number; int64 tensors wrap around."""
+    return (x + 2**63) % 2**64 - 2**63
