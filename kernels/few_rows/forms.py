@@ -152,7 +152,7 @@ def tune(given: Projection, kind: Kind) -> Form | None:
 
 def begins_early(device: torch.device) -> bool:
     """Whether kernels can begin before the one before has ended."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _copy(given: Projection) -> Projection:
