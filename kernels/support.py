@@ -100,6 +100,13 @@ def served(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> Support:
 
 
 @functools.cache
+def begins_early(device: torch.device) -> bool:
+    """Whether a kernel can begin while the one before it ends (programmatic dependent launch). It then waits itself
+    before it reads what others write, and lets its own successor begin only behind that."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
 def installed(module: str) -> Support:
     """Whether `module` imports. Asked only once everything else is right: the packages take seconds to import."""
     package = module.partition(".")[0]

@@ -56,7 +56,8 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
         found = importlib.util.find_spec(name)
         assert found is not None
         assert found.origin is not None
-        spec = importlib.util.spec_from_file_location(f"interpreted_{name.rpartition('.')[2]}", found.origin)
+        package, _, last = name.rpartition(".")
+        spec = importlib.util.spec_from_file_location(f"{package}.interpreted_{last}", found.origin)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

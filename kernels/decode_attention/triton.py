@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..support import begins_early
 
 if TYPE_CHECKING:
     from .reference import Norms
@@ -64,8 +67,11 @@ def _attend(  # type: ignore[no-untyped-def]
     projected, keys, values, starts, rotary, q_weight, k_weight, out, tops, totals, capacity, scale, eps,
     T: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     NORM: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, TP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     R: tl.constexpr = HEADS // GROUPS
     LINE: tl.constexpr = (HEADS + 2 * GROUPS) * WIDTH
     row, group, split = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1)
@@ -135,9 +141,12 @@ def _attend(  # type: ignore[no-untyped-def]
 def _sum(  # type: ignore[no-untyped-def]
     parts, tops, totals, out,
     T: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of one token a program."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     R: tl.constexpr = HEADS // GROUPS
     row, group, query = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1)
     where = (tl.program_id(0).to(tl.int64) * SPLITS + tl.arange(0, SPLITS)) * (T * R) + query
@@ -212,7 +221,9 @@ def decode_attention(
     left = y if parts == 1 else torch.empty(*shape, width, dtype=torch.float32, device=keys.device)
     tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=keys.device).unbind()
     q_weight, k_weight, eps = norms or (rotary, rotary, 0.0)
+    early = begins_early(keys.device)
     sizes = {"T": count, "HEADS": heads, "GROUPS": groups, "WIDTH": width, "SPLITS": parts, "P": _padded(width)}
+    sizes |= {"PDL": early, "launch_pdl": early}
     with torch.cuda.device_of(keys):
         _attend[(batch * groups, parts)](
             projected.contiguous(), keys, values, start, rotary, q_weight, k_weight, left, tops, totals, capacity,

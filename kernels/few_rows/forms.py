@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..support import begins_early
 from . import reference
 from .reference import Projection, Stream
 from .triton import EARLY, FORMS, Form, ask, launch, squares_of, tile_of
@@ -148,11 +149,6 @@ def tune(given: Projection, kind: Kind) -> Form | None:
     if begins_early(kind.device):
         found, ms = best([found._replace(early=lines) for lines in EARLY])
     return found if ms <= milliseconds([partial(separate, turn) for turn in turns]) else None
-
-
-def begins_early(device: torch.device) -> bool:
-    """Whether kernels can begin before the one before has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _copy(given: Projection) -> Projection:

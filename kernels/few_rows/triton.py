@@ -75,7 +75,7 @@ def _finish(  # type: ignore[no-untyped-def]
     tl.store(out + to, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@triton.jit(do_not_specialize=["rows"])
 def _product(  # type: ignore[no-untyped-def]
     x, squares, norm, eps, weight, bias, residual, out, sums, left, counters, ahead, rows, parts,
     WIDTH: tl.constexpr, LINES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
@@ -156,26 +156,27 @@ class Form(NamedTuple):
     stages: int
     warps: int
     early: int = -1
-    """Lines of a block asked for while the kernel before ends; negative: a program begins when that has ended."""
+    """Megabytes of the weights asked for while the kernel before ends; negative: a program begins behind its end."""
 
 
 FORMS = (
     Form(64, 128, 1, 4, 4),
     Form(64, 128, 1, 6, 4),
+    Form(64, 128, 1, 8, 4),
     Form(64, 64, 1, 5, 4),
     Form(64, 256, 1, 3, 4),
     Form(128, 128, 1, 3, 8),
     Form(128, 64, 1, 5, 4),
     Form(32, 128, 1, 6, 4),
     Form(32, 256, 1, 4, 4),
-    Form(32, 256, 1, 6, 4),
+    Form(32, 256, 1, 8, 4),
     Form(32, 256, 1, 4, 2),
     Form(16, 256, 1, 6, 2),
     Form(64, 128, 2, 5, 4),
     Form(64, 128, 4, 4, 4),
     Form(32, 256, 2, 4, 4),
 )
-EARLY = (-1, 0, 8)
+EARLY = (-1, 0, 4, 16)
 AHEAD = 16 << 20
 """Bytes of the weights `ahead` that are asked for."""
 
@@ -228,6 +229,7 @@ def launch(
     (rows, width), lines = x.shape, out.shape[1]
     each = form.block // 2 if gated else form.block
     blocks = triton.cdiv(lines, each)
+    own = 0 if form.early <= 0 else max(1, (form.early << 20) // (blocks * width * weight.itemsize))
     left = x
     if form.split > 1:
         left = torch.empty(blocks, form.split, form.block, tile_of(rows), dtype=torch.float32, device=x.device)
@@ -241,7 +243,7 @@ def launch(
             WIDTH=width, LINES=lines, NORM=norm is not None, GATE=gated, ADD=residual is not None,
             BIAS=bias is not None, PARTS=triton.next_power_of_2(parts), TILE=tile_of(rows), BLOCK=form.block,
             COLUMNS=form.columns, SPLIT=form.split, STAGES=form.stages, PDL=form.early >= 0,
-            OWN=min(each, max(0, form.early)), PIECE=_piece(width, weight.itemsize),
+            OWN=min(each, own), PIECE=_piece(width, weight.itemsize),
             AHEAD=0 if ahead is None else asked.shape[0], AHEAD_WIDTH=asked.shape[1],
             AHEAD_STEP=1 if ahead is None else ahead.step, AHEAD_PIECE=_piece(asked.shape[1], asked.itemsize),
             THREADS=32 * form.warps, num_warps=form.warps, launch_pdl=form.early >= 0,
