@@ -197,7 +197,7 @@ def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str
     for count in rows:
         plain = results["plain"][count] = case.cublas(count)
         line = f"  M = {count}: cuBLAS {plain:.1f} us {case.bytes / plain / 1e3 / copy:.3f}"
-        for form in (best, best._replace(early=0), best._replace(early=8)):
+        for form in (best, *(best._replace(early=early) for early in room.EARLY[1:3])):
             if (first, form) in times:
                 times[count, form] = case.time(count, form)
                 line += f"; {form.early} {told(count, form)}"
@@ -268,10 +268,23 @@ def layers(cases: dict[str, Case], found: dict[str, dict[str, Any]], copy: float
     for count in rows:
         h = draw(count, 4096)
         ways: dict[str, Callable[[], object]] = {"separate kernels": lambda h=h: made.separate(h)}
-        for early, ahead in ((-1, 0), (-1, 8), (-1, 16), (-1, 32), (0, 0), (4, 0), (8, 0), (8, 16), (8, 32)):
+        for early, ahead in (
+            (-1, 0),
+            (-1, 16),
+            (-1, 32),
+            (0, 0),
+            (0, 16),
+            (2, 0),
+            (4, 0),
+            (8, 0),
+            (4, 8),
+            (4, 16),
+            (4, 32),
+        ):
             name = f"ours, early {early}, {ahead} MB ahead"
             ways[name] = lambda h=h, e=early, a=ahead: made.ours(h, e, a << 20)
-        ways["ours, early 8, no attention"] = lambda h=h: made.ours(h, 8, 0, False)
+        for early in (-1, 0, 4):
+            ways[f"ours, early {early}, no attention"] = lambda h=h, e=early: made.ours(h, e, 0, False)
         for name, way in ways.items():
             us = graph_us([way] * 2) / LAYERS
             print(f"  M = {count}, {name}: {us:.1f} us, {read / us / 1e3 / copy:.3f}", flush=True)
