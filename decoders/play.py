@@ -41,6 +41,7 @@ class Rounds:
     ) -> None:
         self.model, self.prompts, self.limits, self.steps = model, prompts, limits, steps
         self.draft, self.steady, self.script = draft, steady, script
+        self.k = steps - 1
         self.longest = max(len(prompt.ids) for prompt in prompts)
         self.state = model.open(len(prompts), self.longest + limits.new_tokens, steps)
         self._recording: Recording | None = getattr(model, "recording", _none)(self.state)
@@ -93,6 +94,15 @@ class Rounds:
             start()
         self.board.results.sent()
 
+    def recorded_anew(self, k: int) -> Callable[[], None]:
+        """What starts a round of k drafts as it is now."""
+        work = partial(self._play, k)
+        if self._recording is None:
+            return work
+        with self._recording.unrecorded():
+            work()
+        return self._recording.record(work)
+
     def try_out(self, k: int) -> None:
         """A round that changes no text and that nobody reads."""
         with self.board.texts.held():
@@ -123,7 +133,7 @@ def run(batch: Batch, rounds: Rounds, look: int, chooser: Chooser | None = None)
     On a GPU the next rounds are on their way while the host reads: unless the texts may have ended by then, but for
     stop tokens and strings, where a round for nothing costs less than the device's waiting at every round.
     """
-    k = rounds.steps - 1
+    k = rounds.k
     ahead = 1 if rounds.board.results.apart else 0
     flying: deque[list[int]] = deque()
     while batch.running:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..harness.interfaces import DeviceDraft, Draft, Limits, Stepper
 from ..kernels.rounds import finish, uniform
+from .breakdown import DRAFT, TARGET, section
 from .results import Results
 from .sampling import ACCEPT, pick, probabilities, reject
 from .texts import Texts
@@ -45,7 +46,8 @@ class Board:
 def plain_round(model: Stepper, state: Any, board: Board, limits: Limits, k: int = 0) -> None:
     """One more token of every row, without drafts."""
     last, start = board.texts.last()
-    logits = model.advance(last, start, state)
+    with section(TARGET):
+        logits = model.advance(last, start, state)
     append(board, pick(logits, limits, board.texts.stream, start))
 
 
@@ -56,9 +58,12 @@ def draft_round(
     more, to be judged in the bonus token's place (`sampling.reject`)."""
     texts = board.texts
     samples = limits.temperature > 0
-    ids, real, q = draft(texts.ids, texts.length, k + 1 if samples and steady else k)
+    with section(DRAFT):
+        ids, real, q = draft(texts.ids, texts.length, k + 1 if samples and steady else k)
     last, start = texts.last()
-    logits = model.advance(torch.cat([last, ids[:, :k]], dim=1), start, state)
+    fed = torch.cat([last, ids[:, :k]], dim=1)
+    with section(TARGET):
+        logits = model.advance(fed, start, state)
     accepted = None
     if q is None or not samples:
         tokens = pick(logits, limits, texts.stream, start)
@@ -74,9 +79,12 @@ def scripted_round(
 ) -> None:
     """A round whose verdict is thrown away: each draft stands by chance, at this rate if those before it do."""
     texts = board.texts
-    ids, real, _ = draft(texts.ids, texts.length, k)
+    with section(DRAFT):
+        ids, real, _ = draft(texts.ids, texts.length, k)
     last, start = texts.last()
-    logits = model.advance(torch.cat([last, ids], dim=1), start, state)
+    fed = torch.cat([last, ids], dim=1)
+    with section(TARGET):
+        logits = model.advance(fed, start, state)
     tokens = pick(logits, limits, texts.stream, start)
     at = texts.length.unsqueeze(1) + torch.arange(k, device=start.device)
     stands = uniform(texts.stream, at, ACCEPT) < rate

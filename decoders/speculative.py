@@ -24,6 +24,7 @@ from ..harness.interfaces import (
 )
 from .adaptive import Chooser, CostTable
 from .batch import Batch
+from .breakdown import breakdown
 from .play import Rounds, run
 from .plugin import SpeculativeConfig
 
@@ -70,7 +71,7 @@ class SpeculativeDecoder:
         if "rollback" not in model.traits:
             raise Unsupported("speculative decoding needs a backend that can roll back (trait `rollback`)")
         batch = Batch(model, prompts, limits, emit, on_text)
-        rounds = Rounds(model, prompts, limits, self.k + 1, self.look, self.draft, self.steady, self.script)
+        rounds = self.rounds(model, prompts, limits)
         batch.begin(rounds.prefill())
         if not batch.running:
             return batch.answers()
@@ -83,3 +84,13 @@ class SpeculativeDecoder:
         if chooser is not None:
             chooser.report(emit)
         return batch.answers()
+
+    def rounds(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> Rounds:
+        """The rounds of a request, nothing of which has been run yet."""
+        return Rounds(model, prompts, limits, self.k + 1, self.look, self.draft, self.steady, self.script)
+
+    def profile(
+        self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int
+    ) -> dict[str, tuple[float, str]]:
+        """`harness.interfaces.Decoder`: one round, of the most drafts, taken apart."""
+        return breakdown(self, model, prompts, limits, count)

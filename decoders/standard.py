@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..harness.interfaces import Answer, Emit, Limits, OnText, Prompt, Stepper
 from .batch import Batch
+from .breakdown import breakdown
 from .play import Rounds, run
 from .plugin import StandardConfig
 
@@ -27,7 +28,17 @@ class StandardDecoder:
                 on_text(row, answer.text)  # type: ignore[misc]
             return answers
         batch = Batch(model, prompts, limits, emit, on_text)
-        rounds = Rounds(model, prompts, limits, look=self.config.look)
+        rounds = self.rounds(model, prompts, limits)
         batch.begin(rounds.prefill())
         run(batch, rounds, self.config.look)
         return batch.answers()
+
+    def rounds(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> Rounds:
+        """The rounds of a request, nothing of which has been run yet."""
+        return Rounds(model, prompts, limits, look=self.config.look)
+
+    def profile(
+        self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int
+    ) -> dict[str, tuple[float, str]]:
+        """`harness.interfaces.Decoder`: one round taken apart. Of a model's own loop nothing is known."""
+        return {} if "generate" in model.traits else breakdown(self, model, prompts, limits, count)

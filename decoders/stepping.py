@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..harness.interfaces import Artifact, Limits, MambabenchError, Prompt, Stepper, Unsupported
 from ..kernels.rounds import ending, greedy, streams, uniform
+from .breakdown import REST, section
 from .plugin import LayersConfig, ModelConfig
 from .sampling import DRAFT, draw, probabilities
 from .texts import padded
@@ -83,11 +84,12 @@ class SteppingDraft:
                 logits = state.model.advance(fed, start[place], state.state, settle=False)[:, 0]
             else:
                 logits = state.model.advance(fed, first, state.state)[:, 1]
-            if state.limits.temperature == 0:
-                greedy(logits, out=tokens[place])
-                continue
-            q.append(probabilities(logits, state.limits))
-            tokens[place] = draw(q[-1], uniform(state.stream, length + place, DRAFT))
+            with section(REST):
+                if state.limits.temperature == 0:
+                    greedy(logits, out=tokens[place])
+                else:
+                    q.append(probabilities(logits, state.limits))
+                    tokens[place] = draw(q[-1], uniform(state.stream, length + place, DRAFT))
         return tokens.T, state.real[k], torch.stack(q, dim=1) if q else None
 
 

@@ -53,7 +53,8 @@ OnText = Callable[[int, str], None]
 
 
 class Decoder(Protocol):
-    """May have `bind(models)`, as a `Draft` may."""
+    """May have `bind(models)`, as a `Draft` may, and `profile(model, prompts, limits, count)`: where the time of one of
+    its rounds goes, a mapping of names to figures with their units, means of `count` rounds."""
 
     def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
         """Continues all prompts as one batch. Emits, as they happen, `burst` (row, burst, at_s since the call, tokens)

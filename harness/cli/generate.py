@@ -42,6 +42,7 @@ SCRATCH = "mambabench-"
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--stop", multiple=True, help="A text that ends the answer where it appears.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--profile", type=click.IntRange(1), metavar="N", help="Take a round apart: means of N.")
 @click.option("--gpus", type=click.IntRange(0), metavar="0", help="The GPU to use [none: CPU].")
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16"]), help="[float32 on CPU, else bfloat16]")
 def generate(
@@ -57,6 +58,7 @@ def generate(
     top_p: float,
     stop: tuple[str, ...],
     seed: int,
+    profile: int | None,
     gpus: int | None,
     dtype: str | None,
 ) -> None:
@@ -94,8 +96,9 @@ def generate(
         )
         click.echo(prompt, nl=False)
         events = _answer(maker, stepper, request, limits)
+        figures = _profile(maker, stepper, request, limits, profile) if profile else {}
     click.echo()
-    for line in summary(events):
+    for line in [*summary(events), *shares(figures)]:
         click.echo(line, err=True)
 
 
@@ -123,6 +126,26 @@ def summary(events: list[dict[str, Any]]) -> list[str]:
             f"[K chosen: {facts['adaptive K, mean']:.1f} on average; {said} tokens/s predicted, {came} measured]"
         )
     return lines
+
+
+def shares(figures: Mapping[str, tuple[float, str]]) -> list[str]:
+    """One round taken apart, a line for each part: its time and its share of the whole."""
+    times = {name: value for name, (value, unit) in figures.items() if unit == "s"}
+    width = max(map(len, times), default=0)
+    lines = [f"{name:{width}}  {1000 * s:9.4f} ms  {s / times['whole']:6.1%}" for name, s in times.items()]
+    if "kernels" in figures:
+        lines.append(f"{'kernels':{width}}  {figures['kernels'][0]:9.0f}")
+    return [f"[{line}]" for line in lines]
+
+
+def _profile(
+    maker: Decoder, stepper: Stepper, request: Prompt, limits: Limits, count: int
+) -> Mapping[str, tuple[float, str]]:
+    profile = getattr(maker, "profile", None)
+    if profile is None:
+        raise MambabenchError("--profile: this decoder cannot take its rounds apart")
+    figures: Mapping[str, tuple[float, str]] = profile(stepper, [request], limits, count)
+    return figures
 
 
 def _answer(maker: Decoder, stepper: Stepper, request: Prompt, limits: Limits) -> list[dict[str, Any]]:

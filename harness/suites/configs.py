@@ -100,9 +100,11 @@ class SpeedConfig:
     warmup: int = 1
     """Blocks per batch size that are run first and only timed as a whole."""
     temperature: float = 0.0
+    profile: int = 0
+    """Rounds of each arm and batch size that are taken apart when all blocks are measured; their means are facts."""
 
     def __post_init__(self) -> None:
-        _at_least(self, batch=1, prompt_tokens=1, new_tokens=2, pairs=1, warmup=0, temperature=0)
+        _at_least(self, batch=1, prompt_tokens=1, new_tokens=2, pairs=1, warmup=0, temperature=0, profile=0)
 
 
 def _at_least(config: Any, **least: int) -> None:

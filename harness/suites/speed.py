@@ -48,6 +48,7 @@ class Speed:
                     bench.emit("progress", done=block, total=total, unit="blocks")
                 _emit_states(bench, arms, batch)
                 _emit_loops(bench, arms, batch)
+                self._profile(bench, arms, requests)
             _emit_peaks(bench, {name: arm.peak for name, arm in arms.items()})
             for name, measured in arms.items():
                 for what, (value, unit) in getattr(measured.model, "facts", dict)().items():
@@ -101,6 +102,15 @@ class Speed:
         }
         for kind, fields in records:
             bench.emit(kind, **place, **request, **fields)
+
+    def _profile(self, bench: Bench, arms: dict[str, Arm], requests: list[Prompt]) -> None:
+        """Takes rounds of the last block apart."""
+        for name, arm in arms.items() if self.config.profile else ():
+            profile = getattr(decoder_of(arm.subject), "profile", None)
+            figures = profile(arm.model, requests, self._limits(bench), self.config.profile) if profile else {}
+            for what, (value, unit) in figures.items():
+                bench.emit("fact", name=f"round, batch {len(requests)}: {what}", value=value, unit=unit, arm=name)
+            arm.opened.clear()
 
     def _limits(self, bench: Bench) -> Limits:
         return Limits(new_tokens=self.config.new_tokens, temperature=self.config.temperature, seed=bench.seed)

@@ -6,7 +6,10 @@ from ..support import chosen, kernel
 from . import fused, reference
 from .reference import Ring, Rows, streams
 
-__all__ = ["Ring", "Rows", "ending", "finish", "greedy", "match", "streams", "uniform"]
+__all__ = ["MARK", "Ring", "Rows", "ending", "finish", "greedy", "mark", "match", "streams", "uniform"]
+
+MARK = "_mark_"
+"""What the names of `mark`'s kernels begin with."""
 
 
 def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
@@ -59,3 +62,9 @@ def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
         numbers: Tensor = kernel(fused.MODULE, "uniform")(stream, position.contiguous(), purpose)
         return numbers
     return reference.uniform(stream.view(-1, *[1] * (position.dim() - 1)), position, purpose)
+
+
+def mark(tensor: Tensor, name: str) -> None:
+    """A kernel that does nothing, for a profiler to see what ran after it: `draft`, `target` or `rest`. tensor int32
+    [1], on a GPU."""
+    kernel(fused.MODULE, "mark")(tensor, name)

@@ -229,3 +229,26 @@ def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
     grid = (triton.cdiv(count, 128),)
     _uniform[grid](stream, position, out, count // len(stream), count, purpose=purpose, BLOCK=128)
     return out
+
+
+@triton.jit
+def _mark_draft(place):  # type: ignore[no-untyped-def]
+    tl.store(place, 0)
+
+
+@triton.jit
+def _mark_target(place):  # type: ignore[no-untyped-def]
+    tl.store(place, 1)
+
+
+@triton.jit
+def _mark_rest(place):  # type: ignore[no-untyped-def]
+    tl.store(place, 2)
+
+
+MARKS = {"draft": _mark_draft, "target": _mark_target, "rest": _mark_rest}
+
+
+def mark(place: Tensor, name: str) -> None:
+    """A kernel of this name, which only writes `place`, int32 [1]."""
+    MARKS[name][(1,)](place, num_warps=1)

@@ -132,3 +132,15 @@ def test_a_decoder_that_stops_early_is_an_error(measure, plain):
 
     with pytest.raises(MambabenchError, match="yielded 1 tokens, not the 9"):
         measure(Speed(CONFIG), TEXTS, Short(), plain)
+
+
+def test_a_round_of_each_arm_and_batch_is_taken_apart(measure, lookup, plain):
+    config = dataclasses.replace(CONFIG, profile=3)
+    facts = of(measure(Speed(config), TEXTS, lookup, plain), "fact")
+    told = facts[facts["name"].str.startswith("round, batch")]
+    assert set(told["arm"]) == {"subject", "reference"}
+    for batch in (1, 2):
+        mine = told[told["name"].str.startswith(f"round, batch {batch}: ")].set_index(["arm", "name"])["value"]
+        whole, target = (mine.xs(f"round, batch {batch}: {what}", level="name") for what in ("whole", "target kernels"))
+        assert (target > 0).all()
+        assert (whole > target).all()
