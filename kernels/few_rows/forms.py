@@ -18,7 +18,7 @@ from torch import Tensor
 from ..support import begins_early
 from . import reference
 from .reference import Projection, Stream
-from .triton import EARLY, FORMS, Form, ask, launch, squares_of, tile_of
+from .triton import EARLY, FORMS, Form, ask, launch, summed, tile_of
 
 MEASURED = 8 << 20
 """Bytes of weights from which on forms are timed."""
@@ -88,8 +88,9 @@ def project(
     warmup: bool = False,
 ) -> tuple[Tensor, Stream]:
     """Shapes as in the room's `project`; x is the stream's h. With `warmup` the kernel is only compiled."""
-    h = x if stream.added is None else x + stream.added
-    squares = stream.squares if stream.added is None and stream.squares is not None else squares_of(h)
+    h, squares = x, stream.squares
+    if stream.added is not None or squares is None:
+        h, squares = summed(x, stream.added)
     form = form or form_for(given, len(h), out)
     assert form is not None
     y = torch.empty(len(h), given.lines, dtype=out, device=h.device)
@@ -122,7 +123,7 @@ def tune(given: Projection, kind: Kind) -> Form | None:
     weight, rows = given.weight, 1 if kind.tile == 16 else kind.tile
     turns = [given, *(_copy(given) for _ in range(min(MOST, COLD // weight.nbytes)))]
     x = torch.zeros(rows, kind.width, dtype=kind.dtype, device=kind.device)
-    stream = Stream(x, None, squares_of(x)) if kind.normed else Stream(x.new_zeros(rows, given.lines))
+    stream = Stream(x, None, summed(x, None)[1]) if kind.normed else Stream(x.new_zeros(rows, given.lines))
 
     def ours(turn: Projection, form: Form, warmup: bool = False) -> object:
         if kind.normed:

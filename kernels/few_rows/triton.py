@@ -139,9 +139,17 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _squares(x, sums, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _squares(  # type: ignore[no-untyped-def]
+    x, added, total, sums, ADD: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
-    v = tl.load(x + row.to(tl.int64) * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    inside = column < WIDTH
+    at = row.to(tl.int64) * WIDTH + column
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        v = (v + tl.load(added + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, v, mask=inside)
+        v = v.to(tl.float32)
     tl.store(sums + row, tl.sum(v * v, axis=0))
 
 
@@ -251,10 +259,15 @@ def launch(
         )  # fmt: skip
 
 
-def squares_of(x: Tensor) -> Tensor:
-    """fp32 [M, 1]: the sum of squares of each row of x [M, K]."""
-    sums = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    columns = triton.next_power_of_2(x.shape[1])
+def summed(x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x + added (None: nothing), [M, K], and of each row the sum of squares, fp32 [M, 1]."""
+    rows, width = x.shape
+    total = x if added is None else torch.empty_like(x)
+    sums = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    columns = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
-        _squares[(x.shape[0],)](x, sums, WIDTH=x.shape[1], COLUMNS=columns, num_warps=8 if columns > 1024 else 4)
-    return sums
+        _squares[(rows,)](
+            x, x if added is None else added, total, sums, ADD=added is not None, WIDTH=width, COLUMNS=columns,
+            num_warps=8 if columns > 1024 else 4,
+        )  # fmt: skip
+    return total, sums

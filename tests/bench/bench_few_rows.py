@@ -231,7 +231,7 @@ class Layers:
             added = F.linear(swiglu_packed(F.linear(x, weights["gate_up"])), weights["down"])
 
     def ours(self, h: Tensor, early: int, ahead: int, attention: bool = True) -> None:
-        squares = room.squares_of(h)
+        squares = room.summed(h, None)[1]
         for weights, cache in zip(self.parts, self.caches, strict=True):
             asked = room.ask(weights["o"], ahead) if ahead else None
             projected = self._in(h, squares, weights, "qkv", early, asked)

@@ -28,7 +28,7 @@ def interpreted(interpret, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
-    for name in ("launch", "squares_of"):
+    for name in ("launch", "summed"):
         monkeypatch.setattr(forms, name, getattr(module, name))
     return forms
 
