@@ -122,15 +122,15 @@ def installed(module: str) -> Support:
 
 
 def kernel(module: str, name: str) -> Callable[..., Any]:
-    """`name` of a module that is `installed`, run on the GPU of its first argument.
+    """`name` of a module that is `installed`, run on the GPU of its first tensor.
 
     Triton launches on the current GPU, whatever the tensors are on, and so do some functions of mamba-ssm. In backward
     autograd has made that of forward the current one.
     """
     function = getattr(importlib.import_module(module), name)
 
-    def run(tensor: Tensor, *args: Any, **named: Any) -> Any:
-        with torch.cuda.device_of(tensor):
-            return function(tensor, *args, **named)
+    def run(*args: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+            return function(*args, **named)
 
     return run

@@ -39,7 +39,8 @@ def stores() -> ModuleType:
 
 @pytest.fixture
 def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a module anew, under another name, with its Triton kernels in Triton's interpreter.
+    """Imports a module anew, under another name, with its Triton kernels in Triton's interpreter, and those that it
+    has from other modules too.
 
     Whether a kernel is interpreted is decided where it is decorated, which for those of Triton's own library is long
     past: they are exchanged meanwhile.
@@ -62,6 +63,9 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        for other, value in list(vars(module).items()):
+            if isinstance(value, triton.runtime.JITFunction):
+                setattr(module, other, interpreter.InterpretedFunction(value.fn))
         return module
 
     return load

@@ -4,9 +4,12 @@ from .cursors import move
 from .reference import multistep, multistep_loop, visible
 from .ring import Plan, Ring, convolve, folded, ring_multistep, ring_supports
 from .selective import selective_multistep, selective_multistep_loop
+from .selective_ring import Channels, Projected, selective_ring_multistep, selective_ring_supports
 
 __all__ = [
+    "Channels",
     "Plan",
+    "Projected",
     "Ring",
     "convolve",
     "folded",
@@ -17,5 +20,7 @@ __all__ = [
     "ring_supports",
     "selective_multistep",
     "selective_multistep_loop",
+    "selective_ring_multistep",
+    "selective_ring_supports",
     "visible",
 ]

@@ -14,14 +14,15 @@ result needs, or rounded to tf32. That S' is added up apart and meets S in one m
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .forms import fastest, measurable
+from .triton_pieces import softplus
 
 if TYPE_CHECKING:
     from .ring import Plan, Ring
@@ -202,11 +203,7 @@ def _convolve(  # type: ignore[no-untyped-def]
         given = tl.load(u_ptr + t * u_row + CHANNELS + head, mask=new & there, other=0.0)
         tl.store(window_ptr + window_slots * whole + CHANNELS + head, given, mask=new & there)
         raw = given.to(tl.float32) + tl.load(dt_bias_ptr + head, mask=there, other=0.0)
-        grown = tl.exp(-tl.abs(raw))
-        near = 1 + grown
-        # log(1 + grown), which keeps its digits where grown is small.
-        rest = tl.where(near == 1, grown, tl.log(near) * (grown / tl.where(near == 1, 1.0, near - 1)))
-        tl.store(dt_ptr + slots * HEADS + head, tl.maximum(raw, 0.0) + rest, mask=new & there)
+        tl.store(dt_ptr + slots * HEADS + head, softplus(raw), mask=new & there)
 
 
 class Form(NamedTuple):
@@ -224,10 +221,6 @@ TILES = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8))
 FORMS = tuple(Form(block, warps, columns) for columns in (0, 32) for block, warps in TILES)
 PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
-MEASURED = 1 << 20
-"""Bytes of a checkpoint from which on forms are timed."""
-COLD = 128 << 20
-"""Bytes of checkpoints that do not fit in a cache."""
 CONVOLVED = 256
 """Channels of a program of `convolve`."""
 
@@ -243,13 +236,18 @@ def _kind(ring: Ring, C: Tensor, state: Tensor, plan: Plan) -> tuple[Any, ...]:
 def form_for(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> Form:
     """The fastest where memory is large enough for that to matter and can be measured now, else one that keeps a GPU
     busy: wider tiles only where there are many."""
-    found = _best.get(_kind(ring, C, state, plan))
-    if found is None and state.nbytes >= MEASURED and state.is_cuda and not torch.cuda.is_current_stream_capturing():
-        found = tune(ring, C, A, D, state, plan)
-    if found is None:
-        few = state.shape[0] * state.shape[1] < 2048 or ring.x.dtype == torch.float32
-        found = Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4)
-    return found
+    kind = _kind(ring, C, state, plan)
+    if kind not in _best and measurable(state):
+        scratch = dataclasses.replace(
+            ring, **{name: torch.zeros_like(getattr(ring, name)) for name in ("x", "B", "dt")}
+        )
+
+        def run(form: Form, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
+            return ring_multistep(scratch, C, A, D, checkpoint, start, saved, plan, form, warmup=warmup)
+
+        _best[kind] = fastest(forms_for(ring, state), state, plan, run)
+    few = state.shape[0] * state.shape[1] < 2048 or ring.x.dtype == torch.float32
+    return _best.get(kind, Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4))
 
 
 def ring_multistep(
@@ -294,68 +292,6 @@ def forms_for(ring: Ring, state: Tensor) -> list[Form]:
     width, size = (_tile(n) for n in state.shape[2:])
     most = 16 if ring.x.dtype == torch.float32 else width
     return [form for form in FORMS if form.block <= min(width, most) and form.columns < size]
-
-
-def compile_forms(
-    ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: Plan, pieces: tuple[int, ...]
-) -> None:
-    """Compiles what `ring_multistep` may run, side by side."""
-    cursor = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
-    with ThreadPoolExecutor(16) as pool, triton.AsyncCompileMode(pool):
-        for form, count in itertools.product(forms_for(ring, state), pieces):
-            ring_multistep(ring, C, A, D, state, cursor, cursor, plan, form, count, warmup=True)
-
-
-def tune(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: Plan, repeats: int = 16) -> Form:
-    """Times every form on scratch memory of the shapes given, and has calls of these shapes use the fastest.
-
-    The rows of the scratch memory are at every stage between two writes of the checkpoint; its checkpoints take turns,
-    so that they are not found in the cache.
-    """
-    kind = _kind(ring, C, state, plan)
-    if kind in _best:
-        return _best[kind]
-    parts = {name: torch.zeros_like(getattr(ring, name)) for name in ("x", "B", "dt")}
-    scratch = dataclasses.replace(ring, **parts)
-    checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
-    saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
-    start = 1 + (torch.arange(state.shape[0], device=state.device) % plan.replay).int()
-    compile_forms(scratch, C, A, D, state, plan, (PIECES,))
-    times = {
-        form: _time(scratch, C, A, D, checkpoints, start, saved, plan, form, repeats) for form in forms_for(ring, state)
-    }
-    _best[kind] = min(times, key=times.__getitem__)
-    return _best[kind]
-
-
-def _time(
-    ring: Ring,
-    C: Tensor,
-    A: Tensor,
-    D: Tensor,
-    checkpoints: list[Tensor],
-    start: Tensor,
-    saved: Tensor,
-    plan: Plan,
-    form: Form,
-    repeats: int,
-) -> float:
-    """Milliseconds of the best of three graphs, which the host does not slow down."""
-    given = start, saved, plan, form
-    ring_multistep(ring, C, A, D, checkpoints[0], *given)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for i in range(repeats):
-            ring_multistep(ring, C, A, D, checkpoints[i % len(checkpoints)], *given)
-    times = []
-    for _ in range(3):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        graph.replay()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after))
-    return min(times)
 
 
 def convolve(

@@ -1,8 +1,8 @@
 """Steps over a ring are the recurrence over what was kept, in PyTorch, in Triton's interpreter and on a GPU."""
 
+import itertools
 import random
 
-import numpy as np
 import pytest
 import torch
 from mambabench.kernels.multistep import ring as room
@@ -22,32 +22,8 @@ EPS = 2.0**-23
 
 
 @pytest.fixture
-def kernels(interpret, monkeypatch):
-    """The kernels in Triton's interpreter, which is taught to round to bf16, to multiply bf16, and that tensor cores
-    cut fp32 off where they take tf32."""
-    module = interpret(room.MODULE)
-    from triton.runtime import interpreter
-
-    builder, bf16, convert = interpreter.InterpreterBuilder, interpreter.tl.bfloat16, interpreter._convert_float
-    product = builder.create_dot
-
-    def rounded(data, source, target, mode):
-        if target == bf16:
-            return torch.from_numpy(np.array(data, np.float32)).bfloat16().view(torch.uint16).numpy()
-        if source == bf16:
-            return (np.asarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return convert(data, source, target, mode)
-
-    def dot(self, a, b, d, precision, imprecise):
-        a, b = (self.cast_impl(t, interpreter.tl.float32) if t.dtype.scalar == bf16 else t for t in (a, b))
-        if precision.name == "TF32":
-            cut = ((t.data.view(np.uint32) & 0xFFFFE000).view(np.float32) for t in (a, b))
-            a, b = (interpreter.TensorHandle(data, interpreter.tl.float32) for data in cut)
-        return product(self, a, b, d, precision, imprecise)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setattr(builder, "create_dot", dot)
-    return module
+def kernels(interpret, tensor_cores):
+    return interpret(room.MODULE)
 
 
 class Layer:
@@ -245,16 +221,21 @@ def test_on_a_gpu_every_form_is_as_exact_as_pytorch(shape, replay):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=9, steps=9, replay=replay, settle=True)
     layer, start = filled(shape, plan, 4, torch.bfloat16, 1, [0, replay, 1, replay // 2], "cuda")
-    kernels.compile_forms(layer.ring, layer.C, layer.A, layer.D, layer.state, plan, (1, 2))
-    for form in kernels.forms_for(layer.ring, layer.state):
-        for pieces in (1, 2):
+    arms = list(itertools.product(kernels.forms_for(layer.ring, layer.state), (1, 2)))
 
-            def way(*given, form=form, pieces=pieces):
-                return kernels.ring_multistep(*given, form, pieces)
+    def run(arm, state, start, saved, warmup):
+        given = layer.ring, layer.C, layer.A, layer.D, state, start, saved, plan
+        return kernels.ring_multistep(*given, *arm, warmup=warmup)
 
-            (y, state), (plain_y, plain_state) = errors(way, layer, start)
-            assert y <= 2 * plain_y + EPS, (form, pieces)
-            assert state <= 2 * plain_state + EPS, (form, pieces)
+    pytest.importorskip("mambabench.kernels.multistep.forms").compiled(arms, layer.state, run)
+    for arm in arms:
+
+        def way(*given, arm=arm):
+            return kernels.ring_multistep(*given, *arm)
+
+        (y, state), (plain_y, plain_state) = errors(way, layer, start)
+        assert y <= 2 * plain_y + EPS, arm
+        assert state <= 2 * plain_state + EPS, arm
 
 
 @pytest.mark.gpu
