@@ -6,6 +6,9 @@ the grid never depends on data, a CUDA graph serves every length, and all progra
 last part also has the new tokens, whose keys it turns and writes: no other program reads those slots. Queries are
 normed and turned by every part, since they are few.
 
+A program begins while the kernel before ends: what that writes are new queries, keys and values, while where a row
+begins and what it has before were there already. It asks for the first tile of these, then waits.
+
 Softmax is in base 2 and fp32, without a maximum that is fixed beforehand: each part leaves its own with its sum.
 """
 
@@ -20,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..prefetch import ask_lines
 from ..support import begins_early
 
 if TYPE_CHECKING:
@@ -67,15 +71,25 @@ def _attend(  # type: ignore[no-untyped-def]
     projected, keys, values, starts, rotary, q_weight, k_weight, out, tops, totals, capacity, scale, eps,
     T: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     NORM: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, TP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     R: tl.constexpr = HEADS // GROUPS
     LINE: tl.constexpr = (HEADS + 2 * GROUPS) * WIDTH
     row, group, split = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1)
     begin = tl.load(starts + row).to(tl.int32)
+    low = 0
+    if WINDOW:
+        low = tl.maximum(begin - WINDOW + 1, 0)
+    part = tl.cdiv(tl.cdiv(begin - low, SPLITS), N) * N
+    first = low + split * part
+    last = tl.minimum(first + part, begin)
+    origin = (row.to(tl.int64) * capacity * GROUPS + group) * WIDTH
+    if PDL:
+        if THREADS:
+            ask_lines(keys + origin, first * GROUPS, GROUPS, N, last * GROUPS, 0, 1, WIDTH, WIDTH, THREADS)
+            ask_lines(values + origin, first * GROUPS, GROUPS, N, last * GROUPS, 0, 1, WIDTH, WIDTH, THREADS)
+        gdc_wait()
+        gdc_launch_dependents()
     column = tl.arange(0, P)
     query = tl.arange(0, M)
     token, head = query // R, group * R + query % R
@@ -88,13 +102,7 @@ def _attend(  # type: ignore[no-untyped-def]
     total = tl.zeros((M,), dtype=tl.float32)
     y = tl.zeros((M, P), dtype=tl.float32)
 
-    low = 0
-    if WINDOW:
-        low = tl.maximum(begin - WINDOW + 1, 0)
-    part = tl.cdiv(tl.cdiv(begin - low, SPLITS), N) * N
-    first = low + split * part
-    last = tl.minimum(first + part, begin)
-    cache = (row.to(tl.int64) * capacity * GROUPS + group) * WIDTH + column
+    cache = origin + column
     for at in tl.range(first, last, N, num_stages=STAGES):
         slot = at + tl.arange(0, N)
         where = cache[None, :] + slot.to(tl.int64)[:, None] * (GROUPS * WIDTH)
@@ -229,6 +237,7 @@ def decode_attention(
             projected.contiguous(), keys, values, start, rotary, q_weight, k_weight, left, tops, totals, capacity,
             width**-0.5 * LOG2E, eps, **sizes, WINDOW=window, NORM=norms is not None, M=_padded(queries), N=tile, TP=16,
             PRECISION="tf32x3" if keys.dtype == torch.float32 else "tf32", STAGES=stages, num_warps=warps,
+            THREADS=32 * warps if keys.itemsize == 2 and width % 16 == 0 else 0,
         )  # fmt: skip
         if parts > 1:
             _sum[(batch * groups, queries)](left, tops, totals, y, **sizes, num_warps=4)

@@ -23,31 +23,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..prefetch import ask_lines
+
 PIECE = 1024
 """Bytes of a line that a thread asks for at a time, at most."""
-
-
-@triton.jit
-def _ask(  # type: ignore[no-untyped-def]
-    lines, first, step, asked, end, number, count,
-    WIDTH: tl.constexpr, PIECE: tl.constexpr, THREADS: tl.constexpr,
-):  # fmt: skip
-    """The `number`-th of `count` programs brings its share of lines first, first + step, ... to the L2 cache; `asked`
-    of them, those before `end`. WIDTH and PIECE are in numbers, of 2 bytes."""
-    PARTS: tl.constexpr = WIDTH // PIECE
-    for begin in tl.range(number, asked * PARTS, count * THREADS):
-        at = begin + count * tl.arange(0, THREADS)
-        line = first + at // PARTS * step
-        wanted = (at < asked * PARTS) & (line < end)
-        where = lines + line.to(tl.int64) * WIDTH + at % PARTS * PIECE
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
-            "=r,l,r,r",
-            [where, wanted.to(tl.int32), PIECE * 2],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -90,7 +69,7 @@ def _product(  # type: ignore[no-untyped-def]
     block, split = tl.program_id(0), tl.program_id(1)
     if PDL:
         if OWN:
-            _ask(weight, block * EACH, EACH // OWN, OWN, LINES, split, SPLIT, WIDTH, PIECE, THREADS)
+            ask_lines(weight, block * EACH, EACH // OWN, OWN, LINES, split, SPLIT, WIDTH, PIECE, THREADS)
         gdc_wait()
         gdc_launch_dependents()
     i = tl.arange(0, BLOCK)
@@ -122,7 +101,7 @@ def _product(  # type: ignore[no-untyped-def]
     if AHEAD:
         number, count = block * SPLIT + split, tl.num_programs(0) * SPLIT
         asked = (AHEAD + AHEAD_STEP - 1) // AHEAD_STEP
-        _ask(ahead, 0, AHEAD_STEP, asked, AHEAD, number, count, AHEAD_WIDTH, AHEAD_PIECE, THREADS)
+        ask_lines(ahead, 0, AHEAD_STEP, asked, AHEAD, number, count, AHEAD_WIDTH, AHEAD_PIECE, THREADS)
     if SPLIT == 1:
         _finish(y, bias, residual, out, sums, line, i, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
     else:
