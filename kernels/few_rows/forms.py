@@ -24,8 +24,8 @@ MEASURED = 8 << 20
 """Bytes of weights from which on forms are timed."""
 COLD = 160 << 20
 """Bytes of weights that do not fit in a cache."""
-MOST = 7
-"""Copies of weights."""
+CALLS = 8
+"""In a graph that is timed."""
 THREADS = 16
 MARGIN = 1.015
 """A form that is listed before others is taken though they are faster by this: so that processes agree."""
@@ -121,7 +121,8 @@ def add_projected(
 def tune(given: Projection, kind: Kind) -> Form | None:
     """Times every form on weights that take turns, so that they are not found in the cache, and separate kernels."""
     weight, rows = given.weight, 1 if kind.tile == 16 else kind.tile
-    turns = [given, *(_copy(given) for _ in range(min(MOST, COLD // weight.nbytes)))]
+    different = [given, *(_copy(given) for _ in range(min(CALLS - 1, COLD // weight.nbytes)))]
+    turns = [different[i % len(different)] for i in range(CALLS)]
     x = torch.zeros(rows, kind.width, dtype=kind.dtype, device=kind.device)
     stream = Stream(x, None, summed(x, None)[1]) if kind.normed else Stream(x.new_zeros(rows, given.lines))
 
