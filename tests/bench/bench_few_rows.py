@@ -102,10 +102,16 @@ class Case:
         self.norm = None if shape.kind == "sum" else 1 + 0.3 * torch.randn(shape.width, device="cuda")
         self.counters = torch.zeros(1 << 14, dtype=torch.int32, device="cuda")
 
+    def bare(self, rows: int, form: room.Form) -> float:
+        """The same without the norm."""
+        return graph_us([lambda w=w: self.call(w, rows, form, None) for w in self.rotated()])
+
     def call(self, weight: Tensor, rows: int, form: room.Form, squares: Tensor | None, warmup: bool = False) -> Tensor:
+        """Without squares there is no norm."""
         kind = torch.float32 if self.shape.kind == "head" else torch.bfloat16
         out = torch.empty(rows, self.outs, dtype=kind, device="cuda")
-        given: dict[str, Any] = {"norm": self.norm, "squares": squares, "eps": EPS, "gated": self.gated}
+        norm = None if squares is None else self.norm
+        given: dict[str, Any] = {"norm": norm, "squares": squares, "eps": EPS, "gated": self.gated}
         if self.norm is None:
             blocks = triton.cdiv(self.outs, form.block)
             given = {"residual": self.h[:rows], "sums": torch.empty(rows, blocks, device="cuda")}
@@ -190,7 +196,10 @@ def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str
     print(f"{name} {case.shape.width} -> {case.shape.lines}, {case.bytes / 1e6:.1f} MB, M = {first}:", flush=True)
     for form in ranked:
         also = [told(first, f) for f in (form._replace(early=e) for e in room.EARLY[1:]) if (first, f) in times]
-        print(f"  {tuple(form)[:5]}: {told(first, form)}" + (f"; begun early {', '.join(also)}" if also else ""))
+        line = f"  {tuple(form)[:5]}: {told(first, form)}"
+        if case.norm is not None and form in ranked[:5]:
+            line += f"; without the norm {case.bare(first, form):.1f} us"
+        print(line + (f"; begun early {', '.join(also)}" if also else ""), flush=True)
     results: dict[str, Any] = {"plain": {}}
     if ranked:
         best = ranked[0]
