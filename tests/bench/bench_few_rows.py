@@ -159,12 +159,14 @@ class Case:
         return [self.weights[i % len(self.weights)] for i in range(count)]
 
 
-def compile_forms(wanted: Sequence[tuple[Case, room.Form, int]]) -> None:
-    """Side by side."""
+def compile_forms(wanted: Sequence[tuple[Case, room.Form, int]], bare: Sequence[room.Form] = ()) -> None:
+    """Side by side; those in `bare` also without the norm."""
     threads = min(16, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for case, form, count in wanted:
             case.call(case.weights[0], count, form, case.squares(count), warmup=True)
+            if form in bare:
+                case.call(case.weights[0], count, form, None, warmup=True)
 
 
 def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str, Any]:
@@ -190,14 +192,14 @@ def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str
         attempt(form)
     ranked = sorted((f for _, f in times), key=lambda f: times[first, f])
     early = [form._replace(early=early) for form in ranked[:2] for early in room.EARLY[1:]]
-    compile_forms([(case, form, first) for form in early])
+    compile_forms([(case, form, first) for form in [*early, *ranked[:3]]], ranked[:3])
     for form in early:
         attempt(form)
     print(f"{name} {case.shape.width} -> {case.shape.lines}, {case.bytes / 1e6:.1f} MB, M = {first}:", flush=True)
     for form in ranked:
         also = [told(first, f) for f in (form._replace(early=e) for e in room.EARLY[1:]) if (first, f) in times]
         line = f"  {tuple(form)[:5]}: {told(first, form)}"
-        if case.norm is not None and form in ranked[:5]:
+        if case.norm is not None and form in ranked[:3]:
             line += f"; without the norm {case.bare(first, form):.1f} us"
         print(line + (f"; begun early {', '.join(also)}" if also else ""), flush=True)
     results: dict[str, Any] = {"plain": {}}
