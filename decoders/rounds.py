@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import DeviceDraft, Draft, Limits, Stepper
-from ..kernels.rounds import finish, uniform
+from ..kernels.rounds import ACCEPT, Drawn, finish, uniform
 from .breakdown import DRAFT, TARGET, section
 from .results import Results
-from .sampling import ACCEPT, pick, probabilities, reject
+from .sampling import judge, pick
 from .texts import Texts
 
 
 class Drafting(Protocol):
     """A draft at work on one batch."""
 
-    def __call__(self, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`DeviceDraft.follow`. May give fewer than k tokens a row."""
+    def __call__(self, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | Drawn | None]:
+        """`DeviceDraft.follow`, or `SteppingDraft.follow_drawn`. May give fewer than k tokens a row."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +55,7 @@ def draft_round(
     model: Stepper, state: Any, board: Board, limits: Limits, draft: Drafting, steady: bool, k: int
 ) -> None:
     """Lets a draft propose k tokens a row, and the model judge them. With `steady`, a draft that samples proposes one
-    more, to be judged in the bonus token's place (`sampling.reject`)."""
+    more, to be judged in the bonus token's place (`sampling.judge`)."""
     texts = board.texts
     samples = limits.temperature > 0
     with section(DRAFT):
@@ -68,8 +68,7 @@ def draft_round(
     if q is None or not samples:
         tokens = pick(logits, limits, texts.stream, start)
     else:
-        position = start.long().unsqueeze(1) + torch.arange(1, k + 2, device=start.device)
-        accepted, tokens = reject(probabilities(logits, limits), q, ids, real, texts.stream, position)
+        accepted, tokens = judge(logits, limits, q, ids, real, texts.stream, start)
     finish(tokens, ids[:, :k], real, texts.rows, board.results.ring, accepted=accepted)
     board.results.send()
 
@@ -102,7 +101,8 @@ def drafting(draft: Draft | DeviceDraft, memory: Any) -> Drafting:
     """A draft with what it opened. One that wants the texts on the host gets them, and the device waits for it."""
     if not hasattr(draft, "follow"):
         return _Asked(draft, memory)
-    return lambda ids, length, count: draft.follow(memory, ids, length, count)
+    follow = getattr(draft, "follow_drawn", draft.follow)
+    return lambda ids, length, count: follow(memory, ids, length, count)
 
 
 class _Asked:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Artifact, Limits, MambabenchError, Prompt, Stepper, Unsupported
-from ..kernels.rounds import ending, greedy, streams, uniform
+from ..kernels.rounds import DRAFT, Drawn, draw, drawn, ending, greedy, streams, uniform
 from .breakdown import REST, section
 from .plugin import LayersConfig, ModelConfig
-from .sampling import DRAFT, draw, probabilities
+from .sampling import filtered, probabilities
 from .texts import padded
 
 BLOCK = 256
@@ -40,6 +40,10 @@ class Memory(NamedTuple):
     """int32 [K + 1, 1], from 0 on."""
     real: Tensor
     """int32 [K + 1, B], the same for each row: all k drafts are real."""
+    start: Tensor
+    """int32 [K, B], of the calls after the first."""
+    kept: Drawn | None
+    """What drafts are drawn from, where no filter leaves tokens out."""
 
 
 class SteppingDraft:
@@ -59,7 +63,16 @@ class SteppingDraft:
         state = model.open(len(prompts), context, k + 1)
         stream = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
         places = torch.arange(k + 1, dtype=torch.int32, device=model.device).unsqueeze(1)
-        memory = Memory(model, state, limits, context, stream, places, places.repeat(1, len(prompts)))
+        kept = None
+        if limits.temperature > 0 and not filtered(limits, model.vocab_size):
+            like = torch.empty(
+                0, dtype=torch.float64 if model.dtype == "float64" else torch.float32, device=model.device
+            )
+            kept = Drawn.empty(k, len(prompts), model.vocab_size, limits.temperature, like)
+        real = places.repeat(1, _aligned(len(prompts)))
+        rows = slice(len(prompts))
+        start = real[1:].clone()[:, rows]
+        memory = Memory(model, state, limits, context, stream, places, real[:, rows], start, kept)
         _begin(memory, prompts, limits)
         return memory
 
@@ -74,9 +87,16 @@ class SteppingDraft:
         return getattr(state.model, "recording", lambda _: None)(state.state) is not None
 
     def follow(self, state: Memory, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        tokens, real, q = self.follow_drawn(state, ids, length, k)
+        return tokens, real, q.dense(k) if isinstance(q, Drawn) else q
+
+    def follow_drawn(
+        self, state: Memory, ids: Tensor, length: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor | Drawn | None]:
+        """`follow`, with what is known of the distributions in their place where nothing is filtered."""
         fed, first = ending(ids, length, 2)
-        start = first + state.places[1:]
-        tokens = torch.empty(k, len(ids), dtype=torch.int64, device=ids.device)
+        start = torch.add(first, state.places[1:], out=state.start)
+        tokens = torch.empty(k, _aligned(len(ids)), dtype=torch.int64, device=ids.device)[:, : len(ids)]
         q: list[Tensor] = []
         for place in range(k):
             if place:
@@ -85,12 +105,20 @@ class SteppingDraft:
             else:
                 logits = state.model.advance(fed, first, state.state)[:, 1]
             with section(REST):
+                out = tokens[place]
                 if state.limits.temperature == 0:
-                    greedy(logits, out=tokens[place])
+                    greedy(logits, out)
+                elif state.kept is not None:
+                    drawn(logits, state.limits.temperature, state.stream, start[place], DRAFT, state.kept, place, out)
                 else:
                     q.append(probabilities(logits, state.limits))
-                    tokens[place] = draw(q[-1], uniform(state.stream, length + place, DRAFT))
-        return tokens.T, state.real[k], torch.stack(q, dim=1) if q else None
+                    out.copy_(draw(q[-1], uniform(state.stream, length + place, DRAFT)))
+        return tokens.T, state.real[k], torch.stack(q, dim=1) if q else state.kept
+
+
+def _aligned(batch: int) -> int:
+    """Rows beside each other begin at multiples of 16 bytes, so that kernels need no form for other places."""
+    return -(-batch // 4) * 4
 
 
 def _needed(prompts: Sequence[Prompt], limits: Limits) -> int:

@@ -4,9 +4,29 @@ from torch import Tensor
 
 from ..support import chosen, kernel
 from . import fused, reference
-from .reference import Ring, Rows, streams
+from .reference import ACCEPT, DRAFT, TOKEN, Drawn, Ring, Rows, draw, reject, softmax, streams
 
-__all__ = ["MARK", "Ring", "Rows", "ending", "finish", "greedy", "mark", "match", "streams", "uniform"]
+__all__ = [
+    "ACCEPT",
+    "DRAFT",
+    "MARK",
+    "TOKEN",
+    "Drawn",
+    "Ring",
+    "Rows",
+    "draw",
+    "drawn",
+    "ending",
+    "finish",
+    "greedy",
+    "mark",
+    "match",
+    "reject",
+    "rejected",
+    "softmax",
+    "streams",
+    "uniform",
+]
 
 MARK = "_mark_"
 """What the names of `mark`'s kernels begin with."""
@@ -62,6 +82,40 @@ def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
         numbers: Tensor = kernel(fused.MODULE, "uniform")(stream, position.contiguous(), purpose)
         return numbers
     return reference.uniform(stream.view(-1, *[1] * (position.dim() - 1)), position, purpose)
+
+
+def drawn(
+    logits: Tensor,
+    temperature: float,
+    stream: Tensor,
+    before: Tensor,
+    purpose: int,
+    kept: Drawn | None = None,
+    place: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Tokens drawn from softmax(logits / temperature): int64 [B] or [B, T] of logits [B, V] or [B, T, V], written into
+    `out` if given (contiguous).
+
+    stream int64 [B]; before int [B], the position before the first token's; the purpose is the random numbers'. `kept`
+    gets what it must know of logits [B, V] at this place.
+    """
+    if chosen("drawn", fused.supports_logits(logits)):
+        tokens: Tensor = kernel(fused.DRAWING, "drawn")(logits, temperature, stream, before, purpose, kept, place, out)
+        return tokens
+    return reference.drawn(logits, temperature, stream, before, purpose, kept, place, out)
+
+
+def rejected(
+    target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, stream: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reject` of drafts int64 [B, J] that were drawn from `kept` against logits target [B, T, V], J <= T, of one
+    temperature; real int [B], stream int64 [B], before int [B], the position before the first token's. Returns how
+    many stand, int64 [B], and tokens int64 [B, T], of which one more than that mean something."""
+    if chosen("rejected", fused.supports_logits(target)):
+        judged: tuple[Tensor, Tensor] = kernel(fused.DRAWING, "rejected")(target, kept, drafts, real, stream, before)
+        return judged
+    return reference.rejected(target, kept, drafts, real, stream, before)
 
 
 def mark(tensor: Tensor, name: str) -> None:

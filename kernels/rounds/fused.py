@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..support import Support, installed, served
 
-MODULE = f"{__package__}.triton"
+MODULE, DRAWING = f"{__package__}.triton", f"{__package__}.triton_draw"
 LOGITS = (torch.float32, torch.float64)
 
 

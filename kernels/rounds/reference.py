@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TOKEN, DRAFT, ACCEPT = range(3)
+"""Purposes of a random number: the emitted token, a draft's own draw, the acceptance of a drafted token."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 
@@ -36,6 +38,38 @@ class Ring(NamedTuple):
     """int64 [B]."""
 
 
+PART = 4096
+"""Logits of which a kernel makes one sum."""
+
+
+class Drawn(NamedTuple):
+    """What drafts were drawn from, softmax(logits / temperature), for J drafts of each row."""
+
+    logits: Tensor
+    """[J, B, V]."""
+    most: Tensor
+    """fp64 [J, B, parts]: the largest logit of each part of a row. Only kernels keep it, and the next."""
+    mass: Tensor
+    """fp64 [J, B, parts]: the sum of exp((logit - largest) / temperature)."""
+    temperature: float
+
+    @classmethod
+    def empty(cls, count: int, batch: int, width: int, temperature: float, like: Tensor) -> Drawn:
+        """Room for `count` drafts, in the dtype and on the device of `like`."""
+        most = like.new_empty(count, batch, parts_of(width)[0], dtype=torch.float64)
+        return cls(like.new_empty(count, batch, width), most, torch.empty_like(most), temperature)
+
+    def dense(self, count: int) -> Tensor:
+        """The distributions of the first drafts, fp64 [B, count, V]."""
+        return softmax(self.logits[:count].transpose(0, 1), self.temperature)
+
+
+def parts_of(width: int) -> tuple[int, int]:
+    """Into how many parts a row of logits is cut, and the length of one."""
+    part = min(PART, 1 << (width - 1).bit_length())
+    return -(-width // part), part
+
+
 def streams(seed: int, sequence: Tensor) -> Tensor:
     """The keys of all random numbers of texts: int64, of the shape of `sequence` (int64).
 
@@ -54,6 +88,83 @@ def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
 def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     """The index of the largest of logits [..., V], the lowest of equal ones: int64 [...]."""
     return torch.argmax(logits, dim=-1) if out is None else torch.argmax(logits, dim=-1, out=out)
+
+
+def softmax(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) of logits [..., V], in fp64."""
+    weights = ((logits.double() - logits.amax(-1, keepdim=True)) / temperature).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def draw(weights: Tensor, at: Tensor) -> Tensor:
+    """Inverse of the distribution function. weights fp64 [..., V], non-negative, need not sum to 1; at fp64 [...] in
+    [0, 1). Returns int64 [...]; never an index of weight 0 unless all are."""
+    cumulative = weights.cumsum(-1)
+    reached = (cumulative > at.unsqueeze(-1) * cumulative[..., -1:]) & (weights > 0)
+    first = reached.to(torch.uint8).argmax(-1)
+    return first.where(reached.any(-1), weights.argmax(-1))
+
+
+def drawn(
+    logits: Tensor,
+    temperature: float,
+    stream: Tensor,
+    before: Tensor,
+    purpose: int,
+    kept: Drawn | None = None,
+    place: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Tokens int64 [B] or [B, T] drawn from logits [B, V] or [B, T, V]; arguments as in the room's `drawn`."""
+    if kept is not None:
+        kept.logits[place].copy_(logits)
+    places = torch.arange(1, 2 if logits.dim() == 2 else logits.shape[1] + 1, device=logits.device)
+    at = uniform(stream.unsqueeze(1), before.long().unsqueeze(1) + places, purpose).view(logits.shape[:-1])
+    tokens = draw(softmax(logits, temperature), at)
+    return tokens if out is None else out.copy_(tokens)
+
+
+def rejected(
+    target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, stream: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`reject` by logits; arguments as in the room's `rejected`."""
+    position = before.long().unsqueeze(1) + torch.arange(1, target.shape[1] + 1, device=target.device)
+    accept, token = (uniform(stream.unsqueeze(1), position, purpose) for purpose in (ACCEPT, TOKEN))
+    return reject(softmax(target, kept.temperature), kept.dense(drafts.shape[1]), drafts, real, accept, token)
+
+
+def reject(
+    target: Tensor, draft: Tensor, drafts: Tensor, real: Tensor, accept: Tensor, token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rejection sampling (Leviathan et al. 2023, Algorithm 1): draft d stands with probability min(1, p(d) / q(d)); the
+    token after the last standing one is drawn from max(p - q, 0), or from p where no draft was left to judge.
+
+    target p [B, K + 1, V] and draft q [B, K, V] are filtered probabilities, drafts int64 [B, K], real int [B], accept
+    and token random numbers [B, K + 1] of the emitted tokens' positions. Returns how many of the first K drafts stand,
+    int64 [B], and the tokens [B, K + 1], of which one more than that are emitted.
+
+    With K + 1 drafts (q [B, K + 1, V]) the last one is judged in the bonus token's place. Then each token depends on
+    the text before it and on its own random numbers alone, not on where rounds begin: sampled text is the same for
+    every K.
+    """
+    count, judged = target.shape[1], drafts.shape[1]
+    counts = torch.arange(judged, device=drafts.device) < real.unsqueeze(1)
+    p = target[:, :judged].gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+    q = draft.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+    stands = (accept[:, :judged] * q < p) & counts
+    standing = stands.long().cumprod(1).sum(1)
+
+    at = standing.clamp(max=count - 1)
+    row = torch.arange(len(drafts), device=drafts.device)
+    plain = target[row, at]
+    tried = at.clamp(max=judged - 1)
+    residual = (plain - draft[row, tried].double() * (counts[row, tried] & (at < judged)).unsqueeze(-1)).clamp(min=0)
+    residual = residual.where(residual.sum(-1, keepdim=True) > 0, plain)
+    after = draw(residual, token[row, at])
+    tokens = torch.cat([drafts, drafts[:, :1]], dim=1)[:, :count]
+    # Where all of K + 1 stand, the last of them is what the bonus token's place holds already.
+    after = after.where(standing < count, tokens[:, -1])
+    return at, tokens.scatter(1, at.unsqueeze(1), after.unsqueeze(1))
 
 
 def ending(ids: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tensor]:

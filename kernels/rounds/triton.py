@@ -198,19 +198,15 @@ def finish(
 
 
 @triton.jit
-def _mixed(x):  # type: ignore[no-untyped-def]
-    x = (x ^ (x >> 30)) * MIX_A
-    x = (x ^ (x >> 27)) * MIX_B
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def _number(stream, position, purpose):  # type: ignore[no-untyped-def]
+def random_number(stream, position, purpose):  # type: ignore[no-untyped-def]
     """The random number of a key, fp64 in [0, 1)."""
-    state = stream.to(tl.uint64, bitcast=True) ^ position.to(tl.uint64, bitcast=True)
-    state = _mixed(state + GOLDEN)
-    state = _mixed((state ^ purpose) + GOLDEN)
-    return (state >> 11).to(tl.float64) * 1.1102230246251565e-16
+    state = (stream.to(tl.uint64, bitcast=True) ^ position.to(tl.uint64, bitcast=True)) + GOLDEN
+    state = (state ^ (state >> 30)) * MIX_A
+    state = (state ^ (state >> 27)) * MIX_B
+    state = ((state ^ (state >> 31)) ^ purpose) + GOLDEN
+    state = (state ^ (state >> 30)) * MIX_A
+    state = (state ^ (state >> 27)) * MIX_B
+    return ((state ^ (state >> 31)) >> 11).to(tl.float64) * 1.1102230246251565e-16
 
 
 @triton.jit
@@ -219,7 +215,7 @@ def _uniform(stream, position, out, per, count, purpose: tl.constexpr, BLOCK: tl
     inside = at < count
     key = tl.load(stream + at // per, mask=inside, other=0)
     place = tl.load(position + at, mask=inside, other=0)
-    tl.store(out + at, _number(key, place, purpose), mask=inside)
+    tl.store(out + at, random_number(key, place, purpose), mask=inside)
 
 
 def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:

@@ -3,9 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.decoders.sampling import ACCEPT, DRAFT, TOKEN, draw, pick, probabilities
+from mambabench.decoders.sampling import pick, probabilities
 from mambabench.harness.interfaces import Limits
-from mambabench.kernels.rounds import streams, uniform
+from mambabench.kernels.rounds import ACCEPT, DRAFT, TOKEN, draw, streams, uniform
 from scipy.stats import chi2, kstest
 
 seeds = st.integers(-(2**70), 2**70)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from mambabench.decoders.sampling import TOKEN, draw, pick, probabilities
+from mambabench.decoders.sampling import pick, probabilities
 from mambabench.harness.interfaces import Limits
-from mambabench.kernels.rounds import streams, uniform
+from mambabench.kernels.rounds import TOKEN, draw, streams, uniform
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.plugin import SpeculativeConfig
-from mambabench.decoders.sampling import DRAFT, draw, probabilities
+from mambabench.decoders.sampling import probabilities
 from mambabench.decoders.speculative import SpeculativeDecoder, speculative
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness import metrics
@@ -20,7 +20,7 @@ from mambabench.harness.conformance_decoders import (
 )
 from mambabench.harness.interfaces import Limits, Prompt, Unsupported
 from mambabench.harness.mockmodel import MockStepper
-from mambabench.kernels.rounds import streams, uniform
+from mambabench.kernels.rounds import DRAFT, draw, streams, uniform
 
 prompt_lists = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=9), min_size=1, max_size=4)
 
