@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..support import begins_early
 from . import reference
 from .reference import Projection, Stream
-from .triton import EARLY, FORMS, Form, ask, launch, summed, tile_of
+from .triton import APART, EARLY, FORMS, Form, ask, launch, normed, summed, tile_of
 
 MEASURED = 8 << 20
 """Bytes of weights from which on forms are timed."""
@@ -88,17 +88,26 @@ def project(
     warmup: bool = False,
 ) -> tuple[Tensor, Stream]:
     """Shapes as in the room's `project`; x is the stream's h. With `warmup` the kernel is only compiled."""
+    form = form or form_for(given, len(x), out)
+    assert form is not None
+    assert given.exact_norm is not None
+    y = torch.empty(len(x), given.lines, dtype=out, device=x.device)
+    asked = None if ahead is None or not begins_early(x.device) else ask(ahead.weight)
+    rest: dict[str, Any] = {
+        "gated": given.gated,
+        "bias": given.bias,
+        "counters": given.counters,
+        "ahead": asked,
+        "warmup": warmup,
+    }
     h, squares = x, stream.squares
+    if form.apart:
+        h, rows = normed(x, stream.added, given.exact_norm, given.eps, form.early >= 0, warmup)
+        launch(rows, given.weight, y, form, **rest)
+        return y, Stream(h, None, squares if stream.added is None else None)
     if stream.added is not None or squares is None:
         h, squares = summed(x, stream.added)
-    form = form or form_for(given, len(h), out)
-    assert form is not None
-    y = torch.empty(len(h), given.lines, dtype=out, device=h.device)
-    asked = None if ahead is None or not begins_early(h.device) else ask(ahead.weight)
-    launch(
-        h, given.weight, y, form, norm=given.exact_norm, squares=squares, eps=given.eps, gated=given.gated,
-        bias=given.bias, counters=given.counters, ahead=asked, warmup=warmup,
-    )  # fmt: skip
+    launch(h, given.weight, y, form, norm=given.exact_norm, squares=squares, eps=given.eps, **rest)
     return y, Stream(h, None, squares)
 
 
@@ -147,7 +156,7 @@ def tune(given: Projection, kind: Kind) -> Form | None:
         times = {form: time(form) for form in forms}
         return next((form, ms) for form, ms in times.items() if ms <= MARGIN * min(times.values()))
 
-    found, ms = best(FORMS)
+    found, ms = best((*FORMS, *APART) if kind.normed else FORMS)
     if begins_early(kind.device):
         found, ms = best([found._replace(early=lines) for lines in EARLY])
     return found if ms <= milliseconds([partial(separate, turn) for turn in turns]) else None

@@ -132,6 +132,26 @@ def _squares(  # type: ignore[no-untyped-def]
     tl.store(sums + row, tl.sum(v * v, axis=0))
 
 
+@triton.jit
+def _norm(  # type: ignore[no-untyped-def]
+    x, added, norm, total, out, eps, ADD: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
+):
+    row, column = tl.program_id(0), tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    at = row.to(tl.int64) * WIDTH + column
+    w = tl.load(norm + column, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        v = (v + tl.load(added + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, v, mask=inside)
+        v = v.to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(v * v, axis=0) / WIDTH + eps)
+    tl.store(out + at, (v * scale * w).to(out.dtype.element_ty), mask=inside)
+
+
 class Form(NamedTuple):
     """How a product is cut up. Only `split`, and whether `block` is 64 or more, change the order of its sums."""
 
@@ -144,6 +164,8 @@ class Form(NamedTuple):
     warps: int
     early: int = -1
     """Megabytes of the weights asked for while the kernel before ends; negative: a program begins behind its end."""
+    apart: bool = False
+    """The norm is a kernel of its own: none of the tiles of x goes through registers."""
 
 
 FORMS = (
@@ -163,6 +185,7 @@ FORMS = (
     Form(64, 128, 4, 4, 4),
     Form(32, 256, 2, 4, 4),
 )
+APART = tuple(form._replace(apart=True) for form in FORMS if form.block >= 64 and form.split == 1)
 EARLY = (-1, 0, 4, 16)
 AHEAD = 16 << 20
 """Bytes of the weights `ahead` that are asked for."""
@@ -250,3 +273,19 @@ def summed(x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
             num_warps=8 if columns > 1024 else 4,
         )  # fmt: skip
     return total, sums
+
+
+def normed(
+    x: Tensor, added: Tensor | None, norm: Tensor, eps: float, early: bool, warmup: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x + added (None: nothing) and its norm, [M, K] each; norm fp32 [K]."""
+    rows, width = x.shape
+    total, out = x if added is None else torch.empty_like(x), torch.empty_like(x)
+    columns = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        _norm.run(
+            x, x if added is None else added, norm, total, out, eps, ADD=added is not None, WIDTH=width,
+            COLUMNS=columns, PDL=early, num_warps=8 if columns > 1024 else 4, launch_pdl=early, grid=(rows,),
+            warmup=warmup,
+        )  # fmt: skip
+    return total, out

@@ -110,12 +110,14 @@ class Case:
         """Without squares there is no norm."""
         kind = torch.float32 if self.shape.kind == "head" else torch.bfloat16
         out = torch.empty(rows, self.outs, dtype=kind, device="cuda")
-        norm = None if squares is None else self.norm
+        norm, x = None if squares is None else self.norm, self.x[:rows]
+        if norm is not None and form.apart:
+            x, norm, squares = room.normed(x, None, norm, EPS, form.early >= 0, warmup)[1], None, None
         given: dict[str, Any] = {"norm": norm, "squares": squares, "eps": EPS, "gated": self.gated}
         if self.norm is None:
             blocks = triton.cdiv(self.outs, form.block)
             given = {"residual": self.h[:rows], "sums": torch.empty(rows, blocks, device="cuda")}
-        room.launch(self.x[:rows], weight, out, form, counters=self.counters, warmup=warmup, **given)
+        room.launch(x, weight, out, form, counters=self.counters, warmup=warmup, **given)
         return out
 
     def squares(self, rows: int) -> Tensor | None:
@@ -188,7 +190,7 @@ def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str
         if reason:
             print(f"  {tuple(form)}: {reason}", flush=True)
 
-    for form in room.FORMS:
+    for form in room.FORMS if case.norm is None else (*room.FORMS, *room.APART):
         attempt(form)
     ranked = sorted((f for _, f in times), key=lambda f: times[first, f])
     early = [form._replace(early=early) for form in ranked[:2] for early in room.EARLY[1:]]
@@ -198,7 +200,7 @@ def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str
     print(f"{name} {case.shape.width} -> {case.shape.lines}, {case.bytes / 1e6:.1f} MB, M = {first}:", flush=True)
     for form in ranked:
         also = [told(first, f) for f in (form._replace(early=e) for e in room.EARLY[1:]) if (first, f) in times]
-        line = f"  {tuple(form)[:5]}: {told(first, form)}"
+        line = f"  {tuple(form)[:5]}{' norm apart' if form.apart else ''}: {told(first, form)}"
         if case.norm is not None and form in ranked[:3]:
             line += f"; without the norm {case.bare(first, form):.1f} us"
         print(line + (f"; begun early {', '.join(also)}" if also else ""), flush=True)
@@ -260,9 +262,11 @@ class Layers:
         weight, gated = weights[name], name == "gate_up"
         out = torch.empty(h.shape[0], weight.shape[0] // (2 if gated else 1), dtype=h.dtype, device=h.device)
         form, counters = self.forms[name]._replace(early=early), self.counters
-        room.launch(
-            h, weight, out, form, norm=self.norm, squares=squares, eps=EPS, gated=gated, counters=counters, ahead=ahead
-        )
+        given: dict[str, Any] = {"norm": self.norm, "squares": squares, "eps": EPS}
+        if form.apart:
+            assert self.norm is not None
+            h, given = room.normed(h, None, self.norm, EPS, early >= 0)[1], {}
+        room.launch(h, weight, out, form, gated=gated, counters=counters, ahead=ahead, **given)
         return out
 
     def _out(self, x: Tensor, h: Tensor, weights: dict[str, Tensor], name: str, early: int) -> tuple[Tensor, Tensor]:
@@ -314,7 +318,10 @@ def main() -> None:
         copy = bandwidth()
         print(f"{torch.cuda.get_device_name()}: copies {copy:.0f} GB/s; form: (block, columns, split, stages, warps)")
         cases = {name: Case(SHAPES[name]) for name in args.shapes}
-        compile_forms([(case, form, count) for case in cases.values() for form in room.FORMS for count in tiles])
+        every = [
+            (c, form) for c in cases.values() for form in (*room.FORMS, *(room.APART if c.norm is not None else ()))
+        ]
+        compile_forms([(case, form, count) for case, form in every for count in tiles])
         print(f"compiled after {time.perf_counter() - began:.1f} s", flush=True)
         found = {name: measure(name, case, args.rows, copy) for name, case in cases.items()}
         if not args.no_layers and {"qkv", "o", "gate_up", "down"} <= set(cases):

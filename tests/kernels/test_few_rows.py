@@ -11,7 +11,13 @@ from mambabench.kernels.few_rows import Projection, Stream, add_projected, fused
 from mambabench.kernels.support import VARIABLE
 
 EPS = 1e-5
-FORMS = [(64, 64, 1, 3, 4), (128, 32, 1, 2, 8), (16, 32, 2, 4, 2), (32, 16, 4, 3, 4), (16, 256, 3, 1, 4)]
+FORMS = [
+    (64, 64, 1, 3, 4),
+    (128, 32, 1, 2, 8, -1, True),
+    (16, 32, 2, 4, 2),
+    (32, 16, 4, 3, 4),
+    (16, 256, 3, 1, 4, -1, True),
+]
 SHAPES = [
     # rows, width, lines, residual
     (1, 64, 48),
@@ -28,7 +34,7 @@ def interpreted(interpret, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **how: empty(*shape, **how).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
-    for name in ("launch", "summed"):
+    for name in ("launch", "normed", "summed"):
         monkeypatch.setattr(forms, name, getattr(module, name))
     return forms
 
@@ -150,8 +156,9 @@ def test_in_the_interpreter_layers_follow_each_other(interpreted) -> None:
     ours = interpreted.add_projected(x, out, stream)
     plain = reference.add_projected(out, x, stream)
     wanted, whole = reference.project(into, plain, torch.float32)
-    for given in (ours, plain):
-        y, left = interpreted.project(given.h, into, given, torch.float32, None)
+    apart = interpreted.FORMS[0]._replace(apart=True)
+    for given, form in itertools.product((ours, plain), (None, apart)):
+        y, left = interpreted.project(given.h, into, given, torch.float32, None, form)
         near(y, wanted, 2e-6)
         near(left.h, whole.h, 1e-6)
         again, _ = interpreted.project(left.h, into, left, torch.float32, None)
@@ -257,7 +264,7 @@ def test_on_a_gpu_every_form_is_right_and_rows_do_not_depend_on_each_other(early
     into, stream, out, x, before = drawn(16, 2560, 4096, torch.bfloat16, "cuda", gated=True)
     ahead = Projection(torch.zeros(4096, 4096, dtype=torch.bfloat16, device="cuda"))
     exact, _ = reference.project(doubled(into), doubled(stream), torch.float64)
-    for form in forms.FORMS:
+    for form in (*forms.FORMS, *forms.APART):
         form = form._replace(early=early)
         whole = forms.project(stream.h, into, stream, torch.bfloat16, ahead, form)[0]
         near(whole, exact, 0.01)
