@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..kernels.conv import window_at
 from ..kernels.documents import Documents
-from ..kernels.multistep import selective_multistep
+from ..kernels.multistep import Channels, Projected, selective_multistep, selective_ring_multistep
+from ..kernels.scan.reference import compute_dtype
 from ..kernels.selective_scan import selective_scan, step_sizes
 from .calls import Fill, MambaStep
 from .config import HybridConfig
@@ -38,6 +39,23 @@ class Mamba1(Mamba):
         self.twice = config.mamba_dt_bias == "twice"
         self.block = size if config.mamba_sub_blocks == "released" else self.width
         self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self._channels: Channels
+
+    def fuse(self) -> None:
+        """Gets ready for inference, the kernel's parameters too."""
+        super().fuse()
+        weight, bias = self._taps
+        self._channels = Channels(
+            A=self._decay(compute_dtype(self.A_log)),
+            D=self.D.detach(),
+            dt_bias=self.step_bias.detach(),
+            weight=weight,
+            bias=bias,
+            silu=self.active,
+            gate_bias=None if self.gate_bias is None else self.gate_bias.detach(),
+            repeat=self.heads // self.groups,
+            span=self.block,
+        )
 
     def _initialise_decay(self, generator: torch.Generator | None) -> None:
         """A = -1 … -N in every channel (S4D-real), `dt_proj` uniform within 1 / sqrt(rank)."""
@@ -133,6 +151,8 @@ class Mamba1(Mamba):
 
     def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
         """T tokens a row, between the two projections: [B * T, …] -> [B * T, D]."""
+        if cache.by_kernel:
+            return self._mix_by_kernel(projected, cache, call)
         z, c, kept = self._split(projected)
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
@@ -146,3 +166,11 @@ class Mamba1(Mamba):
         c = self._grouped(c.view(call.batch, call.count, -1), new)
         y = selective_multistep(x, dt, self._decay(dt.dtype), b, c, self.D, cache.state, call.settle)
         return self._gated(y, z)
+
+    def _mix_by_kernel(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
+        """The same, with the convolution and the gate."""
+        parts = (t.unflatten(0, (call.batch, call.count)) for t in self._project(projected))
+        z, c, x, b, raw = parts
+        ring, new = cache.inputs, Projected(x, b, c, raw, z)
+        y = selective_ring_multistep(new, self._channels, ring, cache.state, call.start, call.saved, call.plan)
+        return y.to(z.dtype).flatten(0, 1)

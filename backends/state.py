@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels.multistep import Plan, Ring, ring_supports
+from ..kernels.multistep import Plan, Ring, ring_supports, selective_ring_supports
 from ..kernels.scan.reference import compute_dtype
 from ..kernels.support import chosen
 from .config import REMOVED, HybridConfig
@@ -21,11 +21,10 @@ from .rope import Rope
 VARIABLE = "MAMBABENCH_REPLAY"
 """So many tokens, at least those of a round, may stand between a checkpoint and where a call starts, whatever memory
 that takes."""
-WORTH = {"mamba2": (16, 32)}
-"""Tokens of a replay at small and at large batches. The kernel makes up to 16 as fast as one, and up to 32 as fast as
-17, which fewer writes of the checkpoint outweigh where they are what a call waits for."""
-LARGE = 16
-SHARE = {"mamba2": 1.12}
+WORTH = {"mamba": 4, "mamba2": 16}
+"""Tokens of a replay beyond which fewer writes of the checkpoint save no time: those of Mamba-1 are replayed one after
+the other, of Mamba-2 the kernel makes as many as fast as one."""
+SHARE = {"mamba": 2.2, "mamba2": 1.12}
 """What a layer may hold, over plain decoding: a state, and the convolution's window."""
 
 
@@ -68,8 +67,10 @@ class MambaState:
     inputs: Tensor
     """Mamba-2 [B, S, E + H]: the convolution's E inputs and the raw dt. Mamba-1 [B, S, 2 G P + D]: x, B, raw dt."""
 
+    by_kernel: bool = False
+    """Whether the layer's kernel makes its steps."""
     ring: StateRing | None = None
-    """What went into the state of a Mamba-2 layer, where the kernel runs that reads it."""
+    """What went into the state of a Mamba-2 layer, which its kernel reads instead."""
 
     def tensors(self) -> list[Tensor]:
         return [self.state, self.inputs, *(self.ring.tensors() if self.ring else ())]
@@ -126,28 +127,35 @@ def recurrent(config: HybridConfig, mixer: str) -> tuple[tuple[int, ...], int]:
     return (heads, width, width), (2 * groups + heads) * width + heads
 
 
-def steps_by_kernel(config: HybridConfig, like: Tensor, steps: int) -> bool:
-    """Whether Mamba-2 layers of this dtype and on this device keep what their kernel reads."""
+def steps_by_kernel(config: HybridConfig, mixer: str, like: Tensor, steps: int) -> bool:
+    """Whether Mamba layers of this kind and dtype and on this device make steps by their kernel."""
+    if mixer == "mamba":
+        support = selective_ring_supports(like, config.d_state, steps, config.mamba_rope)
+        return chosen("selective_ring_multistep", support)
     return chosen("ring_multistep", ring_supports(like, config.head_dim, steps, config.mamba_rope))
 
 
-def replayable(config: HybridConfig, like: Tensor, batch: int, steps: int) -> int:
+def replayable(config: HybridConfig, like: Tensor, steps: int) -> int:
     """Tokens that a row may go beyond its checkpoints, at least `steps`: as many as are worth their memory where
     kernels replay them, of every layer."""
-    kinds = {"mamba", "mamba2"} & set(config.mixers)
-    if kinds != {"mamba2"} or not steps_by_kernel(config, like, steps):
+    kinds = WORTH.keys() & set(config.mixers)
+    if not kinds or not all(steps_by_kernel(config, kind, like, steps) for kind in kinds):
         return steps
     asked = os.environ.get(VARIABLE)
-    return max(steps, int(asked) if asked else min(_worth(config, kind, like, batch, steps) for kind in kinds))
+    return max(steps, int(asked) if asked else min(_worth(config, kind, like, steps) for kind in kinds))
 
 
-def _worth(config: HybridConfig, mixer: str, like: Tensor, batch: int, steps: int) -> int:
+def _worth(config: HybridConfig, mixer: str, like: Tensor, steps: int) -> int:
     """Tokens of a replay that a layer has room for and use of."""
     state, token = recurrent(config, mixer)
     exact = math.prod(state) * compute_dtype(like).itemsize
-    plain = exact + (config.d_conv - 1) * (token - config.num_attention_heads) * like.element_size()
-    kept = exact + (steps + config.d_conv - 1) * token * like.element_size()
-    return min(WORTH[mixer][batch >= LARGE], int((SHARE[mixer] * plain - kept) / _ring_bytes(config, like)) - steps)
+    heads, window, size = config.num_attention_heads, config.d_conv - 1, like.element_size()
+    if mixer == "mamba":
+        plain, kept, slot = exact + window * heads * config.head_dim * size, exact + window * token * size, token * size
+    else:
+        plain, kept = exact + window * (token - heads) * size, exact + (steps + window) * token * size
+        slot = _ring_bytes(config, like)
+    return min(WORTH[mixer], int((SHARE[mixer] * plain - kept) / slot) - steps)
 
 
 def _ring_bytes(config: HybridConfig, like: Tensor) -> int:
@@ -156,23 +164,24 @@ def _ring_bytes(config: HybridConfig, like: Tensor) -> int:
     return 2 * config.num_key_value_heads * config.head_dim * like.element_size() + heads * compute_dtype(like).itemsize
 
 
-def input_slots(config: HybridConfig, like: Tensor, batch: int, steps: int) -> int:
+def input_slots(config: HybridConfig, like: Tensor, steps: int) -> int:
     """Slots of the rings of projections: for a replay, a round of new tokens, which must not lie in slots that the
     same call reads, and the convolution's window. Where all layers have rings of what goes into the state, only the
     window is read of them."""
-    fewer = "mamba2" in config.mixers and "mamba" not in config.mixers and steps_by_kernel(config, like, steps)
-    return (0 if fewer else replayable(config, like, batch, steps)) + steps + config.d_conv - 1
+    mixers = config.mixers
+    fewer = "mamba2" in mixers and "mamba" not in mixers and steps_by_kernel(config, "mamba2", like, steps)
+    return (0 if fewer else replayable(config, like, steps)) + steps + config.d_conv - 1
 
 
-def held_bytes(config: HybridConfig, like: Tensor, batch: int, steps: int) -> int:
+def held_bytes(config: HybridConfig, like: Tensor, steps: int) -> int:
     """What a row has in its Mamba layers."""
-    total, slots = 0, input_slots(config, like, batch, steps)
+    total, slots = 0, input_slots(config, like, steps)
     for mixer in config.mixers:
-        if mixer in ("mamba", "mamba2"):
+        if mixer in WORTH:
             state, token = recurrent(config, mixer)
             total += math.prod(state) * compute_dtype(like).itemsize + slots * token * like.element_size()
-        if mixer == "mamba2" and steps_by_kernel(config, like, steps):
-            total += (replayable(config, like, batch, steps) + steps) * _ring_bytes(config, like)
+        if mixer == "mamba2" and steps_by_kernel(config, mixer, like, steps):
+            total += (replayable(config, like, steps) + steps) * _ring_bytes(config, like)
     return total
 
 
@@ -186,7 +195,7 @@ def _state_ring(config: HybridConfig, batch: int, slots: int, like: Tensor) -> S
 
 def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, steps: int, like: Tensor) -> State:
     """Empty rows of `capacity` positions, in the dtype and on the device of `like`."""
-    ring, replay = input_slots(config, like, batch, steps), replayable(config, like, batch, steps)
+    ring, replay = input_slots(config, like, steps), replayable(config, like, steps)
     groups, width = config.num_key_value_heads, config.head_dim
     exact = compute_dtype(like)
     layers: list[LayerState] = []
@@ -198,9 +207,9 @@ def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, step
         else:
             shape, slot = recurrent(config, mixer)
             state = like.new_zeros(batch, *shape, dtype=exact)
-            by_kernel = mixer == "mamba2" and steps_by_kernel(config, like, steps)
-            inner = _state_ring(config, batch, replay + steps, like) if by_kernel else None
-            layers.append(MambaState(state, like.new_zeros(batch, ring, slot), inner))
+            by_kernel = steps_by_kernel(config, mixer, like, steps)
+            inner = _state_ring(config, batch, replay + steps, like) if by_kernel and mixer == "mamba2" else None
+            layers.append(MambaState(state, like.new_zeros(batch, ring, slot), by_kernel, inner))
     cursor = like.new_zeros(batch, dtype=torch.int32)
     cos, sin = rope(torch.arange(capacity, device=like.device).unsqueeze(0), like)
     rotary = torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1)

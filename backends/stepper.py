@@ -158,7 +158,7 @@ class HybridStepper:
         read = [p for p in held.values() if tied or p is not embedding]
         numbers, tokens = sum(p.numel() for p in read), batch * steps
         weight = self.model.lm_head.weight
-        exact, rounds = compute_dtype(weight).itemsize, replayable(config, weight, batch, steps) // steps
+        exact, rounds = compute_dtype(weight).itemsize, replayable(config, weight, steps) // steps
         kinds = [recurrent(config, mixer) for mixer in config.mixers if mixer in MAMBAS]
         cells, slots = sum(math.prod(shape) for shape, _ in kinds), size * sum(slot for _, slot in kinds)
         reached = [min(context, window or context) + steps for window in self._windows]
@@ -170,7 +170,7 @@ class HybridStepper:
             flops=2 * numbers * tokens + 4 * tokens * sum(reached) * heads * width + tokens * 8 * cells,
             held_weight_bytes=sum(p.nbytes for p in held.values()),
             held_kv_bytes=slot_bytes * attention * self._capacity(context + steps),
-            held_state_bytes=batch * held_bytes(config, weight, batch, steps),
+            held_state_bytes=batch * held_bytes(config, weight, steps),
         )
 
     def _logits(self, h: Tensor, added: Tensor | None) -> Tensor:

@@ -147,6 +147,15 @@ def _taken(ring: Ring, start: Tensor, saved: Tensor, before: int, count: int) ->
     return x, B, dt
 
 
+def between_tokens(t: Tensor) -> int:
+    """The stride from token to token of t [B, T, E], rows of which lie one behind the other. 0 where they do not, or
+    where the numbers of a token are apart. That of a dimension of one says nothing."""
+    batch, count = t.shape[:2]
+    stride = t.stride(1) if count > 1 else t.stride(0)
+    even = min(batch, count) == 1 or t.stride(0) == count * stride
+    return stride if even and t.stride(2) == 1 else 0
+
+
 def convolve_supports(u: Tensor, weight: Tensor, window: Tensor, ring: Tensor, dt: Tensor) -> Support:
     """Whether `convolve` runs as a kernel."""
     support = served(u, DTYPES)
@@ -156,7 +165,7 @@ def convolve_supports(u: Tensor, weight: Tensor, window: Tensor, ring: Tensor, d
         return Support.no("the kernel takes the convolution's inputs and outputs in one dtype, dt in fp32")
     if not all(t.is_contiguous() for t in (weight, window, ring, dt)):
         return Support.no("the kernel takes contiguous rings")
-    if u.stride(2) != 1 or u.stride(0) != u.shape[1] * u.stride(1):
+    if not between_tokens(u):
         return Support.no("the kernel takes tokens one behind the other")
     return installed("triton")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..conv.reference import conv_few
 from ..support import Support, chosen, installed, kernel, served
-from .ring import DTYPES, LONGEST, Plan
+from .ring import DTYPES, LONGEST, Plan, between_tokens
 from .selective import selective_multistep
 
 MODULE = f"{__package__}.triton1"
@@ -98,7 +98,7 @@ def supports(new: Projected, layer: Channels, ring: Tensor, state: Tensor) -> Su
     exact = layer.A, layer.D, layer.dt_bias, layer.weight, layer.bias, state
     if any(t.dtype != torch.float32 or not t.is_contiguous() for t in exact) or not ring.is_contiguous():
         return Support.no("the kernel takes a contiguous ring, and a contiguous state and parameters in fp32")
-    if any(t.stride(2) != 1 or t.stride(0) != t.shape[1] * t.stride(1) for t in new.parts()):
+    if not all(between_tokens(t) for t in new.parts()):
         return Support.no("the kernel takes tokens one behind the other")
     return Support.yes()
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .forms import fastest, measurable
+from .ring import between_tokens
 from .triton_pieces import softplus
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def selective_ring_multistep(
         _selective.run(
             new.x, new.B, new.C, new.dt, z, ring, state, start, saved, y,
             layer.weight, layer.bias, layer.dt_bias, layer.A, layer.D, gate,
-            *(t.stride(1) for t in (new.x, new.B, new.C, new.dt, z)), ring.shape[1], plan.steps, plan.replay,
+            *(between_tokens(t) for t in (new.x, new.B, new.C, new.dt, z)), ring.shape[1], plan.steps, plan.replay,
             CHANNELS=channels, SOURCES=layer.sources, NUMBERS=numbers, SPAN=layer.span, REPEAT=layer.repeat,
             GROUP=layer.sources * size // numbers, C_GROUP=channels * size // new.C.shape[2], SIZE=size,
             COUNT=plan.count, SETTLE=plan.settle, TAPS=layer.weight.shape[1], SILU=layer.silu,

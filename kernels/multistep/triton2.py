@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .forms import fastest, measurable
+from .ring import between_tokens
 from .triton_pieces import softplus
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ def convolve(
     grid = triton.cdiv(channels, CONVOLVED) + triton.cdiv(heads, CONVOLVED), batch
     with torch.cuda.device_of(u):
         _convolve[grid](
-            u, weight, bias, dt_bias, window, ring, left, dt, start, u.stride(1), channels, kept, heads,
+            u, weight, bias, dt_bias, window, ring, left, dt, start, between_tokens(u), channels, kept, heads,
             window.shape[1], ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu, BLOCK=CONVOLVED,
             T=triton.next_power_of_2(count), num_warps=4,
         )  # fmt: skip

@@ -92,6 +92,15 @@ def errors(way, layer, start):
     return found
 
 
+@pytest.mark.parametrize(("batch", "count"), [(1, 1), (1, 3), (3, 1), (3, 2)])
+def test_tokens_of_a_part_of_a_projection_lie_one_behind_the_other(batch, count):
+    part = torch.zeros(batch * count, 11)[:, 2:7].unflatten(0, (batch, count))
+    assert batch == count == 1 or room.between_tokens(part) == 11
+    if count > 1:
+        assert room.between_tokens(torch.zeros(batch, 5, count).mT) == 0
+        assert room.between_tokens(torch.zeros(batch, count + 1, 5)[:, :-1]) == (0 if batch > 1 else 5)
+
+
 @pytest.mark.parametrize("settle", [True, False], ids=["settled", "revocable"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_plain_steps_over_a_ring_are_the_recurrence(shape, settle):
