@@ -7,11 +7,12 @@ is logged once, and `reasons` tells those met so far.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +122,19 @@ def installed(module: str) -> Support:
     return Support.yes()
 
 
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _tensors(arg)
+        elif dataclasses.is_dataclass(arg):
+            yield from _tensors(getattr(arg, field.name) for field in dataclasses.fields(arg))
+
+
 def kernel(module: str, name: str) -> Callable[..., Any]:
-    """`name` of a module that is `installed`, run on the GPU of its first tensor.
+    """`name` of a module that is `installed`, run on the GPU of its first tensor, which may stand in a tuple or a
+    dataclass.
 
     Triton launches on the current GPU, whatever the tensors are on, and so do some functions of mamba-ssm. In backward
     autograd has made that of forward the current one.
@@ -130,7 +142,8 @@ def kernel(module: str, name: str) -> Callable[..., Any]:
     function = getattr(importlib.import_module(module), name)
 
     def run(*args: Any, **named: Any) -> Any:
-        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+        tensor = next(_tensors(args), None)
+        with contextlib.nullcontext() if tensor is None else torch.cuda.device_of(tensor):
             return function(*args, **named)
 
     return run

@@ -11,6 +11,7 @@ from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend
 from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig
 from mambabench.backends.stepper import HybridStepper
 from mambabench.harness.conformance import check_backend
+from mambabench.kernels import support
 from mambabench.kernels.multistep import selective_ring
 from mambabench.kernels.support import Support
 
@@ -60,6 +61,24 @@ def test_rings_keep_the_stepping_contract(
     """Whether the checkpoint is written in every round that settles, or in some."""
     monkeypatch.setenv(states.VARIABLE, str(replay))
     check_backend(mamba_backend, artifact, rounds=100, dtype=dtype, tolerance=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("replay", [0, 7, 15])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)], ids=["fp32", "bf16"])
+def test_on_a_gpu_the_kernels_keep_it(
+    dtype: str,
+    tolerance: float,
+    replay: int,
+    artifact: Path,
+    mamba_backend: MambaBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(states.VARIABLE, str(replay))
+    check_backend(mamba_backend, artifact, rounds=100, device="cuda:0", dtype=dtype, tolerance=tolerance)
+    used = support.record()
+    for operation in ("cursors", "ring_multistep", "convolve", "selective_ring_multistep"):
+        assert operation not in used or used[operation]["fused"]
 
 
 @pytest.mark.parametrize("options", [{"d_conv": 1}, {"d_conv": 6, "activation": "none", "norm": "none"}], ids=str)

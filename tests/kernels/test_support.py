@@ -87,6 +87,17 @@ def test_a_kernel_runs_on_the_gpu_of_its_tensors(name, room, inputs, standins, m
     assert current == [torch.bfloat16]
 
 
+def test_the_first_tensor_tells_the_gpu_wherever_it_stands(monkeypatch) -> None:
+    tensor, current = torch.zeros(1), []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda given: current.append(given) or contextlib.nullcontext())
+    assert support.kernel("builtins", "max")(3, 4, key=lambda number: -number) == 3
+    assert current == []
+    assert support.kernel("builtins", "len")((tensor, tensor)) == 2
+    assert support.kernel("builtins", "isinstance")(tensor, torch.Tensor)
+    assert all(given is tensor for given in current)
+    assert len(current) == 2
+
+
 ON_EITHER_GPU = [*ROOMS, ("rms_norm", rms_room, rms_inputs), ("swiglu", pointwise_room, gate_inputs)]
 
 
