@@ -1,7 +1,8 @@
 """The Mamba-2 mixer that takes the place of attention: state width = head width, one B and x per KV head.
 
 Shapes are those of the released Mamba2InLlama layers: `in_proj` has rows z | x | B | C | dt, the convolution runs
-over x | B | C, and the output norm is gated and per head.
+over x | B | C, and the output norm is gated and per head. With sizes of its own (`config.mamba2`) it is the layer of
+mamba-ssm: an x per head, B and C for groups of heads, the norm over a group.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ class HeadNorm(nn.Module):
 
 
 class Mamba2(Mamba):
-    """H heads with state [P, N = P] and one dt each; the convolution runs over x | B | C."""
+    """H heads with state [P, N] and one dt each; the convolution runs over the E channels of x | B | C."""
 
     def __init__(self, config: HybridConfig) -> None:
-        heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        super().__init__(config, dt_rows=heads, convolved=(heads + 2 * groups) * width, steps=heads, decays=(heads,))
+        self.shape = shape = config.mamba2
+        heads, channels = shape.heads, sum(shape.parts)
+        super().__init__(config, heads, channels, heads, (heads,), inner=shape.inner, channels=channels)
+        self.heads = heads
         self.chunk, self.eps = config.chunk, config.mamba_norm_eps
         self.norm = HeadNorm(self.inner) if config.mamba_norm == "gated" else None
 
@@ -48,7 +51,7 @@ class Mamba2(Mamba):
             self.norm.weight.fill_(1)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """What `in_proj` made -> gate z [..., H P]; what a token leaves for later ones: [..., (2 G + H) P + H]."""
+        """What `in_proj` made -> gate z [..., H P]; what a token leaves for later ones: [..., E + H]."""
         z, kept = projected.split((self.inner, self.channels + self.heads), dim=-1)
         if self.b_norm is None:
             return z, kept
@@ -63,7 +66,7 @@ class Mamba2(Mamba):
         return torch.cat((x, *self._normed(b, c)), dim=-1)
 
     def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """The convolution's inputs [..., (2 G + H) P] and the raw dt [..., H]."""
+        """The convolution's inputs [..., E] and the raw dt [..., H]."""
         return kept.split((self.channels, self.heads), dim=-1)
 
     def _dt(self, raw: Tensor) -> Tensor:
@@ -71,19 +74,20 @@ class Mamba2(Mamba):
         return F.softplus(raw.to(kind) + self.dt_bias.to(kind))
 
     def _heads(self, convolved: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolution outputs -> x [B, L, G, P], B [B, L, G, N], C [B, L, H, N], after rotation, if any."""
-        heads = convolved.view(*convolved.shape[:2], -1, self.width)
-        x, b, c = heads.split((self.groups, self.groups, self.heads), dim=2)
+        """Convolution outputs -> x [B, L, G, P], B [B, L, G', N], C [B, L, G'', N], after rotation, if any."""
+        widths = self.shape.width, self.shape.states, self.shape.states
+        parts = zip(convolved.split(self.shape.parts, dim=2), widths, strict=True)
+        x, b, c = (part.unflatten(2, (-1, width)) for part, width in parts)
         if self.turned and turn is not None:
             b, c = rotate(b, *turn), rotate(c, *turn)
         return x, b, c
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gated norm per head, which the output projection gets. y [B, L, H, P], z [..., H P]."""
+        """The gated norm per head or group, which the output projection gets. y [B, L, H, P], z [..., H P]."""
         y = y.reshape(z.shape)
         if self.norm is None:
             return self._gate(y, z).to(z.dtype)
-        return gated_norm(y, z, self.norm.weight, self.gate_bias, self.width, self.eps)
+        return gated_norm(y, z, self.norm.weight, self.gate_bias, self.shape.normed, self.eps)
 
     def forward(
         self,
@@ -151,6 +155,6 @@ class Mamba2(Mamba):
         new, (weight, bias) = kept.unflatten(0, (call.batch, call.count)), self._taps
         c = convolve(
             new, weight, bias, self.dt_bias, cache.inputs, ring.convolved, ring.dt, call.start, self.active
-        ).unflatten(2, (-1, self.width))
+        ).unflatten(2, (-1, self.shape.states))
         decay = self._decay(ring.dt.dtype)
         return ring_multistep(ring.views, c, decay, self.D, cache.state, call.start, call.saved, call.plan)

@@ -40,10 +40,6 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self._fused: Weights | None = None
 
-    @property
-    def fused(self) -> bool:
-        return self._fused is not None
-
     def fuse(self) -> None:
         """Lays gate and up out in one storage."""
         self._fused = fuse_linears(self.gate_proj, self.up_proj)
@@ -60,7 +56,7 @@ class MLP(nn.Module):
 
 
 class HybridLayer(GradientCheckpointingLayer):
-    """h += mixer(norm(h)), where there is a mixer; h += mlp(norm(h))."""
+    """h += mixer(norm(h)), where there is a mixer; h += mlp(norm(h)), where there is an MLP."""
 
     def __init__(self, config: HybridConfig, index: int) -> None:
         super().__init__()
@@ -69,10 +65,11 @@ class HybridLayer(GradientCheckpointingLayer):
         window = config.windows[index]
         if self.mixer_name:
             self.add_module(self.mixer_name, Attention(config, window) if window else MIXERS[name](config))
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if config.intermediate_size else None
         if self.mixer_name:
             self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.mlp is not None:
+            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._mixing: tuple[Projection, Projection] | None = None
         self._inner: tuple[Projection, Projection] | None = None
 
@@ -92,37 +89,43 @@ class HybridLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         if self.mixer is not None:
             h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep, documents)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        if self.mlp is not None:
+            h = h + self.mlp(self.post_attention_layernorm(h))
+        return h
 
-    def fill(self, h: Tensor, added: Tensor | None, cache: LayerState, call: Fill) -> tuple[Tensor, Tensor]:
+    def fill(self, h: Tensor, added: Tensor | None, cache: LayerState, call: Fill) -> tuple[Tensor, Tensor | None]:
         """The same of prompts [n, L, E], on a state. What the layer before has still to add to h is `added`, and what
         this one has is returned beside h: each sum is made with the norm that follows it."""
         if self.mixer is not None:
             h, normed = self.input_layernorm.add(h, added)
             added = self.mixer.prefill(normed, cache, call)
-        h, normed = self.post_attention_layernorm.add(h, added)
-        return h, self.mlp(normed)
+        if self.mlp is not None:
+            h, normed = self.post_attention_layernorm.add(h, added)
+            added = self.mlp(normed)
+        return h, added
 
     def step(self, stream: Stream, cache: LayerState, call: AttentionStep | MambaStep | None) -> Stream:
         """The same of a few tokens of each row [B * T, E]."""
-        assert self._inner is not None
         if self._mixing is not None:
             into, out = self._mixing
             projected, stream = project(into, stream, ahead=out)
             stream = add_projected(out, self.mixer.mix(projected, cache, call), stream)
-        into, out = self._inner
-        inner, stream = project(into, stream)
-        return add_projected(out, inner, stream)
+        if self._inner is not None:
+            into, out = self._inner
+            inner, stream = project(into, stream)
+            stream = add_projected(out, inner, stream)
+        return stream
 
     def fuse(self) -> None:
         """Gets ready for inference: projections with one input share one storage. Once, if models share the layer."""
-        if self.mlp.fused:
+        if self._mixing or self._inner:
             return
-        self.mlp.fuse()
         if self.mixer is not None:
             self.mixer.fuse()
             self._mixing = _ends(self.mixer.ends(), self.input_layernorm)
-        self._inner = _ends(self.mlp.ends(), self.post_attention_layernorm, gated=True)
+        if self.mlp is not None:
+            self.mlp.fuse()
+            self._inner = _ends(self.mlp.ends(), self.post_attention_layernorm, gated=True)
 
 
 def _ends(weights: tuple[Weights, Weights], norm: RMSNorm, gated: bool = False) -> tuple[Projection, Projection]:

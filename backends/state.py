@@ -44,7 +44,7 @@ class StateRing:
     """Position p lies in slot p mod S, S = replay + steps."""
 
     convolved: Tensor
-    """[B, S, 2 G P]: x and B behind the convolution."""
+    """[B, S, E']: x and B behind the convolution."""
     dt: Tensor
     """[B, S, H], behind softplus."""
     views: Ring
@@ -121,10 +121,11 @@ class State:
 
 def recurrent(config: HybridConfig, mixer: str) -> tuple[tuple[int, ...], int]:
     """The shape of a row's state in a Mamba layer, and the numbers that a token has in its ring."""
-    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     if mixer == "mamba":
+        heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         return (heads * width, config.d_state), (2 * groups + heads) * width
-    return (heads, width, width), (2 * groups + heads) * width + heads
+    shape = config.mamba2
+    return (shape.heads, shape.width, shape.states), sum(shape.parts) + shape.heads
 
 
 def steps_by_kernel(config: HybridConfig, mixer: str, like: Tensor, steps: int) -> bool:
@@ -132,7 +133,8 @@ def steps_by_kernel(config: HybridConfig, mixer: str, like: Tensor, steps: int) 
     if mixer == "mamba":
         support = selective_ring_supports(like, config.d_state, steps, config.mamba_rope)
         return chosen("selective_ring_multistep", support)
-    return chosen("ring_multistep", ring_supports(like, config.head_dim, steps, config.mamba_rope))
+    widest = max(config.mamba2.width, config.mamba2.states)
+    return chosen("ring_multistep", ring_supports(like, widest, steps, config.mamba_rope))
 
 
 def replayable(config: HybridConfig, like: Tensor, steps: int) -> int:
@@ -149,19 +151,20 @@ def _worth(config: HybridConfig, mixer: str, like: Tensor, steps: int) -> int:
     """Tokens of a replay that a layer has room for and use of."""
     state, token = recurrent(config, mixer)
     exact = math.prod(state) * compute_dtype(like).itemsize
-    heads, window, size = config.num_attention_heads, config.d_conv - 1, like.element_size()
+    window, size = config.d_conv - 1, like.element_size()
     if mixer == "mamba":
-        plain, kept, slot = exact + window * heads * config.head_dim * size, exact + window * token * size, token * size
+        inner = config.num_attention_heads * config.head_dim
+        plain, kept, slot = exact + window * inner * size, exact + window * token * size, token * size
     else:
-        plain, kept = exact + window * (token - heads) * size, exact + (steps + window) * token * size
-        slot = _ring_bytes(config, like)
+        plain = exact + window * (token - config.mamba2.heads) * size
+        kept, slot = exact + (steps + window) * token * size, _ring_bytes(config, like)
     return min(WORTH[mixer], int((SHARE[mixer] * plain - kept) / slot) - steps)
 
 
 def _ring_bytes(config: HybridConfig, like: Tensor) -> int:
     """Of a token in the ring of a Mamba-2 layer."""
-    heads = config.num_attention_heads
-    return 2 * config.num_key_value_heads * config.head_dim * like.element_size() + heads * compute_dtype(like).itemsize
+    shape = config.mamba2
+    return sum(shape.parts[:2]) * like.element_size() + shape.heads * compute_dtype(like).itemsize
 
 
 def input_slots(config: HybridConfig, like: Tensor, steps: int) -> int:
@@ -186,11 +189,11 @@ def held_bytes(config: HybridConfig, like: Tensor, steps: int) -> int:
 
 
 def _state_ring(config: HybridConfig, batch: int, slots: int, like: Tensor) -> StateRing:
-    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    convolved = like.new_zeros(batch, slots, 2 * groups * width)
-    dt = like.new_zeros(batch, slots, heads, dtype=compute_dtype(like))
-    x, B = convolved.unflatten(2, (-1, width)).split(groups, dim=2)
-    return StateRing(convolved, dt, Ring(x, B, dt))
+    shape = config.mamba2
+    convolved = like.new_zeros(batch, slots, sum(shape.parts[:2]))
+    dt = like.new_zeros(batch, slots, shape.heads, dtype=compute_dtype(like))
+    x, B = convolved.split(shape.parts[:2], dim=2)
+    return StateRing(convolved, dt, Ring(x.unflatten(2, (-1, shape.width)), B.unflatten(2, (-1, shape.states)), dt))
 
 
 def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, steps: int, like: Tensor) -> State:

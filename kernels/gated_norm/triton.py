@@ -24,6 +24,8 @@ from ..support import begins_early
 FEW = 512
 """Tokens up to which the kernel begins while the one before ends: where that takes longer than the norm."""
 ROWS = 16
+WIDE = 1024
+"""Heads from here on up are taken a token at a time."""
 WARPS = 4
 PROGRAMS = 2048
 """About as many in backward, heads included: enough to keep the memory of a large GPU busy."""
@@ -97,6 +99,12 @@ def _backward(  # type: ignore[no-untyped-def]
         tl.store(to_bias_ptr + part, to_bias, mask=columns < WIDTH)
 
 
+def _block(width: int) -> dict[str, int]:
+    """Tokens and padded width of a block, and the warps that hold it."""
+    wide = width > WIDE
+    return {"ROWS": 1 if wide else ROWS, "P": triton.next_power_of_2(width), "num_warps": 8 if wide else WARPS}
+
+
 def _flat(t: Tensor) -> Tensor:
     """[..., C] -> [M, C] with numbers of a row side by side."""
     t = t.reshape(-1, t.shape[-1])
@@ -109,11 +117,12 @@ class GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Tensor:
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        grid = triton.cdiv(y.shape[0], ROWS), y.shape[1] // width
+        block = _block(width)
+        grid = triton.cdiv(y.shape[0], block["ROWS"]), y.shape[1] // width
         early = begins_early(y.device) and y.shape[0] <= FEW
         _forward[grid](
             y, z, weight, bias, out, y.shape[0], y.stride(0), z.stride(0), out.stride(0), width, eps,
-            ROWS=ROWS, P=triton.next_power_of_2(width), PDL=early, num_warps=WARPS, launch_pdl=early,
+            **block, PDL=early, launch_pdl=early,
         )  # fmt: skip
         ctx.save_for_backward(y, z, weight, bias)
         ctx.width, ctx.eps = width, eps
@@ -124,13 +133,14 @@ class GatedNorm(torch.autograd.Function):
         y, z, weight, bias = ctx.saved_tensors
         grad, (count, channels) = _flat(gradients[0]), y.shape
         heads = channels // ctx.width
-        splits = max(1, min(PROGRAMS // heads, triton.cdiv(count, ROWS)))
+        block = _block(ctx.width)
+        splits = max(1, min(PROGRAMS // heads, triton.cdiv(count, block["ROWS"])))
         to_y, to_z = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, z))
         sums = torch.empty(1 if bias is None else 2, splits, channels, dtype=torch.float32, device=y.device)
         _backward[(splits, heads)](
             y, z, weight, bias, grad, to_y, to_z, sums[0], None if bias is None else sums[1],
             count, y.stride(0), z.stride(0), grad.stride(0), to_y.stride(0), to_z.stride(0), channels, ctx.width,
-            ctx.eps, splits, ROWS=ROWS, P=triton.next_power_of_2(ctx.width), num_warps=WARPS,
+            ctx.eps, splits, **block,
         )  # fmt: skip
         to_weight, *to_bias = sums.sum(1)
         return to_y, to_z, to_weight.to(weight), None if bias is None else to_bias[0].to(bias), None, None
