@@ -188,7 +188,9 @@ class HybridConfig(PreTrainedConfig):
             raise Unsupported(f"mamba_groups: {self.mamba_groups} does not divide mamba_heads = {self.mamba_heads}")
         for name in ("qk_norm", "mamba_rope", "mamba_gate_bias"):
             if getattr(self, name):
-                raise Unsupported(f"{name}: goes with the sizes of attention, not with mamba_heads = {self.mamba_heads}")
+                raise Unsupported(
+                    f"{name}: goes with the sizes of attention, not with mamba_heads = {self.mamba_heads}"
+                )
 
     def _layer_types(self, given: list[str] | None) -> list[str]:
         """transformers' name of each layer's mixer; attention slides where `given` says so."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Unsupported
-from . import checkpoint, released
+from . import checkpoint, native, released
 from .config import REMOVED, HybridConfig
 from .mamba import EXACT
 from .mixers import MAMBAS
@@ -31,6 +31,8 @@ def check_parent(parent: Path) -> HybridConfig:
         raise Unsupported(
             f'{parent}: a released hybrid (it has {released.SETTINGS}) is taken whole, with use = "teacher"'
         )
+    if native.is_native(parent):
+        raise Unsupported(f'{parent}: a model of mamba-ssm has no attention to trade; it is taken with use = "teacher"')
     config = checkpoint.read_config(parent)
     checkpoint.check(parent, checkpoint.skeleton(config), config)
     return config
@@ -38,7 +40,11 @@ def check_parent(parent: Path) -> HybridConfig:
 
 def adopt(parent: Path, out: Path) -> None:
     """Takes a teacher's folder, or a released hybrid's, as it is: the weights are hard links (or copies), the config is
-    ours. Released Mamba-1 layers are laid out anew, and PyTorch's own files become safetensors."""
+    ours. Released Mamba-1 layers are laid out anew, PyTorch's own files become safetensors, and the tensors of
+    mamba-ssm get our names."""
+    if native.is_native(parent):
+        native.adopt(parent, out)
+        return
     is_released = released.is_released(parent)
     config = released.check(parent) if is_released else check_parent(parent)
     out.mkdir(parents=True, exist_ok=True)

@@ -27,13 +27,14 @@ from transformers import (
 from ..harness.answers import ends, make_answer
 from ..harness.interfaces import Answer, Cost, Emit, Limits, MambabenchError, Prompt, Scores, Tokenizer, Unsupported
 from . import checkpoint
-from .config import MODEL_TYPE
-from .convert import link
+from .config import MODEL_TYPE, HybridConfig
+from .convert import link, link_weights
+from .families import to_family
 from .hybrid import BYTES, asked_dtype, read_tokenizer, torch_dtype
+from .own_loop import OwnLoop
 from .plugin import HfConfig
-from .weights import shards
+from .weights import read_json, shards
 
-OWN_LOOP = "backend hf decodes with transformers' own generate: it makes no steps and rolls nothing back"
 UNBOUNDED = 1 << 20
 """Context of a model whose config names none, as recurrent ones do."""
 ATTENTION = re.compile(r"\.(\d+)\.(?:\w+\.)*?(?:\w*attn|\w*attention|mixer\.(?:q|qkv)_proj)\.")
@@ -50,7 +51,11 @@ class HfBackend:
         self.config = config
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
-        """Takes the folder over by hard links. `keep` must be empty or name every layer with attention."""
+        """Takes the folder over by hard links, or our artifact of a Transformer. `keep` must be empty or name every
+        layer with attention."""
+        if _is_ours(parent):
+            _export(parent, out)
+            return
         described = self.describe(parent)
         if keep and sorted(keep) != described["attention_layers"] and sorted(keep) != list(range(described["layers"])):
             raise Unsupported(f"backend hf: takes a model as it is, so keep = {list(keep)} cannot be; leave it out")
@@ -81,7 +86,7 @@ class HfBackend:
         """The model with its own loop, in `dtype`."""
         kind, context = torch_dtype(dtype, device), self.describe(artifact)["max_context"]
         model: Any = _load(artifact, kind)
-        return HfStepper(model.to(device), self.tokenizer(artifact), context)
+        return HfStepper(model.to(device), self.tokenizer(artifact), context, self.config.cache)
 
     def module(self, artifact: Path) -> PreTrainedModel:
         """The model for training, fp32, on CPU."""
@@ -103,16 +108,16 @@ class HfBackend:
         return read_tokenizer(artifact, _config(artifact))
 
 
-class HfStepper:
+class HfStepper(OwnLoop):
     """A model that scores and generates, and makes no steps."""
 
-    traits = frozenset({"generate"})
+    refusal = "backend hf decodes with transformers' own generate: it makes no steps and rolls nothing back"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, max_context: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, max_context: int, cache: str = "dynamic") -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.vocab_size: int = model.config.get_text_config().vocab_size
-        self.max_context = max_context
+        self.max_context, self.cache = max_context, cache
         self.device, self.dtype = str(model.device), str(model.dtype).removeprefix("torch.")
         # What generation_config.json asks for (sampling, penalties, ends) would fill every gap of a request.
         model.generation_config = GenerationConfig(pad_token_id=0)
@@ -126,12 +131,8 @@ class HfStepper:
         """
         if not prompts:
             return []
+        self.check_request(prompts, limits)
         lengths = [len(prompt.ids) for prompt in prompts]
-        if not min(lengths) or limits.new_tokens < 1:
-            raise MambabenchError("a prompt must have at least one token, and new_tokens must be at least 1")
-        if max(lengths) + limits.new_tokens > self.max_context:
-            asked = f"{max(lengths)} + {limits.new_tokens}"
-            raise MambabenchError(f"generate: {asked} tokens do not fit in the context of {self.max_context}")
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -144,7 +145,7 @@ class HfStepper:
             self.model.generate(
                 ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                generation_config=_request(limits),
+                generation_config=_request(limits, self.cache),
                 stopping_criteria=StoppingCriteriaList([rows]),
             )
         return [make_answer(new, limits, self.tokenizer) for new in rows.new]
@@ -174,22 +175,6 @@ class HfStepper:
         flops = 2 * batch * steps * sum(p.numel() for p in held.values())
         return Cost(weight_bytes=size, kv_bytes=0, state_bytes=0, flops=flops, held_weight_bytes=size)
 
-    def open(self, batch: int, context: int, steps: int) -> Any:
-        """Raises Unsupported, as every call of the stepping contract."""
-        raise Unsupported(OWN_LOOP)
-
-    def prefill(self, ids: Tensor, lengths: Tensor, state: Any, start: Tensor | None = None) -> Tensor:
-        """Raises Unsupported."""
-        raise Unsupported(OWN_LOOP)
-
-    def advance(self, ids: Tensor, start: Tensor, state: Any, settle: bool = True) -> Tensor:
-        """Raises Unsupported."""
-        raise Unsupported(OWN_LOOP)
-
-    def take(self, state: Any, rows: Tensor) -> None:
-        """Raises Unsupported."""
-        raise Unsupported(OWN_LOOP)
-
 
 class _Rows(StoppingCriteria):
     """Watches the texts grow: emits a burst a row and step, and says which rows have ended."""
@@ -214,12 +199,34 @@ class _Rows(StoppingCriteria):
         return torch.tensor(self.done, device=input_ids.device)
 
 
-def _request(limits: Limits) -> GenerationConfig:
+def _request(limits: Limits, cache: str) -> GenerationConfig:
     asked: dict[str, Any] = {"max_new_tokens": limits.new_tokens, "pad_token_id": 0, "do_sample": False}
     if limits.temperature > 0:
         filters = {"temperature": limits.temperature, "top_k": limits.top_k, "top_p": limits.top_p}
         asked |= {**filters, "do_sample": True}
+    if cache != "dynamic":
+        asked["cache_implementation"] = cache
     return GenerationConfig(**asked)
+
+
+def _is_ours(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == MODEL_TYPE
+
+
+def _export(artifact: Path, out: Path) -> None:
+    """Writes an all-attention artifact of ours, whose tensors have their family's names, as the family's folder."""
+    config = checkpoint.read_config(artifact)
+    if config.attention_layers != list(range(config.num_hidden_layers)):
+        raise Unsupported(f"{artifact}: is no Transformer of transformers: layers {_others(config)} have no attention")
+    out.mkdir(parents=True, exist_ok=True)
+    link_weights(artifact, out)
+    (out / "config.json").write_text(json.dumps(to_family(config), indent=2) + "\n", encoding="utf-8")
+    checkpoint.copy_side_files(artifact, out)
+
+
+def _others(config: HybridConfig) -> list[int]:
+    return [index for index in range(config.num_hidden_layers) if index not in config.attention_layers]
 
 
 def _config(folder: Path) -> Any:

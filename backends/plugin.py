@@ -85,7 +85,15 @@ class ShrunkConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfConfig:
-    """A model of transformers has no options: it is taken as it is."""
+    """A model of transformers is taken as it is."""
+
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """Of its generate: one that grows, or one that is taken whole, for which transformers compiles the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaSsmConfig:
+    """A model of mamba-ssm has no options: it is taken as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +120,15 @@ def mambabench_components() -> list[Component]:
             config=HfConfig,
             traits=frozenset({"generate"}),
             summary="any causal model of transformers as it is, with its own generate",
+        ),
+        Component(
+            kind="backend",
+            name="mamba-ssm",
+            target="mambabench.backends.peer_mamba:MambaSsmBackend",
+            config=MambaSsmConfig,
+            requires=("mamba-ssm>=2.2",),
+            traits=frozenset({"generate"}),
+            summary="a model of mamba-ssm with its own generate and CUDA graphs",
         ),
         Component(
             kind="backend",

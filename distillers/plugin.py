@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef, ModelRef
 from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig
-from .random_configs import RandomTeacherConfig, RandomTokensConfig
+from .random_configs import RandomMambaConfig, RandomTeacherConfig, RandomTokensConfig
 from .train_speed_config import TrainSpeedConfig
 
 
@@ -310,6 +310,14 @@ def mambabench_components() -> Iterable[Component]:
         config=RandomTeacherConfig,
         traits=frozenset({"from-scratch"}),
         summary="a teacher of any shape with random weights, for measuring speed and memory",
+    )
+    yield Component(
+        kind="distiller",
+        name="random-mamba",
+        target=f"{room}.random_mamba:RandomMamba",
+        config=RandomMambaConfig,
+        traits=frozenset({"from-scratch"}),
+        summary="a model of mamba-ssm of any shape with random weights, for measuring speed and memory",
     )
     yield Component(
         kind="distiller",

@@ -193,10 +193,15 @@ class _Expander:
             raise ConfigError(f"models.{name}", f"a circle of models: {' -> '.join([*self.open_models, name])}")
         self.open_models.append(name)
         model: Model = self.plan.models[name]
-        made = self._folder(name, seed, model) if model.path else self._converted(name, seed, model)
+        made: Made | None = None
+        if model.path:
+            made = self._folder(name, seed, model)
+        elif model.selector:
+            made = self._converted(name, seed, model)
         for stage in model.train:
             made = self._train(name, stage, seed, made, model.backend)
         self.open_models.pop()
+        assert made is not None, "the plan reader asks for what a model is made of"
         self.chains[name, seed] = made
         return made
 
@@ -213,7 +218,7 @@ class _Expander:
     def _converted(self, name: str, seed: int, model: Model) -> Made:
         """A model made of another one, by a selection of its layers."""
         assert self.teacher is not None
-        assert model.selector is not None, "the plan reader asks for keep or a path"
+        assert model.selector is not None
         parent = self._chain(model.start, seed) if model.start else self.teacher
         where = f"models.{name}"
         selection = self._add(
@@ -240,7 +245,7 @@ class _Expander:
         if parent is None and "from-scratch" not in self.registry.find("distiller", choice.name).traits:
             raise ConfigError(f"stages.{stage}.use", f"{choice.name!r} trains a given model; the teacher has no `path`")
         inputs = {"parent": parent.key} if parent else {}
-        if self.teacher:
+        if self.teacher and parent:
             inputs["teacher"] = self.teacher.key
         key = self._add(
             "train",
@@ -316,7 +321,10 @@ class _Expander:
                 ):
                     self._measure(model, seed, suite, name, None)
             return
-        for name in decoders[1:] or [first]:
+        made = self.teacher if model == TEACHER else self.chains[model, seed]
+        own = made is not None and "generate" in self.registry.find("backend", made.backend.name).traits
+        # A model with a loop of its own cannot be the reference of decoders that it does not run.
+        for name in ([first] if own or len(decoders) == 1 else []) + decoders[1:]:
             self._measure(model, seed, suite, name, first if name != first else None)
 
     def _measure(self, model: str, seed: int, suite: str, decoder: str, reference: str | None) -> None:

@@ -1,9 +1,9 @@
 """The scan of Mamba-2 by mamba-ssm's Triton kernels (Dao and Gu, arXiv 2405.21060), forward and backward.
 
-They have B and C in equal groups, so x, and B where it has fewer than C, are repeated; in backward that is a sum. Sums, decays and
-states are in fp32; what enters a matrix product is rounded to the dtype of the inputs, or to tf32, and so is y. Scores
-and prompts take it too: the logits of a bf16 model are as near to the exact ones as by our own form, and inputs in fp32
-would take twice the memory.
+They have an x for every head, and B and C in equal groups, so x, and B where it has fewer than C, are repeated; in
+backward that is a sum. Sums, decays and states are in fp32; what enters a matrix product is rounded to the dtype of the
+inputs, or to tf32, and so is y. Scores and prompts take it too: the logits of a bf16 model are as near to the exact
+ones as by our own form, and inputs in fp32 would take twice the memory.
 """
 
 from __future__ import annotations

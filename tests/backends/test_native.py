@@ -1,0 +1,142 @@
+"""Models of mamba-ssm: its checkpoints, and its layers by our engine."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mambabench.backends.native import export, read_config
+from mambabench.harness.conformance import check_backend
+from mambabench.harness.interfaces import Unsupported
+from safetensors.torch import load_file, save_file
+
+SIZES = {"d_model": 32, "n_layer": 3, "vocab_size": 61, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
+SSM = {"layer": "Mamba2", "d_state": 12, "headdim": 8, "ngroups": 1}
+
+
+@pytest.fixture
+def make(llama, tmp_path):
+    """make(**ssm_cfg): a folder in mamba-ssm's format with random weights, and a tokenizer."""
+
+    def make(pickled=False, **changes):
+        folder = tmp_path / "native"
+        folder.mkdir()
+        ssm = SSM | changes
+        (folder / "config.json").write_text(json.dumps({**SIZES, "ssm_cfg": ssm}))
+        width, inner, conv = SIZES["d_model"], 2 * SIZES["d_model"], ssm.get("d_conv", 4)
+        heads, shared = inner // ssm["headdim"], ssm["ngroups"] * ssm["d_state"]
+        torch.manual_seed(0)
+        tensors = {
+            "backbone.embedding.weight": torch.randn(64, width),
+            "backbone.norm_f.weight": torch.rand(width) + 0.5,
+        }
+        for layer in range(SIZES["n_layer"]):
+            of = {
+                "norm.weight": torch.rand(width) + 0.5,
+                "mixer.in_proj.weight": torch.randn(2 * inner + 2 * shared + heads, width) / 4,
+                "mixer.conv1d.weight": torch.randn(inner + 2 * shared, 1, conv) / 2,
+                "mixer.conv1d.bias": torch.randn(inner + 2 * shared) / 4,
+                "mixer.dt_bias": torch.randn(heads),
+                "mixer.A_log": torch.rand(heads) * 2,
+                "mixer.D": torch.randn(heads),
+                "mixer.norm.weight": torch.rand(inner) + 0.5,
+                "mixer.out_proj.weight": torch.randn(width, inner) / 4,
+            }
+            tensors |= {f"backbone.layers.{layer}.{name}": tensor for name, tensor in of.items()}
+        if pickled:
+            torch.save(
+                {**tensors, "lm_head.weight": tensors["backbone.embedding.weight"]}, folder / "pytorch_model.bin"
+            )
+        else:
+            save_file(tensors, folder / "model.safetensors")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((llama / name).read_bytes())
+        return folder, tensors, ssm
+
+    return make
+
+
+def layer_by_hand(h, weights, ssm):
+    """One Mamba-2 block of mamba-ssm on h [L, E], token by token."""
+    heads, width, size, groups = weights["mixer.dt_bias"].numel(), ssm["headdim"], ssm["d_state"], ssm["ngroups"]
+    inner, shared = heads * width, groups * size
+    normed = F.rms_norm(h, h.shape[-1:], weights["norm.weight"], 1e-5)
+    z, u, dt = (normed @ weights["mixer.in_proj.weight"].T).split((inner, inner + 2 * shared, heads), dim=-1)
+    taps = weights["mixer.conv1d.weight"].shape[-1]
+    padded = F.pad(u, (0, 0, taps - 1, 0))
+    u = sum(padded[tap : tap + len(u)] * weights["mixer.conv1d.weight"][:, 0, tap] for tap in range(taps))
+    u = F.silu(u + weights["mixer.conv1d.bias"])
+    x, b, c = u.split((inner, shared, shared), dim=-1)
+    x, b, c = x.view(-1, heads, width), b.view(-1, groups, size), c.view(-1, groups, size)
+    dt = F.softplus(dt + weights["mixer.dt_bias"])
+    state, out = h.new_zeros(heads, width, size), []
+    for t in range(len(h)):
+        for head in range(heads):
+            group = head // (heads // groups)
+            decay = torch.exp(-dt[t, head] * weights["mixer.A_log"][head].exp())
+            state[head] = decay * state[head] + dt[t, head] * torch.outer(x[t, head], b[t, group])
+            out.append(state[head] @ c[t, group] + weights["mixer.D"][head] * x[t, head])
+    y = torch.stack(out).view(len(h), inner) * F.silu(z)
+    y = F.rms_norm(y.view(len(h), groups, -1), (inner // groups,), None, 1e-5).flatten(1) * weights["mixer.norm.weight"]
+    return h + y @ weights["mixer.out_proj.weight"].T
+
+
+def logits_by_hand(ids, tensors, ssm):
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    h = tensors["backbone.embedding.weight"][ids]
+    for layer in range(SIZES["n_layer"]):
+        prefix = f"backbone.layers.{layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        h = layer_by_hand(h, own, ssm)
+    normed = F.rms_norm(h, h.shape[-1:], tensors["backbone.norm_f.weight"], 1e-5)
+    return normed @ tensors["backbone.embedding.weight"].T
+
+
+@pytest.mark.parametrize("changes", [{}, {"ngroups": 2}, {"headdim": 16, "d_state": 4, "d_conv": 3}])
+def test_logits_are_those_of_the_recurrence_written_down(make, teacher_backend, tmp_path, changes):
+    folder, tensors, ssm = make(**changes)
+    teacher_backend.convert(folder, [], tmp_path / "ours", seed=0)
+    ids = torch.randint(0, 61, (2, 21), generator=torch.Generator().manual_seed(1))
+    wanted = torch.stack([logits_by_hand(row, tensors, ssm) for row in ids])
+    model = teacher_backend.module(tmp_path / "ours").double()
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-9, atol=1e-9)
+    stepper = teacher_backend.load(tmp_path / "ours", "cpu", "float64")
+    state = stepper.open(2, 21, 5)
+    said = [stepper.prefill(ids[:, :6], torch.tensor([6, 6], dtype=torch.int32), state).unsqueeze(1)]
+    for first in range(6, 21, 5):
+        start = torch.tensor([first, first], dtype=torch.int32)
+        said.append(stepper.advance(ids[:, first : first + 5], start, state))
+    torch.testing.assert_close(torch.cat(said, 1), wanted[:, 5:], rtol=1e-9, atol=1e-9)
+
+
+def test_it_keeps_the_stepping_contract(make, teacher_backend, tmp_path):
+    teacher_backend.convert(make()[0], [], tmp_path / "ours", seed=0)
+    check_backend(teacher_backend, tmp_path / "ours", rounds=300)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_every_number_comes_back_as_it_was(make, teacher_backend, tmp_path, pickled):
+    folder, tensors, _ = make(pickled=pickled)
+    teacher_backend.convert(folder, [], tmp_path / "ours", seed=0)
+    export(tmp_path / "ours", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert read_config(tmp_path / "back").to_dict() == read_config(folder).to_dict()
+    assert teacher_backend.describe(folder)["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"layer": "Mamba1"}, "ssm_cfg.layer"), ({"rmsnorm": False}, "ssm_cfg.rmsnorm"), ({"depth": 1}, "ssm_cfg.depth")],
+)
+def test_what_is_not_served_is_refused_by_its_key(make, teacher_backend, tmp_path, changes, named):
+    with pytest.raises(Unsupported, match=named):
+        teacher_backend.convert(make(**changes)[0], [], tmp_path / "ours", seed=0)
+
+
+def test_hybrids_and_models_of_mamba_ssm_do_not_become_each_other(half, make, hybrid_backend, tmp_path):
+    with pytest.raises(Unsupported, match="is no model of mamba-ssm"):
+        export(half, tmp_path / "out")
+    with pytest.raises(Unsupported, match="has no attention to trade"):
+        hybrid_backend.convert(make()[0], [], tmp_path / "out", seed=0)
