@@ -19,7 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..support import begins_early
 from .forms import fastest, measurable
 from .ring import between_tokens
 from .triton_pieces import softplus
@@ -72,11 +74,12 @@ def _selective(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr, SOURCES: tl.constexpr, NUMBERS: tl.constexpr, SPAN: tl.constexpr, REPEAT: tl.constexpr,
     GROUP: tl.constexpr, C_GROUP: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, SETTLE: tl.constexpr,
     TAPS: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, OPEN: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, COPY: tl.constexpr, T: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, COPY: tl.constexpr, T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs behind those of the channels copy what new tokens leave in the ring: nobody reads it in this call.
 
-    The next token is always fetched before one is worked on; behind the last one that is any, and not used.
+    Old tokens are replayed while the kernel before, which brings the new ones, may still run. The next token is always
+    fetched before one is worked on; behind the last one that is any, and not used.
     """
     parts: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
     kept: tl.constexpr = SOURCES + NUMBERS + CHANNELS
@@ -128,6 +131,9 @@ def _selective(  # type: ignore[no-untyped-def]
                 window = window[1:] + (now,)
 
         skip = tl.load(skip_ptr + d, mask=there)
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
         gate = tl.load(gate_ptr + d, mask=there) if OPEN else 0.0
         c_at = c_ptr + row * COUNT * c_token + d // C_GROUP * SIZE
         z_at = z_ptr + row * COUNT * z_token + d
@@ -166,6 +172,9 @@ def _selective(  # type: ignore[no-untyped-def]
                 y = y * opened * tl.sigmoid(opened)
             tl.store(y_at + t * CHANNELS, y.to(y_ptr.dtype.element_ty), mask=there)
     else:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
         column = ((part - parts) * COPY + tl.arange(0, COPY))[None, :]
         new = tl.arange(0, T)[:, None]
         of_x, of_raw = column < SOURCES, column >= SOURCES + NUMBERS
@@ -224,8 +233,12 @@ def selective_ring_multistep(
     plan: Plan,
     form: Form | None = None,
     warmup: bool = False,
+    early: bool | None = None,
 ) -> Tensor:
-    """Shapes as in `selective_ring`; y [B, T, D] in x's dtype. With `warmup` the kernel is only compiled."""
+    """Shapes as in `selective_ring`; y [B, T, D] in x's dtype. With `warmup` the kernel is only compiled. `early`
+    (default: where the GPU can): it may begin before the one before has ended, which then must not be a step of the
+    same layer."""
+    early = begins_early(state.device) if early is None else early
     batch, channels, size = state.shape
     form = form or form_for(new, layer, ring, state, plan)
     y = torch.empty(batch, plan.count, channels, dtype=new.x.dtype, device=state.device)
@@ -243,6 +256,7 @@ def selective_ring_multistep(
             GROUP=layer.sources * size // numbers, C_GROUP=channels * size // new.C.shape[2], SIZE=size,
             COUNT=plan.count, SETTLE=plan.settle, TAPS=layer.weight.shape[1], SILU=layer.silu,
             GATED=new.z is not None, OPEN=layer.gate_bias is not None, BLOCK=form.block, PARTS=form.parts,
-            Q=wide // form.parts, COPY=copy, T=tile, num_warps=form.warps, grid=(programs, batch), warmup=warmup,
+            Q=wide // form.parts, COPY=copy, T=tile, PDL=early, launch_pdl=early,
+            num_warps=form.warps, grid=(programs, batch), warmup=warmup,
         )  # fmt: skip
     return y

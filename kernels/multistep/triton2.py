@@ -20,7 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..support import begins_early
 from .forms import fastest, measurable
 from .ring import between_tokens
 from .triton_pieces import softplus
@@ -78,8 +80,9 @@ def _step(  # type: ignore[no-untyped-def]
     SLOTS, MARGIN, HEADS, X_HEADS, B_HEADS, C_HEADS,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
     BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    PIECES: tl.constexpr, EXACT: tl.constexpr,
+    PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """What an earlier call left is read while the kernel before, which brings the new tokens, may still run."""
     tiles: tl.constexpr = (WIDTH + BLOCK_P - 1) // BLOCK_P
     head = tl.program_id(0) // tiles
     row = tl.program_id(1).to(tl.int64)
@@ -101,20 +104,23 @@ def _step(  # type: ignore[no-untyped-def]
     new_slots = ((start + t) % SLOTS).to(tl.int64)
     dt_ptr += row * dt_row + head
     old_dt = tl.load(dt_ptr + old_slots * dt_slot, mask=old, other=0.0)
-    new_dt = tl.load(dt_ptr + new_slots * dt_slot, mask=new, other=0.0)
     x_ptr += row * x_row + head // X_HEADS * WIDTH
     b_ptr += row * b_row + head // B_HEADS * SIZE
     c_ptr += row * c_row + head // C_HEADS * SIZE
     wide = (p < WIDTH)[:, None]
     long = n < SIZE
-    c = _part(c_ptr + t[None, :] * c_token + n[:, None], new[None, :], long[:, None], whole)
     old_b = _part(b_ptr + old_slots[:, None] * b_slot + n[None, :], old[:, None], long[None, :], whole)
-    new_b = _part(b_ptr + new_slots[:, None] * b_slot + n[None, :], new[:, None], long[None, :], whole)
     old_x = _part(x_ptr + old_slots[None, :] * x_slot + p[:, None], old[None, :], wide, whole)
-    new_x = _part(x_ptr + new_slots[None, :] * x_slot + p[:, None], new[None, :], wide, whole)
-
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    new_dt = tl.load(dt_ptr + new_slots * dt_slot, mask=new, other=0.0)
+    c = _part(c_ptr + t[None, :] * c_token + n[:, None], new[None, :], long[:, None], whole)
+    new_b = _part(b_ptr + new_slots[:, None] * b_slot + n[None, :], new[:, None], long[None, :], whole)
+    new_x = _part(x_ptr + new_slots[None, :] * x_slot + p[:, None], new[None, :], wide, whole)
+
     old_decays = old_dt * decay
     total = tl.sum(old_decays, axis=0)
     carry = tl.exp(total)
@@ -163,11 +169,15 @@ def _convolve(  # type: ignore[no-untyped-def]
     u_ptr, weight_ptr, bias_ptr, dt_bias_ptr, window_ptr, ring_ptr, left_ptr, dt_ptr, start_ptr,
     u_row, CHANNELS, KEPT, HEADS, WINDOW_SLOTS, SLOTS,
     COUNT: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program has BLOCK channels of all new tokens of a row; the last ones have the step sizes of BLOCK heads.
 
     What it reads of the window lies in slots that no new input goes to.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     start = tl.load(start_ptr + row)
@@ -263,8 +273,12 @@ def ring_multistep(
     form: Form | None = None,
     pieces: int = PIECES,
     warmup: bool = False,
+    early: bool | None = None,
 ) -> Tensor:
-    """Shapes as in `ring`; y [B, T, H, P] in x's dtype. With `warmup` the kernel is only compiled."""
+    """Shapes as in `ring`; y [B, T, H, P] in x's dtype. With `warmup` the kernel is only compiled. `early` (default:
+    where the GPU can): it may begin before the one before has ended, which then must not be a step of the same layer.
+    """
+    early = begins_early(state.device) if early is None else early
     batch, heads, width, size = state.shape
     form = form or form_for(ring, C, A, D, state, plan)
     y = torch.empty(batch, plan.count, heads, width, dtype=ring.x.dtype, device=state.device)
@@ -276,8 +290,8 @@ def ring_multistep(
             ring.dt.shape[1], plan.steps, heads, *(heads // t.shape[2] for t in (ring.x, ring.B, C)),
             WIDTH=width, SIZE=size, COUNT=plan.count, REPLAY=plan.replay, SETTLE=plan.settle,
             BLOCK_P=form.block, COLUMNS=form.columns or _tile(size), N=_tile(size), T=_tile(plan.count),
-            R=_tile(plan.replay), PIECES=0 if exact else pieces, EXACT=exact, num_warps=form.warps,
-            grid=(triton.cdiv(width, form.block) * heads, batch), warmup=warmup,
+            R=_tile(plan.replay), PIECES=0 if exact else pieces, EXACT=exact, PDL=early,
+            launch_pdl=early, num_warps=form.warps, grid=(triton.cdiv(width, form.block) * heads, batch), warmup=warmup,
         )  # fmt: skip
     return y
 
@@ -310,11 +324,11 @@ def convolve(
     batch, count = u.shape[:2]
     channels, kept, heads = weight.shape[0], ring.shape[2], dt.shape[2]
     left = torch.empty(batch, count, channels - kept, dtype=ring.dtype, device=ring.device)
-    grid = triton.cdiv(channels, CONVOLVED) + triton.cdiv(heads, CONVOLVED), batch
+    grid, early = (triton.cdiv(channels, CONVOLVED) + triton.cdiv(heads, CONVOLVED), batch), begins_early(u.device)
     with torch.cuda.device_of(u):
         _convolve[grid](
             u, weight, bias, dt_bias, window, ring, left, dt, start, between_tokens(u), channels, kept, heads,
             window.shape[1], ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu, BLOCK=CONVOLVED,
-            T=triton.next_power_of_2(count), num_warps=4,
+            T=triton.next_power_of_2(count), PDL=early, launch_pdl=early, num_warps=4,
         )  # fmt: skip
     return left

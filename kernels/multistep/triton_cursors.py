@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..support import begins_early
 
 if TYPE_CHECKING:
     from .ring import Plan
@@ -18,8 +21,12 @@ ROWS = 128
 
 @triton.jit
 def _move(  # type: ignore[no-untyped-def]
-    start_ptr, settled_ptr, saved_ptr, end_ptr, batch, COUNT, STEPS, REPLAY, SETTLE: tl.constexpr, BLOCK: tl.constexpr
-):
+    start_ptr, settled_ptr, saved_ptr, end_ptr, batch, COUNT, STEPS, REPLAY,
+    SETTLE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < batch
     start = tl.load(start_ptr + row, mask=there, other=0)
@@ -32,9 +39,9 @@ def _move(  # type: ignore[no-untyped-def]
 
 def move(start: Tensor, settled: Tensor, saved: Tensor, end: Tensor, plan: Plan) -> None:
     """As in `cursors`."""
-    batch = start.shape[0]
+    batch, early = start.shape[0], begins_early(start.device)
     with torch.cuda.device_of(start):
         _move[triton.cdiv(batch, ROWS),](
             start, settled, saved, end, batch, plan.count, plan.steps, plan.replay,
-            SETTLE=plan.settle, BLOCK=ROWS, num_warps=1,
+            SETTLE=plan.settle, BLOCK=ROWS, PDL=early, launch_pdl=early, num_warps=1,
         )  # fmt: skip
