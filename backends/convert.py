@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Unsupported
-from . import checkpoint, native, released
+from . import checkpoint, drawn, native, released
 from .config import REMOVED, HybridConfig
 from .mamba import EXACT
 from .mixers import MAMBAS
@@ -48,7 +48,9 @@ def adopt(parent: Path, out: Path) -> None:
     is_released = released.is_released(parent)
     config = released.check(parent) if is_released else check_parent(parent)
     out.mkdir(parents=True, exist_ok=True)
-    if is_released and "mamba" in config.mixers:
+    if drawn.is_drawn(parent):
+        drawn.take_along(parent, out)
+    elif is_released and "mamba" in config.mixers:
         released.write_fused(parent, config, out)
     elif all(path.suffix == ".safetensors" for path in shards(parent)):
         link_weights(parent, out)
@@ -86,7 +88,10 @@ def convert(
             )
     traded = sorted(set(old.attention_layers) - set(keep))
     config = _traded(old, traded, options, parent)
-    write(out, _tensors(config, Weights(parent), traded, seed, options))
+    if drawn.is_drawn(parent):
+        drawn.take_along(parent, out)
+    else:
+        write(out, _tensors(config, Weights(parent), traded, seed, options))
     checkpoint.save_config(config, out)
     checkpoint.copy_side_files(parent, out)
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from ..harness.answers import ends, make_answer
 from ..harness.interfaces import Answer, Cost, Emit, Limits, MambabenchError, Prompt, Scores, Tokenizer, Unsupported
-from . import checkpoint
+from . import checkpoint, drawn
 from .config import MODEL_TYPE, HybridConfig
 from .convert import link, link_weights
 from .families import to_family
@@ -85,7 +85,7 @@ class HfBackend:
     def load(self, artifact: Path, device: str, dtype: str) -> HfStepper:
         """The model with its own loop, in `dtype`."""
         kind, context = torch_dtype(dtype, device), self.describe(artifact)["max_context"]
-        model: Any = _load(artifact, kind)
+        model: Any = _load(artifact, kind, device)
         return HfStepper(model.to(device), self.tokenizer(artifact), context, self.config.cache)
 
     def module(self, artifact: Path) -> PreTrainedModel:
@@ -220,7 +220,10 @@ def _export(artifact: Path, out: Path) -> None:
     if config.attention_layers != list(range(config.num_hidden_layers)):
         raise Unsupported(f"{artifact}: is no Transformer of transformers: layers {_others(config)} have no attention")
     out.mkdir(parents=True, exist_ok=True)
-    link_weights(artifact, out)
+    if drawn.is_drawn(artifact):
+        drawn.take_along(artifact, out)
+    else:
+        link_weights(artifact, out)
     (out / "config.json").write_text(json.dumps(to_family(config), indent=2) + "\n", encoding="utf-8")
     checkpoint.copy_side_files(artifact, out)
 
@@ -245,14 +248,20 @@ def _config(folder: Path) -> Any:
 
 def _check_files(folder: Path) -> None:
     """Raises MambabenchError for weights that are missing, or in files that might run code."""
-    for path in shards(folder):
+    for path in () if drawn.is_drawn(folder) else shards(folder):
         if path.suffix != ".safetensors":
             raise MambabenchError(f"{path}: backend hf takes safetensors alone; save the model as such")
 
 
-def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Every tensor from safetensors; a tensor that the folder lacks is an error, never a random one."""
+def _load(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Every tensor from safetensors, on CPU; a tensor that the folder lacks is an error, never a random one. Only a
+    model of which all are to be drawn has random ones, on the device."""
     _check_files(folder)
+    if drawn.is_drawn(folder):
+        torch.manual_seed(drawn.spread(folder)[0])
+        with torch.device(device):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(_config(folder), dtype=dtype)
+        return made.eval()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True

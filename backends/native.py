@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..harness.interfaces import MambabenchError, Unsupported
-from . import checkpoint
+from . import checkpoint, drawn
 from .config import HybridConfig
 from .weights import Weights, read_json, write
 
@@ -135,15 +135,20 @@ def raw_of(config: HybridConfig, where: Path) -> dict[str, Any]:
 
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """`checkpoint.tensor_shapes` under our names."""
+    if drawn.is_drawn(folder):
+        return checkpoint.drawn_shapes(read_config(folder))
     return {renamed(name): shape for name, shape in checkpoint.tensor_shapes(folder).items()}
 
 
 def adopt(folder: Path, out: Path) -> None:
     """Writes such a folder as an artifact of ours, each number as it is."""
     config = read_config(folder)
-    theirs = {renamed(name, BACK): t for name, t in checkpoint.skeleton(config).state_dict().items()}
-    checkpoint.check_shapes(folder, {name: tuple(t.shape) for name, t in theirs.items()}, config)
-    write(out, _tensors(Weights(folder), config.tie_word_embeddings, NAMES))
+    if drawn.is_drawn(folder):
+        drawn.take_along(folder, out)
+    else:
+        theirs = {renamed(name, BACK): t for name, t in checkpoint.skeleton(config).state_dict().items()}
+        checkpoint.check_shapes(folder, {name: tuple(t.shape) for name, t in theirs.items()}, config)
+        write(out, _tensors(Weights(folder), config.tie_word_embeddings, NAMES))
     checkpoint.save_config(config, out)
     checkpoint.copy_side_files(folder, out)
 
@@ -152,7 +157,10 @@ def export(artifact: Path, out: Path) -> None:
     """Writes an artifact of ours as such a folder, in safetensors."""
     config = checkpoint.read_config(artifact)
     raw = raw_of(config, artifact)
-    write(out, _tensors(Weights(artifact), config.tie_word_embeddings, BACK))
+    if drawn.is_drawn(artifact):
+        drawn.take_along(artifact, out)
+    else:
+        write(out, _tensors(Weights(artifact), config.tie_word_embeddings, BACK))
     (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     checkpoint.copy_side_files(artifact, out)
 

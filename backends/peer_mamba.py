@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..harness.answers import ends, make_answer
 from ..harness.interfaces import Answer, Cost, Emit, Limits, MambabenchError, Prompt, Scores, Tokenizer, Unsupported
-from . import checkpoint, native
+from . import checkpoint, drawn, native
 from .config import HybridConfig
 from .convert import link
 from .hybrid import BYTES, read_tokenizer, torch_dtype
@@ -44,7 +44,8 @@ class MambaSsmBackend:
             return
         native.read_raw(parent)
         out.mkdir(parents=True, exist_ok=True)
-        for path in (parent / "config.json", *shards(parent)):
+        weights = [parent / drawn.FILE] if drawn.is_drawn(parent) else shards(parent)
+        for path in (parent / "config.json", *weights):
             link(path, out / path.name)
         checkpoint.copy_side_files(parent, out)
 
@@ -52,7 +53,8 @@ class MambaSsmBackend:
         """Sizes from the config and the tensors' headers. Layers with attention are those that the config names."""
         if not native.is_native(artifact):
             raise MambabenchError(f"{artifact / 'config.json'}: is none of mamba-ssm's (it has no d_model and n_layer)")
-        raw, shapes = native.read_raw(artifact), checkpoint.tensor_shapes(artifact)
+        raw = native.read_raw(artifact)
+        shapes = native.shapes(artifact) if drawn.is_drawn(artifact) else checkpoint.tensor_shapes(artifact)
         if raw.get("tie_embeddings", True):
             shapes.pop(HEAD, None)
         numbers = {name: torch.Size(shape).numel() for name, (shape, _) in shapes.items()}
@@ -88,19 +90,24 @@ class MambaSsmBackend:
 
 
 def build(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    """mamba-ssm's model with every tensor of a folder in its format."""
+    """mamba-ssm's model with every tensor of a folder in its format, or with the weights that it draws itself."""
     try:
         models = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
         configs = importlib.import_module("mamba_ssm.models.config_mamba")
     except ImportError as error:
         raise Unsupported(f"backend mamba-ssm: cannot be imported here ({error})") from None
-    raw, weights = native.read_raw(folder), Weights(folder)
-    tensors = {name: weights[name] for name in weights}
-    if raw.get("tie_embeddings", True):
-        tensors.setdefault(HEAD, tensors[EMBEDDING])
+    raw, tensors = native.read_raw(folder), dict[str, Tensor]()
+    if drawn.is_drawn(folder):
+        torch.manual_seed(drawn.spread(folder)[0])
+    else:
+        weights = Weights(folder)
+        tensors = {name: weights[name] for name in weights}
+        if raw.get("tie_embeddings", True):
+            tensors.setdefault(HEAD, tensors[EMBEDDING])
     try:
         model: nn.Module = models.MambaLMHeadModel(configs.MambaConfig(**raw), device=device, dtype=dtype)
-        model.load_state_dict(tensors)
+        if tensors:
+            model.load_state_dict(tensors)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MambabenchError(f"{folder}: mamba-ssm cannot make this model ({reason})") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, drawn
 from .convert import check_parent, kept
 from .hybrid import TeacherBackend
 from .plugin import ShrunkConfig
@@ -29,7 +29,10 @@ class ShrunkBackend(TeacherBackend):
         layers = sorted(keep)
         old = check_parent(parent)
         config = shrunk_config(old, layers)
-        write(out, _numbered(kept(old, Weights(parent)), layers))
+        if drawn.is_drawn(parent):
+            drawn.take_along(parent, out)
+        else:
+            write(out, _numbered(kept(old, Weights(parent)), layers))
         checkpoint.save_config(config, out)
         checkpoint.copy_side_files(parent, out)
 

@@ -37,6 +37,8 @@ class RandomTeacherConfig:
     """Standard deviation of the weights."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights on disk."""
+    weights: Literal["stored", "drawn"] = "stored"
+    """`drawn`: none lie on disk, and whoever loads the model draws them anew, the same on the same device."""
 
     def __post_init__(self) -> None:
         for name in (*SHAPE, "kv_heads", "head_dim", "context", "rope_theta"):
@@ -83,11 +85,15 @@ class RandomMambaConfig:
     """Standard deviation of the weights."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights on disk."""
+    weights: Literal["stored", "drawn"] = "stored"
+    """`drawn`: none lie on disk, and whoever loads the model draws them anew, the same on the same device."""
 
     def __post_init__(self) -> None:
         for name, least in (("layers", 1), ("hidden", 1), ("vocabulary", 258), ("states", 0), ("head_dim", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.weights == "drawn" and self.layer != "mamba2":
+            raise ValueError(f'weights = "drawn" goes with mamba2 layers, not with {self.layer}')
         if 2 * self.hidden % self.head_dim:
             raise ValueError(f"head_dim is {self.head_dim}, which does not divide 2 x hidden = {2 * self.hidden}")
         if self.init <= 0:

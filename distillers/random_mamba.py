@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..harness.interfaces import Job, MambabenchError
 from .random_configs import RandomMambaConfig
-from .random_teacher import byte_tokenizer
+from .random_teacher import byte_tokenizer, write_drawn
 
 TIED = {"tie_embeddings": True, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
 DT = (1e-3, 1e-1)
@@ -34,17 +34,20 @@ class RandomMamba:
         if job.backend is None:
             raise MambabenchError("random-mamba: the model's backend is missing")
         settings, tokenizer = _settings(self.config), byte_tokenizer()
-        torch.manual_seed(job.seed)
-        kind = getattr(torch, self.config.dtype)
-        with torch.device(job.device):
-            tensors = {name: tensor.to(kind) for name, tensor in _tensors(self.config, settings["vocab_size"])}
         folder = job.scratch / "model"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
         tokenizer.save_pretrained(folder)
+        if self.config.weights == "drawn":
+            write_drawn(folder, job.seed, self.config.init)
+        else:
+            torch.manual_seed(job.seed)
+            kind = getattr(torch, self.config.dtype)
+            with torch.device(job.device):
+                drawn = {name: tensor.to(kind) for name, tensor in _tensors(self.config, settings["vocab_size"])}
+            save_file({name: tensor.cpu().contiguous() for name, tensor in drawn.items()}, folder / "model.safetensors")
         job.backend.convert(parent=folder, keep=[], out=job.out, seed=job.seed)
-        job.emit("fact", name="parameters", value=sum(tensor.numel() for tensor in tensors.values()))
+        job.emit("fact", name="parameters", value=job.backend.describe(job.out)["parameters"])
 
 
 def _settings(config: RandomMambaConfig) -> dict[str, Any]:
