@@ -195,7 +195,7 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
     positions = first.unsqueeze(1) + tokens
     live, longest, mask = int(end.max()), 0, None
     if start is not None:
-        longest = int((start - saved).max())
+        longest = 0 if state.snapshots else int((start - saved).max())
         mask = (torch.arange(live, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
     sliding, reach = None, config.sliding_window or 0
     slots = torch.arange(ids.shape[1] if start is None else live, device=device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..kernels.conv import window_at
 from ..kernels.documents import Documents
 from ..kernels.multistep import Channels, Projected, selective_multistep, selective_ring_multistep
+from ..kernels.multistep.snapshot import selective_snapshot_multistep
 from ..kernels.scan.reference import compute_dtype
 from ..kernels.selective_scan import selective_scan, step_sizes
 from .calls import Fill, MambaStep
@@ -132,7 +133,7 @@ class Mamba1(Mamba):
         if not fill.fresh:
             old = cache.inputs[fill.rows.unsqueeze(1), fill.read]
             taken = old.shape[1] - replayed
-            window, state = self._parts(old[:, :taken])[0], cache.state[fill.rows]
+            window, state = self._parts(old[:, :taken])[0], cache.at(fill.rows, fill.start)
             kept = torch.cat((old[:, taken:], kept), dim=1)
             c = F.pad(c, (0, 0, replayed, 0))
         x, b, raw = self._parts(kept)
@@ -146,7 +147,8 @@ class Mamba1(Mamba):
         real[:, :replayed] &= fill.replayed.squeeze(-1) > 0
         b, c = self._grouped(b, fill.turn), self._grouped(c, fill.turn)
         decay = self._decay(self.A_log.dtype)
-        y, cache.state[fill.rows] = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, state, real)
+        y, state = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, state, real)
+        cache.put(fill.rows, fill.end, state)
         return self.out_proj(self._gated(y[:, replayed:], z))
 
     def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
@@ -164,8 +166,10 @@ class Mamba1(Mamba):
         new = None if call.turn is None else (call.turn[0][:, -call.count :], call.turn[1][:, -call.count :])
         b = self._grouped(b[:, -x.shape[1] :], call.turn)
         c = self._grouped(c.view(call.batch, call.count, -1), new)
-        y = selective_multistep(x, dt, self._decay(dt.dtype), b, c, self.D, cache.state, call.settle)
-        return self._gated(y, z)
+        given = x, dt, self._decay(dt.dtype), b, c, self.D, cache.state
+        if cache.snapshots:
+            return self._gated(selective_snapshot_multistep(*given, call.start), z)
+        return self._gated(selective_multistep(*given, call.settle), z)
 
     def _mix_by_kernel(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
         """The same, with the convolution and the gate."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..kernels.documents import Documents
 from ..kernels.gated_norm import gated_norm
 from ..kernels.multistep import convolve, folded, multistep, ring_multistep
+from ..kernels.multistep.snapshot import snapshot_multistep, snapshot_ring_multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
 from .calls import Fill, MambaStep
@@ -118,7 +119,7 @@ class Mamba2(Mamba):
         if not fill.fresh:
             old = cache.inputs[fill.rows.unsqueeze(1), fill.read[:, longest - replayed :]]
             taken = old.shape[1] - replayed
-            window, state = self._parts(old[:, :taken])[0], cache.state[fill.rows]
+            window, state = self._parts(old[:, :taken])[0], cache.at(fill.rows, fill.start)
             kept = torch.cat((old[:, taken:], kept), dim=1)
             if cache.ring is not None:
                 ring, decay = cache.ring.views.rows(fill.rows), self._decay(state.dtype)
@@ -130,7 +131,8 @@ class Mamba2(Mamba):
         lengths = fill.lengths + replayed
         convolved, window = self._conv(u, window, lengths)
         x, b, c = self._heads(convolved, fill.turn)
-        y, cache.state[fill.rows] = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, lengths, self.chunk)
+        y, state = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, lengths, self.chunk)
+        cache.put(fill.rows, fill.end, state)
         cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.channels] = window
         return self.out_proj(self._gated(y[:, replayed:], z))
 
@@ -146,8 +148,8 @@ class Mamba2(Mamba):
         dt = self._dt(raw[:, -x.shape[1] :])
         if call.live is not None:
             dt = dt * call.live
-        decay = self._decay(dt.dtype)
-        y = multistep(x, dt, decay, b, c[:, -call.count :], self.D, cache.state, call.mask, call.settle)
+        given = x, dt, self._decay(dt.dtype), b, c[:, -call.count :], self.D, cache.state
+        y = snapshot_multistep(*given, call.start) if cache.snapshots else multistep(*given, call.mask, call.settle)
         return self._gated(y, z)
 
     def _step_by_kernel(self, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep) -> Tensor:
@@ -157,4 +159,6 @@ class Mamba2(Mamba):
             new, weight, bias, self.dt_bias, cache.inputs, ring.convolved, ring.dt, call.start, self.active
         ).unflatten(2, (-1, self.shape.states))
         decay = self._decay(ring.dt.dtype)
+        if cache.snapshots:
+            return snapshot_ring_multistep(ring.views, c, decay, self.D, cache.state, call.start)
         return ring_multistep(ring.views, c, decay, self.D, cache.state, call.start, call.saved, call.plan)

@@ -67,6 +67,8 @@ class MambaState:
     inputs: Tensor
     """Mamba-2 [B, S, E + H]: the convolution's E inputs and the raw dt. Mamba-1 [B, S, 2 G P + D]: x, B, raw dt."""
 
+    snapshots: bool = False
+    """Whether there is a state for each position since `settled`, as `kernels.multistep.snapshot` keeps them."""
     by_kernel: bool = False
     """Whether the layer's kernel makes its steps."""
     ring: StateRing | None = None
@@ -74,6 +76,17 @@ class MambaState:
 
     def tensors(self) -> list[Tensor]:
         return [self.state, self.inputs, *(self.ring.tensors() if self.ring else ())]
+
+    def at(self, rows: Tensor, start: Tensor) -> Tensor:
+        """What rows int64 [n] go on from at `start` int64 [n]: with a checkpoint, that."""
+        return self.state[rows, start % self.state.shape[1]] if self.snapshots else self.state[rows]
+
+    def put(self, rows: Tensor, end: Tensor, state: Tensor) -> None:
+        """Settles rows int64 [n] at `end` int64 [n]."""
+        if self.snapshots:
+            self.state[rows, end % self.state.shape[1]] = state
+        else:
+            self.state[rows] = state
 
 
 @dataclass(slots=True)
@@ -107,6 +120,8 @@ class State:
     """Of recurrent states."""
     rotary: Tensor
     """[capacity, 2, P]: cos and sin of every position."""
+    snapshots: bool = False
+    """`MambaState.snapshots` of all layers."""
     graphs: Graphs | None = None
     """Calls recorded on this memory."""
 
@@ -176,9 +191,18 @@ def input_slots(config: HybridConfig, like: Tensor, steps: int) -> int:
     return (0 if fewer else replayable(config, like, steps)) + steps + config.d_conv - 1
 
 
-def held_bytes(config: HybridConfig, like: Tensor, steps: int) -> int:
+def held_bytes(config: HybridConfig, like: Tensor, steps: int, snapshots: bool = False) -> int:
     """What a row has in its Mamba layers."""
     total, slots = 0, input_slots(config, like, steps)
+    if snapshots:
+        for mixer in WORTH.keys() & set(config.mixers):
+            state, token = recurrent(config, mixer)
+            each = (steps + 1) * math.prod(state) * compute_dtype(like).itemsize
+            each += (steps + config.d_conv - 1) * token * like.element_size()
+            if mixer == "mamba2" and steps_by_kernel(config, mixer, like, steps):
+                each += steps * _ring_bytes(config, like)
+            total += config.mixers.count(mixer) * each
+        return total
     for mixer in config.mixers:
         if mixer in WORTH:
             state, token = recurrent(config, mixer)
@@ -196,9 +220,13 @@ def _state_ring(config: HybridConfig, batch: int, slots: int, like: Tensor) -> S
     return StateRing(convolved, dt, Ring(x.unflatten(2, (-1, shape.width)), B.unflatten(2, (-1, shape.states)), dt))
 
 
-def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, steps: int, like: Tensor) -> State:
+def open_state(
+    config: HybridConfig, rope: Rope, batch: int, capacity: int, steps: int, like: Tensor, snapshots: bool = False
+) -> State:
     """Empty rows of `capacity` positions, in the dtype and on the device of `like`."""
     ring, replay = input_slots(config, like, steps), replayable(config, like, steps)
+    if snapshots:
+        ring, replay = steps + config.d_conv - 1, steps
     groups, width = config.num_key_value_heads, config.head_dim
     exact = compute_dtype(like)
     layers: list[LayerState] = []
@@ -209,14 +237,18 @@ def open_state(config: HybridConfig, rope: Rope, batch: int, capacity: int, step
             layers.append(NoState())
         else:
             shape, slot = recurrent(config, mixer)
-            state = like.new_zeros(batch, *shape, dtype=exact)
-            by_kernel = steps_by_kernel(config, mixer, like, steps)
-            inner = _state_ring(config, batch, replay + steps, like) if by_kernel and mixer == "mamba2" else None
-            layers.append(MambaState(state, like.new_zeros(batch, ring, slot), by_kernel, inner))
+            by_kernel = steps_by_kernel(config, mixer, like, steps) and (mixer == "mamba2" or not snapshots)
+            kept = (steps + 1, *shape) if snapshots else shape
+            state, inputs = like.new_zeros(batch, *kept, dtype=exact), like.new_zeros(batch, ring, slot)
+            inner = None
+            if by_kernel and mixer == "mamba2":
+                inner = _state_ring(config, batch, steps if snapshots else replay + steps, like)
+            layers.append(MambaState(state, inputs, snapshots, by_kernel, inner))
     cursor = like.new_zeros(batch, dtype=torch.int32)
     cos, sin = rope(torch.arange(capacity, device=like.device).unsqueeze(0), like)
     rotary = torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1)
-    return State(layers, cursor, cursor.clone(), cursor.clone(), steps, replay, capacity, ring, exact, rotary)
+    cursors = cursor, cursor.clone(), cursor.clone()
+    return State(layers, *cursors, steps, replay, capacity, ring, exact, rotary, snapshots)
 
 
 class Kept:
@@ -226,10 +258,12 @@ class Kept:
         self._most = most
         self._free: list[State] = []
 
-    def take(self, batch: int, capacity: int, steps: int, make: Callable[[], State]) -> State:
-        """An empty state of these sizes, one that was kept or a new one. It is kept again once nobody has it."""
-        sizes = batch, capacity, steps
-        found = [state for state in self._free if (len(state.end), state.capacity, state.steps) == sizes]
+    def take(self, sizes: tuple[int, int, int, bool], make: Callable[[], State]) -> State:
+        """An empty state of so many rows, positions and steps, with snapshots or without, one that was kept or a new
+        one. It is kept again once nobody has it."""
+        found = [
+            state for state in self._free if (len(state.end), state.capacity, state.steps, state.snapshots) == sizes
+        ]
         if found:
             whole = found[-1]
             self._free = [state for state in self._free if state is not whole]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
+from ..harness.interfaces import Cost, MambabenchError, Rollback, Scores, Tokenizer
 from ..kernels.few_rows import Projection, Stream, project
 from ..kernels.multistep import move
 from ..kernels.scan.reference import compute_dtype
@@ -46,7 +46,7 @@ class HybridStepper:
         self.max_context: int = model.config.max_position_embeddings
         weight = model.lm_head.weight
         self.device, self.dtype = str(weight.device), str(weight.dtype).removeprefix("torch.")
-        self.traits = frozenset({"rollback", "shrinks"})
+        self.traits = frozenset({"rollback", "shrinks", "snapshots"})
         self.layers = len(model.model.layers)
         self.debug = debug
         """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
@@ -60,18 +60,19 @@ class HybridStepper:
         self._into_logits = Projection(weight, None, norm.weight, norm.eps)
 
     @torch.inference_mode()
-    def open(self, batch: int, context: int, steps: int) -> State:
+    def open(self, batch: int, context: int, steps: int, rollback: Rollback = "replay") -> State:
         """Takes the memory for `batch` rows of `context + steps` positions. With graphs a request takes over what an
         earlier one of about its length had."""
         rope, weight, capacity = self.model.model.rope, self.model.lm_head.weight, self._capacity(context + steps)
         rope.check(context)
 
         def make() -> State:
-            state = open_state(self.config, rope, batch, capacity, steps, weight)
+            state = open_state(self.config, rope, batch, capacity, steps, weight, rollback == "snapshot")
             state.graphs = Graphs(self._recorder) if self.graphs else None
             return state
 
-        return self._kept.take(batch, capacity, steps, make) if self.graphs else make()
+        sizes = batch, capacity, steps, rollback == "snapshot"
+        return self._kept.take(sizes, make) if self.graphs else make()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None = None) -> Tensor:
@@ -144,7 +145,7 @@ class HybridStepper:
             return {}
         return {"graphs": (self._recorder.count, ""), "recording graphs": (self._recorder.seconds, "s")}
 
-    def cost(self, batch: int, context: int, steps: int) -> Cost:
+    def cost(self, batch: int, context: int, steps: int, rollback: Rollback = "replay") -> Cost:
         """Least bytes and FLOPs of one `advance`: each weight, cached key and checkpoint read once, the new ones
         written; the mean over the calls between two writes of a checkpoint, if all tokens stay. A product of n weights
         with a token is 2 n FLOPs. What is held counts the embedding, which a step reads a few rows of, and whole
@@ -163,14 +164,17 @@ class HybridStepper:
         cells, slots = sum(math.prod(shape) for shape, _ in kinds), size * sum(slot for _, slot in kinds)
         reached = [min(context, window or context) + steps for window in self._windows]
         slot_bytes = 2 * groups * width * size * batch
+        moved = (1 + 1 / rounds) * cells * exact + (3 + rounds) / 2 * steps * slots
+        if rollback == "snapshot":
+            moved = (1 + steps) * cells * exact + steps * slots
         return Cost(
             weight_bytes=sum(p.nbytes for p in read),
             kv_bytes=slot_bytes * sum(reached),
-            state_bytes=round(batch * ((1 + 1 / rounds) * cells * exact + (3 + rounds) / 2 * steps * slots)),
+            state_bytes=round(batch * moved),
             flops=2 * numbers * tokens + 4 * tokens * sum(reached) * heads * width + tokens * 8 * cells,
             held_weight_bytes=sum(p.nbytes for p in held.values()),
             held_kv_bytes=slot_bytes * attention * self._capacity(context + steps),
-            held_state_bytes=batch * held_bytes(config, weight, steps),
+            held_state_bytes=batch * held_bytes(config, weight, steps, rollback == "snapshot"),
         )
 
     def _logits(self, h: Tensor, added: Tensor | None) -> Tensor:
@@ -205,6 +209,8 @@ class HybridStepper:
         live, longest, even = state.capacity, state.replay, False
         if state.graphs is None and self._looks(start):
             live, longest, even = self._check(count, start, state, settle)
+        if state.snapshots:
+            longest = 0
         calls: dict[str, AttentionStep | MambaStep] = {}
         for name, window in {"attention": 0, "sliding": self.config.sliding_window or 0}.items():
             if name in self.config.calls:

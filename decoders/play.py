@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..harness.interfaces import DeviceDraft, Draft, Limits, Prompt, Recording, Stepper
+from ..harness.interfaces import DeviceDraft, Draft, Limits, Prompt, Recording, Rollback, Stepper, Unsupported
 from .adaptive import Chooser
 from .batch import Batch
 from .results import Results, Round
@@ -38,12 +38,16 @@ class Rounds:
         draft: Draft | DeviceDraft | None = None,
         steady: bool = True,
         script: float | None = None,
+        rollback: Rollback = "replay",
     ) -> None:
         self.model, self.prompts, self.limits, self.steps = model, prompts, limits, steps
         self.draft, self.steady, self.script = draft, steady, script
         self.k = steps - 1
         self.longest = max(len(prompt.ids) for prompt in prompts)
-        self.state = model.open(len(prompts), self.longest + limits.new_tokens, steps)
+        if rollback != "replay" and "snapshots" not in model.traits:
+            raise Unsupported(f"rollback = {rollback!r} needs a backend that keeps snapshots (trait `snapshots`)")
+        chosen = {} if rollback == "replay" else {"rollback": rollback}
+        self.state = model.open(len(prompts), self.longest + limits.new_tokens, steps, **chosen)
         self._recording: Recording | None = getattr(model, "recording", _none)(self.state)
         self.board = self._board(look)
         self.board.texts.begin(prompts, limits)

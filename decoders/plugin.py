@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..harness.hooks import hookimpl
-from ..harness.interfaces import Choice, ChoiceOf, Component, ModelRef
+from ..harness.interfaces import Choice, ChoiceOf, Component, ModelRef, Rollback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,9 @@ class SpeculativeConfig:
     steady: bool = True
     """A draft that samples goes one token further, so that sampled text is the same for every K. Without, that token's
     time is saved and the text depends on where rounds begin; its distribution does not."""
+    rollback: Rollback = "replay"
+    """How recurrent layers take rejected tokens back: `replay` their inputs from a checkpoint, or `snapshot`, a state
+    for every token, to compare it with."""
     look: int = 1
     """Rounds after which the host looks at what came of them. Above 1 the device need not wait in between; text that
     ended meanwhile is dropped."""

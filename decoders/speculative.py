@@ -19,6 +19,7 @@ from ..harness.interfaces import (
     Limits,
     OnText,
     Prompt,
+    Rollback,
     Stepper,
     Unsupported,
 )
@@ -34,7 +35,14 @@ def speculative(config: SpeculativeConfig) -> SpeculativeDecoder:
     from ..harness.plugins import build
 
     window = config.window if config.adapt else 0
-    return SpeculativeDecoder(build(config.draft), config.k, look=config.look, steady=config.steady, window=window)
+    return SpeculativeDecoder(
+        build(config.draft),
+        config.k,
+        look=config.look,
+        steady=config.steady,
+        window=window,
+        rollback=config.rollback,
+    )
 
 
 class SpeculativeDecoder:
@@ -53,10 +61,12 @@ class SpeculativeDecoder:
         steady: bool = True,
         window: int = 0,
         script: float | None = None,
+        rollback: Rollback = "replay",
     ) -> None:
         self.draft = draft
         self.k = k
         self.look, self.steady, self.window, self.script = look, steady, window, script
+        self.rollback = rollback
         self._costs = CostTable()
 
     def bind(self, models: Mapping[str, Artifact]) -> None:
@@ -87,7 +97,8 @@ class SpeculativeDecoder:
 
     def rounds(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> Rounds:
         """The rounds of a request, nothing of which has been run yet."""
-        return Rounds(model, prompts, limits, self.k + 1, self.look, self.draft, self.steady, self.script)
+        given = self.look, self.draft, self.steady, self.script, self.rollback
+        return Rounds(model, prompts, limits, self.k + 1, *given)
 
     def profile(
         self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int

@@ -48,6 +48,8 @@ class Answer:
     finish: Literal["length", "stop"]
 
 
+Rollback = Literal["replay", "snapshot"]
+"""How recurrent layers take tokens back: a checkpoint and the inputs since then, or a state for every token."""
 OnText = Callable[[int, str], None]
 """Called with a row and a piece of its text that later tokens cannot change; the pieces add up to the answer's text."""
 

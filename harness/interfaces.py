@@ -22,6 +22,7 @@ from .decoding import Draft as Draft
 from .decoding import Limits as Limits
 from .decoding import OnText as OnText
 from .decoding import Prompt as Prompt
+from .decoding import Rollback as Rollback
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -278,7 +279,8 @@ class Recording(Protocol):
 class Stepper(Protocol):
     """A model as decoders see it: steps of any number of tokens, and positions that belong to the caller. With the
     trait `shrinks` it has `layers`, their number, and `shrunk(layers)`, a `Stepper` of these alone on the same weights.
-    It may have `recording(state) -> Recording | None`.
+    It may have `recording(state) -> Recording | None`. With the trait `snapshots` its `open` and `cost` take one more
+    argument, `rollback: Rollback = "replay"`, and the contract is the same.
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always

@@ -122,8 +122,8 @@ class Arm:
 
     subject: Subject
     model: Stepper
-    opened: set[tuple[int, int, int]]
-    """Batch, context and steps of every state that the decoder took."""
+    opened: set[tuple[Any, ...]]
+    """Batch, context, steps and maybe rollback of every state that the decoder took."""
     peak: int = 0
     """Most device memory that a block took, in bytes."""
     distinct: int = 0
@@ -134,13 +134,13 @@ class Arm:
 class _Watched:
     """A model that notes what its states are opened for: only the decoder knows."""
 
-    def __init__(self, model: Stepper, opened: set[tuple[int, int, int]]) -> None:
+    def __init__(self, model: Stepper, opened: set[tuple[Any, ...]]) -> None:
         self._model = model
         self._opened = opened
 
-    def open(self, batch: int, context: int, steps: int) -> Any:
-        self._opened.add((batch, context, steps))
-        return self._model.open(batch, context, steps)
+    def open(self, batch: int, context: int, steps: int, **more: Any) -> Any:
+        self._opened.add((batch, context, steps, *more.values()))
+        return self._model.open(batch, context, steps, **more)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -155,7 +155,7 @@ def load_arms(bench: Bench) -> dict[str, Arm]:
         models["reference"] = (bench.reference, model if same else bench.reference.load())
     arms = {}
     for name, (subject, of) in models.items():
-        opened: set[tuple[int, int, int]] = set()
+        opened: set[tuple[Any, ...]] = set()
         arms[name] = Arm(subject, cast(Stepper, _Watched(of, opened)), opened)
     return arms
 

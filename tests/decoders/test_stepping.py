@@ -61,6 +61,26 @@ SMALL = hybrid("2a", seed=1)
 prompt_lists = st.lists(st.lists(st.integers(1, len(LETTERS)), min_size=1, max_size=9), min_size=1, max_size=4)
 
 
+@settings(deadline=None, max_examples=20)
+@given(
+    st.sampled_from(["a2a2", "2121"]), prompt_lists, st.integers(1, 5), st.integers(1, 14), st.sampled_from([0.0, 0.8])
+)
+def test_the_text_is_the_same_whatever_takes_tokens_back(mixers, prompts, k, new_tokens, temperature):
+    target, limits = TARGETS[mixers], Limits(new_tokens=new_tokens, temperature=temperature, seed=k)
+    asked = [Prompt(tuple(ids), row) for row, ids in enumerate(prompts)]
+    draft = LayersDraft(LayersConfig(count=2))
+    ways = (SpeculativeDecoder(draft, k, rollback=rollback) for rollback in ("replay", "snapshot"))
+    one, two = (answer_with_records(way, target, asked, limits) for way in ways)
+    assert one[0] == two[0]
+    assert [r for r in one[1] if r["kind"] == "round"] == [r for r in two[1] if r["kind"] == "round"]
+
+
+def test_a_backend_without_snapshots_is_unsupported():
+    decoder = SpeculativeDecoder(drafting_model(SMALL), 2, rollback="snapshot")
+    with pytest.raises(Unsupported, match="rollback = 'snapshot' needs a backend that keeps snapshots"):
+        answer_with_records(decoder, MockStepper(), [Prompt((1,))], Limits(new_tokens=3))
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from(list(TARGETS)),
