@@ -3,7 +3,8 @@
     python tests/bench/bench_rounds.py [--shape 28m 8b] [--batch 1 32] [--k 4] [--temperature 0 1] [--json FILE]
 
 Decoders: plain; a draft of some of the model's own layers, and n-grams, with scripted acceptance of `--accepted` tokens
-a round, since drafts of random weights say nothing. Times are means of 30 rounds. `--tiny` runs small shapes anywhere.
+a round, since drafts of random weights say nothing. Rejected tokens are replayed, or taken back by snapshots of the
+state. Times are means of 30 rounds. `--tiny` runs small shapes anywhere.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def decoders(k: int, accepted: float, layers: int) -> Iterator[tuple[str, Standa
     rate = acceptance(accepted, k)
     yield "plain", StandardDecoder()
     yield "layers, scripted", SpeculativeDecoder(LayersDraft(LayersConfig(count=layers)), k, script=rate)
+    snapshots = SpeculativeDecoder(LayersDraft(LayersConfig(count=layers)), k, script=rate, rollback="snapshot")
+    yield "layers, scripted, snapshots", snapshots
     yield "n-grams, scripted", SpeculativeDecoder(NgramDraft(), k, script=rate)
     yield "layers", SpeculativeDecoder(LayersDraft(LayersConfig(count=layers)), k)
 
@@ -117,6 +120,8 @@ def main() -> None:
                 for what, decoder in decoders(given.k, given.accepted, 2 if name == "8b" else 1):
                     began = time.perf_counter()
                     figures = decoder.profile(model, prompts, limits, 30)
+                    sizes = (batch, len(ids[0]) + limits.new_tokens, 1 if what == "plain" else given.k + 1)
+                    cost = model.cost(*sizes, "snapshot" if "snapshots" in what else "replay")
                     row = {"shape": name, "batch": batch, "temperature": temperature, "decoder": what}
                     rows.append(row | {title: value for title, (value, _) in figures.items()})
                     tokens = 1.0 if what == "plain" else given.accepted
@@ -124,7 +129,11 @@ def main() -> None:
                     print(f"{name}, batch {batch}, temperature {temperature:g}, {what}{speed}", end=" ")
                     print(f"({time.perf_counter() - began:.1f} s to measure)")
                     share = figures["not in draft or target, share"][0]
-                    print("\n".join(shares(figures)), f"\n[not in draft or target {share:.1%}]", flush=True)
+                    print("\n".join(shares(figures)), f"\n[not in draft or target {share:.1%}]", end=" ")
+                    print(
+                        f"[state {cost.held_state_bytes / 1e6:.1f} MB, of a round {cost.state_bytes / 1e6:.1f} MB]\n",
+                        flush=True,
+                    )
         del model
         gc.collect()
     if given.json:
