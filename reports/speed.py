@@ -30,7 +30,7 @@ LEVEL = 0.95
 MEGA = 1e6
 FIGURES = (
     *("TPOT ms", "speed-up", "lossless", "tokens/s", "accepted length", "TTFT ms", "reference TPOT ms", "k"),
-    "distinct 4-grams %",
+    *("bandwidth %", "distinct 4-grams %"),
     *("weights MB", "KV MB", "state MB", "peak MB", "blocks"),
 )
 NAMES = {"prompt_tokens": "prompt", "new_tokens": "new"}
@@ -46,7 +46,8 @@ class Speed:
         f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where text of that "
         "temperature was checked to be the reference decoder's, for every seed and on the same kind of device. "
         "Accepted length: tokens per round, the bonus token included. Distinct 4-grams: of the runs of four tokens in "
-        "a text, those that are different; text that loops has few."
+        "a text, those that are different; text that loops has few. Bandwidth: the bytes that a plain step must move, "
+        "over TPOT and the bandwidth of a copy measured beside it."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -73,6 +74,8 @@ class Speed:
             for request, of in groups[who].groupby(requests, sort=False, dropna=False):
                 row = self._row(results, model, decoder, dict(zip(requests, request, strict=True)), of)
                 row |= {"state": state, **lengths.get((model, decoder, *request), {})}
+                if row.get("accepted length") is None:
+                    row["bandwidth %"] = _bandwidth(results, row, of)
                 if decoder in results.decoders[:1]:
                     row["lossless"] = "reference"
                 else:
@@ -114,6 +117,18 @@ class Speed:
             known = facts[facts["name"].isin(names) & facts["arm"].isin(["", own["arm"].iloc[0]])]
             row[column] = unit * float(known["value"].astype(float).max()) if len(known) else None
         return row
+
+
+def _bandwidth(results: Results, row: dict[str, Any], of: pd.DataFrame) -> float | None:
+    """What plain steps of TPOT move, as a share of what a copy does."""
+    facts = results.facts[results.facts["key"].isin(of["key"])]
+    moved, copied = (
+        facts.loc[facts["name"] == name, "value"].astype(float)
+        for name in (f"bytes of a step, batch {row.get('batch')}", "copy bandwidth")
+    )
+    if moved.empty or copied.empty:
+        return None
+    return float(100 * moved.max() / (row["TPOT ms"] / 1e3) / copied.max())
 
 
 def _blocks(results: Results) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Subjec
 from .configs import SpeedConfig
 from .losslessness import decoder_of
 from .texts import check_room, take_prompts
+from .traffic import copy_bandwidth, step_bytes
 
 MAXRSS_BYTES = 1024
 """Linux counts the peak resident memory in KiB."""
@@ -48,7 +49,12 @@ class Speed:
                     bench.emit("progress", done=block, total=total, unit="blocks")
                 _emit_states(bench, arms, batch)
                 _emit_loops(bench, arms, batch)
+                moved = step_bytes(model, batch, self.config.prompt_tokens + self.config.new_tokens // 2)
+                _emit_size(bench, f"bytes of a step, batch {batch}", moved)
                 self._profile(bench, arms, requests)
+            copied = copy_bandwidth(bench.subject.device)
+            if copied is not None:
+                bench.emit("fact", name="copy bandwidth", value=copied, unit="byte/s", arm="")
             _emit_peaks(bench, {name: arm.peak for name, arm in arms.items()})
             for name, measured in arms.items():
                 for what, (value, unit) in getattr(measured.model, "facts", dict)().items():

@@ -118,6 +118,8 @@ def test_speed_is_that_of_the_definitions(make, frames_of):
     assert lookup["weights MB"] == 2.0
     assert lookup["distinct 4-grams %"] == 25
     assert math.isnan(number(plain["distinct 4-grams %"]))
+    assert plain["bandwidth %"] == pytest.approx(100 * (4e6 / 4e9) / (plain["TPOT ms"] / 1e3))
+    assert math.isnan(number(lookup["bandwidth %"]))
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_facts_name_warm_up_sizes_and_memory(records):
     facts = {(r["name"], r.get("arm", "")): r for r in records if r["kind"] == "fact"}
     assert facts["warm-up, batch 2", "reference"]["unit"] == "s"
     assert facts["weights", ""]["value"] == 16 * 8
+    assert facts["bytes of a step, batch 2", ""]["value"] == 8 * 8 + 8 * 2 * (5 + 4) + 8 * 2
     assert facts["peak memory of the process", ""]["value"] > 2**20
 
 
@@ -108,7 +109,7 @@ def test_a_backend_that_does_not_know_what_it_holds_has_no_sizes(measure, plain)
 
     records = measure(Speed(CONFIG), TEXTS, plain, make=Unknown)
     names = {r["name"] for r in records if r["kind"] == "fact"}
-    whats = ("warm-up", "distinct 4-grams")
+    whats = ("warm-up", "distinct 4-grams", "bytes of a step")
     assert names == {f"{what}, batch {batch}" for what in whats for batch in (1, 2)} | {"peak memory of the process"}
 
 
