@@ -1,4 +1,4 @@
-"""How near a step of decoding comes to what memory allows: the bytes that it must move, and how fast the device copies."""
+"""How near a step of decoding comes to what memory allows: the bytes that it must move, and how fast a copy is."""
 
 from __future__ import annotations
 

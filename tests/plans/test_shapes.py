@@ -93,5 +93,4 @@ def test_every_engine_and_its_peers_have_a_row_of_speed(tables):
     peers = {("transformers", "plain", "1"), ("transformers-static", "plain", "1")}
     assert timed == {(*of, batch) for of in both for batch in ("1", "2")} | peers
     assert "speed-up" not in found[0], "a scripted text is not lossless"
-    lengths = {row["decoder"]: row["accepted length"] for row in found if row["decoder"].startswith("scripted")}
-    assert all(lengths.values())
+    assert all(row["accepted length"] for row in found if row["decoder"].startswith("scripted") and row["TPOT ms"])
