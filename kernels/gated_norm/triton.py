@@ -25,7 +25,7 @@ FEW = 512
 """Tokens up to which the kernel begins while the one before ends: where that takes longer than the norm."""
 ROWS = 16
 WIDE = 1024
-"""Heads from here on up are taken a token at a time."""
+"""Wider heads are taken a token at a time."""
 WARPS = 4
 PROGRAMS = 2048
 """About as many in backward, heads included: enough to keep the memory of a large GPU busy."""
