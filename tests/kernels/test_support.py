@@ -221,7 +221,7 @@ def test_what_a_kernel_does_not_know_is_refused(standins) -> None:
     assert "in front of packed" in conv_room.fused.supports(u, weight, bias, u[:, :3], documents).reason
     assert "does not divide 12" in conv_room.fused.supports(*conv_inputs(channels=12)).reason
     assert "in one dtype" in conv_room.fused.supports(u, weight, bias.bfloat16()).reason
-    assert "up to 1024, not 2048" in norm_room.fused.supports(norm_inputs()[0], 2048).reason
+    assert "up to 8192, not 16384" in norm_room.fused.supports(norm_inputs()[0], 16384).reason
     assert scan_room.fused.supports(x[:, :0], x[:, :0]).reason == "there are no tokens"
 
 
