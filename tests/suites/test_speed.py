@@ -3,6 +3,8 @@ import dataclasses
 import pandas
 import pytest
 import torch
+from mambabench.decoders.ngram import NgramDraft
+from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.harness import metrics
 from mambabench.harness.interfaces import Answer, Cost, MambabenchError
 from mambabench.harness.mockmodel import MockStepper
@@ -145,3 +147,20 @@ def test_a_round_of_each_arm_and_batch_is_taken_apart(measure, lookup, plain):
         whole, target = (mine.xs(f"round, batch {batch}: {what}", level="name") for what in ("whole", "target kernels"))
         assert (target > 0).all()
         assert (whole > target).all()
+
+
+def test_the_memory_of_snapshots_stands_beside_that_of_replay(measure):
+    class Keeping(MockStepper):
+        traits = frozenset({"rollback", "snapshots"})
+
+        def open(self, batch, context, steps, rollback="replay"):
+            return super().open(batch, context, steps)
+
+        def cost(self, batch, context, steps, rollback="replay"):
+            cost = super().cost(batch, context, steps)
+            return dataclasses.replace(cost, held_state_bytes=7 if rollback == "snapshot" else 3)
+
+    ways = (SpeculativeDecoder(NgramDraft(), 2, rollback=rollback) for rollback in ("snapshot", "replay"))
+    facts = of(measure(Speed(CONFIG), TEXTS, *ways, make=Keeping), "fact").set_index(["name", "arm"])["value"]
+    assert facts["state, batch 2", "subject"] == 7
+    assert facts["state, batch 2", "reference"] == 3
