@@ -30,9 +30,7 @@ def take_prompts(path: Path, model: Stepper, count: int, lengths: Sequence[int])
     """
     # Only this much is needed at a time, and documents can be books; no token is this long on average.
     characters = 64 * (max(lengths) + 4)
-    encoded = (
-        encode_document(document, model.tokenizer)[0] for document in _passages(path, characters, rounds=count)
-    )
+    encoded = (encode_document(document, model.tokenizer)[0] for document in _passages(path, characters, rounds=count))
     needed = [lengths[number % len(lengths)] for number in range(count)]
     source = itertools.cycle(ids for ids in encoded if ids)
     prompts = []
