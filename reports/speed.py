@@ -30,7 +30,7 @@ LEVEL = 0.95
 MEGA = 1e6
 FIGURES = (
     *("TPOT ms", "speed-up", "lossless", "tokens/s", "accepted length", "TTFT ms", "reference TPOT ms", "k"),
-    *("bandwidth %", "distinct 4-grams %"),
+    *("of predicted", "bandwidth %", "distinct 4-grams %"),
     *("weights MB", "KV MB", "state MB", "peak MB", "blocks"),
 )
 NAMES = {"prompt_tokens": "prompt", "new_tokens": "new"}
@@ -47,7 +47,8 @@ class Speed:
         "temperature was checked to be the reference decoder's, for every seed and on the same kind of device. "
         "Accepted length: tokens per round, the bonus token included. Distinct 4-grams: of the runs of four tokens in "
         "a text, those that are different; text that loops has few. Bandwidth: the bytes that a plain step must move, "
-        "over TPOT and the bandwidth of a copy measured beside it."
+        "over TPOT and the bandwidth of a copy measured beside it. Of predicted: the speed of adaptive rounds over that "
+        "which their acceptance and costs predicted."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -76,6 +77,8 @@ class Speed:
                 row |= {"state": state, **lengths.get((model, decoder, *request), {})}
                 if row.get("accepted length") is None:
                     row["bandwidth %"] = _bandwidth(results, row, of)
+                elif groups[who]["batch"].nunique() == 1:
+                    row["of predicted"] = _of_predicted(results, of)
                 if decoder in results.decoders[:1]:
                     row["lossless"] = "reference"
                 else:
@@ -117,6 +120,16 @@ class Speed:
             known = facts[facts["name"].isin(names) & facts["arm"].isin(["", own["arm"].iloc[0]])]
             row[column] = unit * float(known["value"].astype(float).max()) if len(known) else None
         return row
+
+
+def _of_predicted(results: Results, of: pd.DataFrame) -> float | None:
+    """How fast adaptive rounds were, over how fast they should have been; of a step's last block."""
+    facts = results.facts[results.facts["key"].isin(of["key"]) & (results.facts["arm"] == "subject")]
+    predicted, measured = (
+        facts.loc[facts["name"] == f"adaptive K, {name} time per token", "value"].astype(float)
+        for name in ("predicted", "measured")
+    )
+    return float(predicted.mean() / measured.mean()) if len(predicted) and len(measured) else None
 
 
 def _bandwidth(results: Results, row: dict[str, Any], of: pd.DataFrame) -> float | None:

@@ -120,6 +120,7 @@ def test_speed_is_that_of_the_definitions(make, frames_of):
     assert math.isnan(number(plain["distinct 4-grams %"]))
     assert plain["bandwidth %"] == pytest.approx(100 * (4e6 / 4e9) / (plain["TPOT ms"] / 1e3))
     assert math.isnan(number(lookup["bandwidth %"]))
+    assert (lookup["of predicted"], number(plain["of predicted"])) == (0.8, pytest.approx(math.nan, nan_ok=True))
 
 
 @pytest.mark.parametrize(
