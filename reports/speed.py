@@ -47,8 +47,8 @@ class Speed:
         "temperature was checked to be the reference decoder's, for every seed and on the same kind of device. "
         "Accepted length: tokens per round, the bonus token included. Distinct 4-grams: of the runs of four tokens in "
         "a text, those that are different; text that loops has few. Bandwidth: the bytes that a plain step must move, "
-        "over TPOT and the bandwidth of a copy measured beside it. Of predicted: the speed of adaptive rounds over that "
-        "which their acceptance and costs predicted."
+        "over TPOT and the bandwidth of a copy measured beside it. Of predicted: the speed of adaptive rounds over "
+        "that which their acceptance and costs predicted."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -77,7 +77,7 @@ class Speed:
                 row |= {"state": state, **lengths.get((model, decoder, *request), {})}
                 if row.get("accepted length") is None:
                     row["bandwidth %"] = _bandwidth(results, row, of)
-                elif groups[who]["batch"].nunique() == 1:
+                elif "batch" in blocks and groups[who]["batch"].nunique() == 1:
                     row["of predicted"] = _of_predicted(results, of)
                 if decoder in results.decoders[:1]:
                     row["lossless"] = "reference"
