@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from mambabench.backends import state as states
 from mambabench.backends.native import export, read_config
 from mambabench.harness.conformance import check_backend
 from mambabench.harness.interfaces import Unsupported
+from mambabench.kernels.support import Support
 from safetensors.torch import load_file, save_file
 
 SIZES = {"d_model": 32, "n_layer": 3, "vocab_size": 61, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
@@ -112,6 +114,23 @@ def test_logits_are_those_of_the_recurrence_written_down(make, teacher_backend, 
 def test_it_keeps_the_stepping_contract(make, teacher_backend, tmp_path):
     teacher_backend.convert(make()[0], [], tmp_path / "ours", seed=0)
     check_backend(teacher_backend, tmp_path / "ours", rounds=300)
+
+
+@pytest.mark.parametrize("replay", [0, 17])
+def test_it_keeps_the_contract_over_rings_of_what_goes_into_the_state(
+    make, teacher_backend, tmp_path, monkeypatch, replay
+):
+    monkeypatch.setattr(states, "ring_supports", lambda *given: Support.yes())
+    monkeypatch.setenv(states.VARIABLE, str(replay))
+    teacher_backend.convert(make(ngroups=2)[0], [], tmp_path / "ours", seed=0)
+    check_backend(teacher_backend, tmp_path / "ours", rounds=100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_on_a_gpu_the_kernels_keep_it(make, teacher_backend, tmp_path, dtype, tolerance):
+    teacher_backend.convert(make(headdim=16, d_state=32)[0], [], tmp_path / "ours", seed=0)
+    check_backend(teacher_backend, tmp_path / "ours", rounds=100, device="cuda:0", dtype=dtype, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("pickled", [False, True])
