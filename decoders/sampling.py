@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Limits
-from ..kernels.rounds import ACCEPT, TOKEN, Drawn, draw, drawn, greedy, reject, rejected, uniform
-from .filters import top_k_mask, top_p_mask
+from ..kernels.rounds import ACCEPT, TOKEN, Drawn, drawn, greedy, keep, reject, rejected, softmax, uniform
 
 
-def filtered(limits: Limits, vocabulary: int) -> bool:
-    """Whether tokens are left out before sampling."""
-    return 0 < limits.top_k < vocabulary or limits.top_p < 1
+def kept(logits: Tensor, limits: Limits) -> Tensor:
+    """logits [..., V] with -inf in place of those that the filters of the limits leave out."""
+    return keep(logits, limits.temperature, limits.top_k, limits.top_p)
 
 
 def probabilities(logits: Tensor, limits: Limits) -> Tensor:
@@ -26,12 +25,7 @@ def probabilities(logits: Tensor, limits: Limits) -> Tensor:
     Top-k keeps exactly k tokens; top-p keeps the fewest most probable tokens whose probabilities reach top_p.
     logits fp32 or fp64 [..., V]; returns fp64 [..., V]. The temperature must be above 0.
     """
-    weights = ((logits.double() - logits.amax(-1, keepdim=True)) / limits.temperature).exp()
-    if 0 < limits.top_k < logits.shape[-1]:
-        weights = weights.where(top_k_mask(logits, limits.top_k), 0.0)
-    if limits.top_p < 1:
-        weights = weights.where(top_p_mask(logits, weights, limits.top_p), 0.0)
-    return weights / weights.sum(-1, keepdim=True)
+    return softmax(kept(logits, limits), limits.temperature)
 
 
 def pick(logits: Tensor, limits: Limits, stream: Tensor, before: Tensor) -> Tensor:
@@ -41,9 +35,7 @@ def pick(logits: Tensor, limits: Limits, stream: Tensor, before: Tensor) -> Tens
     """
     if limits.temperature == 0:
         return greedy(logits)
-    if not filtered(limits, logits.shape[-1]):
-        return drawn(logits, limits.temperature, stream, before, TOKEN)
-    return draw(probabilities(logits, limits), uniform(stream, _positions(before, logits.shape[1]), TOKEN))
+    return drawn(kept(logits, limits), limits.temperature, stream, before, TOKEN)
 
 
 def judge(
@@ -52,11 +44,7 @@ def judge(
     """Rejection sampling (`kernels.rounds.reject`) of drafts int64 [B, J] that were drawn from q: how many of the first
     K stand, int64 [B], and tokens int64 [B, K + 1]. logits [B, K + 1, V] of the target, the rest as in `pick`."""
     if isinstance(q, Drawn):
-        return rejected(logits, q, drafts, real, stream, before)
-    position = _positions(before, logits.shape[1])
+        return rejected(kept(logits, limits), q, drafts, real, stream, before)
+    position = before.long().unsqueeze(1) + torch.arange(1, logits.shape[1] + 1, device=before.device)
     accept, token = (uniform(stream, position, purpose) for purpose in (ACCEPT, TOKEN))
     return reject(probabilities(logits, limits), q, drafts, real, accept, token)
-
-
-def _positions(before: Tensor, count: int) -> Tensor:
-    return before.long().unsqueeze(1) + torch.arange(1, count + 1, device=before.device)

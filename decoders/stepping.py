@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Artifact, Limits, MambabenchError, Prompt, Stepper, Unsupported
-from ..kernels.rounds import DRAFT, Drawn, draw, drawn, ending, greedy, streams, uniform
+from ..kernels.rounds import DRAFT, Drawn, drawn, ending, greedy, streams
 from .breakdown import REST, section
 from .plugin import LayersConfig, ModelConfig
-from .sampling import filtered, probabilities
+from .sampling import kept
 from .texts import padded
 
 BLOCK = 256
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
     start: Tensor
     """int32 [K, B], of the calls after the first."""
     kept: Drawn | None
-    """What drafts are drawn from, where no filter leaves tokens out."""
+    """What drafts are drawn from, None at temperature 0."""
 
 
 class SteppingDraft:
@@ -63,16 +63,16 @@ class SteppingDraft:
         state = model.open(len(prompts), context, k + 1)
         stream = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
         places = torch.arange(k + 1, dtype=torch.int32, device=model.device).unsqueeze(1)
-        kept = None
-        if limits.temperature > 0 and not filtered(limits, model.vocab_size):
+        drawn_from = None
+        if limits.temperature > 0:
             like = torch.empty(
                 0, dtype=torch.float64 if model.dtype == "float64" else torch.float32, device=model.device
             )
-            kept = Drawn.empty(k, len(prompts), model.vocab_size, limits.temperature, like)
+            drawn_from = Drawn.empty(k, len(prompts), model.vocab_size, limits.temperature, like)
         real = places.repeat(1, _aligned(len(prompts)))
         rows = slice(len(prompts))
         start = real[1:].clone()[:, rows]
-        memory = Memory(model, state, limits, context, stream, places, real[:, rows], start, kept)
+        memory = Memory(model, state, limits, context, stream, places, real[:, rows], start, drawn_from)
         _begin(memory, prompts, limits)
         return memory
 
@@ -88,16 +88,13 @@ class SteppingDraft:
 
     def follow(self, state: Memory, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens, real, q = self.follow_drawn(state, ids, length, k)
-        return tokens, real, q.dense(k) if isinstance(q, Drawn) else q
+        return tokens, real, q.dense(k) if q else None
 
-    def follow_drawn(
-        self, state: Memory, ids: Tensor, length: Tensor, k: int
-    ) -> tuple[Tensor, Tensor, Tensor | Drawn | None]:
-        """`follow`, with what is known of the distributions in their place where nothing is filtered."""
+    def follow_drawn(self, state: Memory, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Drawn | None]:
+        """`follow`, with what is known of the distributions in their place."""
         fed, first = ending(ids, length, 2)
         start = torch.add(first, state.places[1:], out=state.start)
         tokens = torch.empty(k, _aligned(len(ids)), dtype=torch.int64, device=ids.device)[:, : len(ids)]
-        q: list[Tensor] = []
         for place in range(k):
             if place:
                 fed = tokens[place - 1].unsqueeze(1)
@@ -108,12 +105,10 @@ class SteppingDraft:
                 out = tokens[place]
                 if state.limits.temperature == 0:
                     greedy(logits, out)
-                elif state.kept is not None:
-                    drawn(logits, state.limits.temperature, state.stream, start[place], DRAFT, state.kept, place, out)
                 else:
-                    q.append(probabilities(logits, state.limits))
-                    out.copy_(draw(q[-1], uniform(state.stream, length + place, DRAFT)))
-        return tokens.T, state.real[k], torch.stack(q, dim=1) if q else state.kept
+                    at = state.stream, start[place], DRAFT
+                    drawn(kept(logits, state.limits), state.limits.temperature, *at, state.kept, place, out)
+        return tokens.T, state.real[k], state.kept
 
 
 def _aligned(batch: int) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "ending",
     "finish",
     "greedy",
+    "keep",
     "mark",
     "match",
     "reject",
@@ -116,6 +117,15 @@ def rejected(
         judged: tuple[Tensor, Tensor] = kernel(fused.DRAWING, "rejected")(target, kept, drafts, real, stream, before)
         return judged
     return reference.rejected(target, kept, drafts, real, stream, before)
+
+
+def keep(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """`reference.keep`: logits [..., V] with -inf in place of what top-k (0: off) and then top-p (1: off) leave out."""
+    filters = 0 < top_k < logits.shape[-1] or top_p < 1
+    if filters and chosen("keep", fused.supports_logits(logits)):
+        left: Tensor = kernel(fused.KEEPING, "keep")(logits, temperature, top_k, top_p)
+        return left
+    return reference.keep(logits, temperature, top_k, top_p)
 
 
 def mark(tensor: Tensor, name: str) -> None:

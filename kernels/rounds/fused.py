@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..support import Support, installed, served
 
-MODULE, DRAWING = f"{__package__}.triton", f"{__package__}.triton_draw"
+MODULE, DRAWING, KEEPING = (f"{__package__}.triton{part}" for part in ("", "_draw", "_keep"))
 LOGITS = (torch.float32, torch.float64)
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .filters import top_k_mask, top_p_mask
+
 TOKEN, DRAFT, ACCEPT = range(3)
 """Purposes of a random number: the emitted token, a draft's own draw, the acceptance of a drafted token."""
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -88,6 +90,17 @@ def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
 def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     """The index of the largest of logits [..., V], the lowest of equal ones: int64 [...]."""
     return torch.argmax(logits, dim=-1) if out is None else torch.argmax(logits, dim=-1, out=out)
+
+
+def keep(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """logits fp32 or fp64 [..., V] of which only the top_k largest, and of these the fewest whose probabilities reach
+    top_p, are as they were; the others are -inf. Of equal ones the lowest indices are kept."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(~top_k_mask(logits, top_k), -torch.inf)
+    if top_p < 1:
+        weights = ((logits.double() - logits.amax(-1, keepdim=True)) / temperature).exp()
+        logits = logits.masked_fill(~top_p_mask(logits, weights, top_p), -torch.inf)
+    return logits
 
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:

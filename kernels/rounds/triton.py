@@ -22,31 +22,20 @@ GOLDEN, MIX_A, MIX_B = (tl.constexpr(number) for number in (0x9E3779B97F4A7C15, 
 
 
 @triton.jit
-def _largest(logits, values, places, stride, width, per, BLOCK: tl.constexpr, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _largest(logits, values, places, stride, width, PART: tl.constexpr, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of a part of each row the largest value and its lowest index; with LAST only the index, of the whole row."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    lane = tl.arange(0, BLOCK)
-    first = part * per
-    end = tl.minimum(first + per, width)
-    index = first + lane
-    best = tl.load(logits + row * stride + index, mask=index < end, other=-float("inf"))
-    best = tl.where(best != best, float("inf"), best)
-    at = tl.where(index < end, index, 0x7FFFFFFF)
-    for ahead in range(BLOCK, per, BLOCK):
-        index = first + ahead + lane
-        value = tl.load(logits + row * stride + index, mask=index < end, other=-float("inf"))
-        value = tl.where(value != value, float("inf"), value)
-        better = value > best
-        best = tl.where(better, value, best)
-        at = tl.where(better, index, at)
-    most = tl.max(best, 0)
-    index = tl.min(tl.where(best == most, at, 0x7FFFFFFF), 0)
+    index = part * PART + tl.arange(0, PART)
+    value = tl.load(logits + row * stride + index, mask=index < width, other=-float("inf"))
+    value = tl.where(value != value, float("inf"), value)
+    most = tl.max(value, 0)
+    first = tl.min(tl.where((value == most) & (index < width), index, 0x7FFFFFFF), 0).to(tl.int64)
     if LAST:
-        tl.store(places + row, index.to(tl.int64))
+        tl.store(places + row, first)
     else:
         tl.store(values + row * tl.num_programs(1) + part, most)
-        tl.store(places + row * tl.num_programs(1) + part, index.to(tl.int64))
+        tl.store(places + row * tl.num_programs(1) + part, first)
 
 
 @triton.jit
@@ -58,6 +47,11 @@ def _largest_part(values, places, tokens, parts, PARTS: tl.constexpr):  # type: 
     tl.store(tokens + row, tl.min(tl.where(value == tl.max(value, 0), place, 0x7FFFFFFF), 0))
 
 
+def _warps(part: int) -> int:
+    """With which a program has all of a part on the way at once."""
+    return max(1, min(16, part // 512))
+
+
 def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     """The index of the largest of logits [..., V], the lowest of equal ones: int64 [...]. A number that is none counts
     as infinity. Rows of [B, V] may lie apart."""
@@ -65,12 +59,13 @@ def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     stride = logits.stride(0) if logits.dim() == 2 else width
     tokens = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device) if out is None else out
     if width <= WHOLE:
-        _largest[(rows, 1)](logits, logits, tokens, stride, width, width, BLOCK=BLOCK, LAST=True)
+        part = triton.next_power_of_2(width)
+        _largest[(rows, 1)](logits, logits, tokens, stride, width, PART=part, LAST=True, num_warps=_warps(part))
         return tokens
     parts = triton.cdiv(width, PART)
     values = torch.empty(rows, parts, dtype=logits.dtype, device=logits.device)
     places = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
-    _largest[(rows, parts)](logits, values, places, stride, width, PART, BLOCK=BLOCK, LAST=False)
+    _largest[(rows, parts)](logits, values, places, stride, width, PART=PART, LAST=False, num_warps=_warps(PART))
     _largest_part[(rows,)](values, places, tokens, parts, PARTS=triton.next_power_of_2(parts))
     return tokens
 

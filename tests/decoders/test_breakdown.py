@@ -84,9 +84,19 @@ def test_taking_rounds_apart_changes_no_text():
 
 
 def test_kernels_are_sorted_by_the_last_mark():
-    ran = [("copy", 1.0), (MARK + DRAFT, 9.0), ("a", 2.0), (MARK + REST, 9.0), ("pick", 0.5), (MARK + DRAFT, 9.0)]
-    ran += [("a", 3.0), (MARK + TARGET, 9.0), ("b", 4.0), ("b", 4.0), (MARK + REST, 9.0), ("end", 0.25)]
-    assert apart(ran) == (7, {DRAFT: 5.0, TARGET: 8.0, REST: 1.75})
+    ran, at = [], 0.0
+    for name, took in (
+        *(("copy", 1.0), (MARK + DRAFT, 9.0), ("a", 2.0), (MARK + REST, 9.0), ("pick", 0.5), (MARK + DRAFT, 9.0)),
+        *(("a", 3.0), (MARK + TARGET, 9.0), ("b", 4.0), ("b", 4.0), (MARK + REST, 9.0), ("end", 0.25)),
+    ):
+        ran.append((at, at + took, name))
+        at += took + 1
+    assert apart(ran[::-1]) == (7, {DRAFT: 5.0, TARGET: 8.0, REST: 1.75})
+
+
+def test_time_in_which_kernels_overlap_is_counted_once():
+    ran = [(0.0, 4.0, "a"), (3.0, 7.0, "b"), (3.5, 6.0, "c"), (8.0, 9.0, MARK + TARGET), (8.5, 10.0, "d")]
+    assert apart(ran) == (4, {DRAFT: 0.0, TARGET: 1.5, REST: 7.0})
 
 
 def hybrid(device, dtype):

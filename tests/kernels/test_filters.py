@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.decoders import filters
-from mambabench.decoders.filters import ordered, top_k_mask, top_p_mask
+from mambabench.kernels.rounds import filters
+from mambabench.kernels.rounds.filters import ordered, top_k_mask, top_p_mask
 
 DTYPES = [torch.float32, torch.float64]
 values = st.one_of(st.integers(-2, 2).map(float), st.floats(-40, 40, width=32), st.sampled_from([0.0, -0.0]))
