@@ -121,6 +121,7 @@ def test_every_draft_is_shown_with_its_acceptance_and_the_check_of_its_text(tabl
         "suites.drawn.batch=[20]",
         "suites.speed*.new_tokens=16",
         "suites.speed*.pairs=1",
+        "suites.speed.profile=2",
         # The others are as this one.
         'skip=[{steps="[!h]*/*", why="one is enough"}, {steps="half/[!o]*/*-sampled", why="one is enough"}]',
     )

@@ -84,7 +84,9 @@ def test_every_engine_and_its_peers_have_a_row_of_speed(tables):
         sizes |= {f"stages.mamba2-{name}.{option}": value for option, value in MAMBA.items()}
     sizes |= {"data.text.vocabulary": 300, "data.text.length": 24, "data.text.documents": 8}
     sizes |= {"suites.*.prompt_tokens": 12, "suites.*.new_tokens": 9, "suites.*.pairs": 1, "suites.speed-32.batch": [2]}
-    found = tables("speed", *(f"{option}={value}" for option, value in sizes.items()))["speed"]
+    sizes |= {"suites.speed.profile": 2}
+    whole = tables("speed", *(f"{option}={value}" for option, value in sizes.items()))
+    found = whole["speed"]
     timed = {(row["model"], row["decoder"], row["batch"]) for row in found if row["TPOT ms"]}
     llamas = [
         (model, decoder) for model in ("teacher", "half", "quarter", "none") for decoder in ("plain", "scripted-layers")
@@ -94,3 +96,5 @@ def test_every_engine_and_its_peers_have_a_row_of_speed(tables):
     assert timed == {(*of, batch) for of in both for batch in ("1", "2")} | peers
     assert "speed-up" not in found[0], "a scripted text is not lossless"
     assert all(row["accepted length"] for row in found if row["decoder"].startswith("scripted") and row["TPOT ms"])
+    apart = {(row["model"], row["decoder"]) for row in whole["rounds"]}
+    assert apart >= {(model, decoder) for model, decoder in both if decoder.startswith("scripted")}
