@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..support import begins_early
 from .forms import fastest, measurable
 from .ring import between_tokens
-from .triton_pieces import softplus
+from .triton_pieces import exp, softplus
 
 if TYPE_CHECKING:
     from .ring import Plan, Ring
@@ -123,8 +123,8 @@ def _step(  # type: ignore[no-untyped-def]
 
     old_decays = old_dt * decay
     total = tl.sum(old_decays, axis=0)
-    carry = tl.exp(total)
-    weights = tl.exp(total - tl.cumsum(old_decays, axis=0)) * old_dt
+    carry = exp(total)
+    weights = exp(total - tl.cumsum(old_decays, axis=0)) * old_dt
     since = tl.cumsum(new_dt * decay, axis=0)
     if EXACT:
         old_mixing = tl.dot(old_b, c, input_precision="ieee")
@@ -138,7 +138,7 @@ def _step(  # type: ignore[no-untyped-def]
 
     y = _times(state, c, PIECES) * carry
     y += _mixed(old_x, old_mixing * weights[:, None], EXACT)
-    y = y * tl.exp(since)[None, :]
+    y = y * exp(since)[None, :]
     y += _mixed(new_x, new_mixing, EXACT)
     y_ptr += (row * COUNT * HEADS + head) * WIDTH
     outputs = y_ptr + t[None, :] * (HEADS * WIDTH) + p[:, None]

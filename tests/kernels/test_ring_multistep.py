@@ -79,16 +79,22 @@ def error(got, want):
 
 
 def errors(way, layer, start):
-    """Of y and of the state, against fp64, and of plain PyTorch with the inputs' dtypes; y is rounded to x's dtype."""
-    ring, C, A, D, exact = layer.exact()
-    y = plain_ring_multistep(ring, C, A, D, exact, start, layer.saved, layer.plan)
+    """Of y and of the state, against fp64, and of plain PyTorch with the inputs' dtypes, both on a CPU; y is rounded to
+    x's dtype."""
+    given = layer.ring, layer.C, layer.A, layer.D, layer.state.clone()
+    y = way(*given, start, layer.saved, layer.plan)
+    made = [(y.cpu(), given[-1].cpu())]
+    for exact in (False, True):
+        kind = (lambda t: t.double()) if exact else (lambda t: t.clone())
+        ring, *others = layer.ring, layer.C, layer.A, layer.D, layer.state
+        copies = Ring(*(kind(t.cpu()) for t in ring.parts())), *(kind(t.cpu()) for t in others)
+        y = plain_ring_multistep(*copies, start.cpu(), layer.saved.cpu(), layer.plan)
+        made.append((y, copies[-1]))
     found = []
-    for run in (way, plain_ring_multistep):
-        state = layer.state.clone()
-        made = run(layer.ring, layer.C, layer.A, layer.D, state, start, layer.saved, layer.plan).to(layer.dtype)
-        assert made.shape == y.shape
-        assert made.isfinite().all()
-        found.append((error(made, y), error(state, exact)))
+    for y, state in made[:2]:
+        assert y.shape == made[2][0].shape
+        assert y.isfinite().all()
+        found.append((error(y.to(layer.dtype), made[2][0]), error(state, made[2][1])))
     return found
 
 
@@ -197,16 +203,23 @@ def test_in_the_interpreter_the_convolution_is_pytorch_s(kernels, dtype, channel
     weight, bias, dt_bias = normal(channels, taps), normal(channels), 6 * normal(heads)
     start = torch.tensor([0, 9, 1030], dtype=torch.int32)
     before = normal(batch, count + taps + 1, channels + heads).to(dtype)
-    made = []
-    for way in (kernels.convolve, plain_convolve):
-        window, ring = before.clone(), torch.full((batch, slots, kept), 3.0, dtype=dtype)
-        dt = torch.full((batch, slots, heads), 3.0)
-        made.append((window, ring, dt, way(u, weight, bias, dt_bias, window, ring, dt, start, silu)))
-    assert torch.equal(made[0][0], made[1][0])
-    torch.testing.assert_close(made[0][1], made[1][1])
-    torch.testing.assert_close(made[0][2], made[1][2], rtol=1e-6, atol=0)
-    assert made[1][3].shape == (batch, count, channels - kept)
-    torch.testing.assert_close(made[0][3], made[1][3])
+    rings = torch.full((batch, slots, kept), 3.0, dtype=dtype), torch.full((batch, slots, heads), 3.0)
+    check_convolution(kernels.convolve, (u, weight, bias, dt_bias, before, *rings, start, silu), "cpu")
+
+
+def check_convolution(way, given, device):
+    """Against PyTorch in fp64, rounded once; the window as it is."""
+    made = [t.to(device, copy=True) if isinstance(t, torch.Tensor) else t for t in given]
+    left = way(*made)
+    exact = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
+    want = plain_convolve(*exact)
+    assert torch.equal(made[4].cpu(), exact[4].to(made[4].dtype))
+    for got, exactly in ((made[5], exact[5]), (left, want)):
+        assert got.shape == exactly.shape
+        torch.testing.assert_close(
+            got.cpu(), exactly.to(got.dtype), rtol=2**-7 if got.element_size() == 2 else 1e-6, atol=1e-6
+        )
+    torch.testing.assert_close(made[6].cpu(), exact[6].float(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.gpu
@@ -261,12 +274,5 @@ def test_on_a_gpu_the_convolution_is_pytorch_s(dtype, count):
     u, weight, bias = normal(batch, count, channels + heads).to(dtype), normal(channels, taps), normal(channels)
     kept, start = normal(batch, count + taps, channels + heads).to(dtype), torch.tensor([0, 9, 1030], dtype=torch.int32)
     empty = torch.zeros(batch, 11, ring, dtype=dtype), torch.zeros(batch, 11, heads)
-    made = []
-    for way, device in ((kernels.convolve, "cuda"), (plain_convolve, "cpu")):
-        given = [t.to(device, copy=True) for t in (u, weight, bias, torch.linspace(-9, 9, heads), kept, *empty, start)]
-        left = way(*given, True)
-        made.append([t.cpu() for t in (*given[4:7], left)])
-    assert torch.equal(made[0][0], made[1][0])
-    torch.testing.assert_close(made[0][1], made[1][1])
-    torch.testing.assert_close(made[0][2], made[1][2], rtol=2e-6, atol=0)
-    torch.testing.assert_close(made[0][3], made[1][3])
+    given = u, weight, bias, torch.linspace(-9, 9, heads), kept, *empty, start, True
+    check_convolution(kernels.convolve, given, "cuda")
