@@ -155,7 +155,8 @@ def _sections(device: str, rounds: Rounds, count: int) -> tuple[float, dict[str,
             return 0, {name: seconds / count for name, seconds in watch.seconds.items()}
         start()
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             for _ in range(count):
                 start()
             torch.cuda.synchronize()
