@@ -261,6 +261,12 @@ def test_on_a_gpu_every_form_is_as_exact_as_pytorch(dtype, shape, count, replay)
     plan = Plan(count=count, steps=min(count, replay), replay=replay, settle=True)
     layer, start = filled(shape, plan, 4, dtype, 1, [0, replay, 1, replay // 2], "cuda")
     assert room.supports(layer.tokens(1), layer.channels, layer.ring, layer.state)
+
+    def run(form, state, start, saved, warmup):
+        given = layer.tokens(count), layer.channels, layer.ring, state, start, saved, plan
+        return kernels.selective_ring_multistep(*given, form, warmup)
+
+    pytest.importorskip("mambabench.kernels.multistep.forms").compiled(kernels.forms_for(layer.state), layer.state, run)
     for form in kernels.forms_for(layer.state):
 
         def way(*given, form=form):
