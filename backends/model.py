@@ -108,7 +108,7 @@ class HybridLayer(GradientCheckpointingLayer):
         """The same of a few tokens of each row [B * T, E]."""
         if self._mixing is not None:
             into, out = self._mixing
-            projected, stream = project(into, stream, ahead=out)
+            projected, stream = project(into, stream)
             stream = add_projected(out, self.mixer.mix(projected, cache, call), stream)
         if self._inner is not None:
             into, out = self._inner

@@ -86,8 +86,8 @@ def _attend(  # type: ignore[no-untyped-def]
     origin = (row.to(tl.int64) * capacity * GROUPS + group) * WIDTH
     if PDL:
         if THREADS:
-            ask_lines(keys + origin, first * GROUPS, GROUPS, N, last * GROUPS, 0, 1, WIDTH, WIDTH, THREADS)
-            ask_lines(values + origin, first * GROUPS, GROUPS, N, last * GROUPS, 0, 1, WIDTH, WIDTH, THREADS)
+            ask_lines(keys + origin, first, N, last, 0, 1, GROUPS * WIDTH, WIDTH, WIDTH, THREADS)
+            ask_lines(values + origin, first, N, last, 0, 1, GROUPS * WIDTH, WIDTH, WIDTH, THREADS)
         gdc_wait()
         gdc_launch_dependents()
     column = tl.arange(0, P)

@@ -14,17 +14,12 @@ from .reference import Projection, Stream
 __all__ = ["Projection", "Stream", "add_projected", "project"]
 
 
-def project(
-    given: Projection, stream: Stream, kind: torch.dtype | None = None, ahead: Projection | None = None
-) -> tuple[Tensor, Stream]:
+def project(given: Projection, stream: Stream, kind: torch.dtype | None = None) -> tuple[Tensor, Stream]:
     """The product with the norm of the stream [M, E], gated if `given` is, and the stream, to which nothing is left to
-    add. [M, N], gated [M, N / 2], in the stream's dtype or in `kind`, to which it is not rounded in between.
-
-    `ahead`: a later product with kernels in between that leave memory idle, during which it is to be read already.
-    """
+    add. [M, N], gated [M, N / 2], in the stream's dtype or in `kind`, without a rounding in between."""
     kind = kind or stream.h.dtype
     if chosen("project", fused.supports(given, stream.h, kind)):
-        return fused.project(given, stream, kind, ahead)
+        return fused.project(given, stream, kind)
     return reference.project(given, stream, kind)
 
 

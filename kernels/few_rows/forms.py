@@ -15,10 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..support import begins_early
 from . import reference
 from .reference import Projection, Stream
-from .triton import APART, EARLY, FORMS, Form, ask, launch, normed, summed, tile_of
+from .triton import APART, FORMS, Form, launch, normed, summed, tile_of
 
 MEASURED = 8 << 20
 """Bytes of weights from which on forms are timed."""
@@ -83,7 +82,6 @@ def project(
     given: Projection,
     stream: Stream,
     out: torch.dtype,
-    ahead: Projection | None,
     form: Form | None = None,
     warmup: bool = False,
 ) -> tuple[Tensor, Stream]:
@@ -92,14 +90,7 @@ def project(
     assert form is not None
     assert given.exact_norm is not None
     y = torch.empty(len(x), given.lines, dtype=out, device=x.device)
-    asked = None if ahead is None or not begins_early(x.device) else ask(ahead.weight)
-    rest: dict[str, Any] = {
-        "gated": given.gated,
-        "bias": given.bias,
-        "counters": given.counters,
-        "ahead": asked,
-        "warmup": warmup,
-    }
+    rest: dict[str, Any] = {"gated": given.gated, "bias": given.bias, "counters": given.counters, "warmup": warmup}
     h, squares = x, stream.squares
     if form.apart:
         h, rows = normed(x, stream.added, given.exact_norm, given.eps, form.early >= 0, warmup)
@@ -137,7 +128,7 @@ def tune(given: Projection, kind: Kind) -> Form | None:
 
     def ours(turn: Projection, form: Form, warmup: bool = False) -> object:
         if kind.normed:
-            return project(x, turn, stream, kind.out, None, form, warmup)
+            return project(x, turn, stream, kind.out, form, warmup)
         return add_projected(x, turn, stream, form, warmup)
 
     def separate(turn: Projection) -> object:
@@ -157,8 +148,6 @@ def tune(given: Projection, kind: Kind) -> Form | None:
         return next((form, ms) for form, ms in times.items() if ms <= MARGIN * min(times.values()))
 
     found, ms = best((*FORMS, *APART) if kind.normed else FORMS)
-    if begins_early(kind.device):
-        found, ms = best([found._replace(early=lines) for lines in EARLY])
     return found if ms <= milliseconds([partial(separate, turn) for turn in turns]) else None
 
 

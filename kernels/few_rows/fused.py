@@ -33,9 +33,9 @@ def supports(given: Projection, x: Tensor, kind: torch.dtype) -> Support:
     return support
 
 
-def project(given: Projection, stream: Stream, kind: torch.dtype, ahead: Projection | None) -> tuple[Tensor, Stream]:
+def project(given: Projection, stream: Stream, kind: torch.dtype) -> tuple[Tensor, Stream]:
     """Shapes as in the room's `project`."""
-    both: tuple[Tensor, Stream] = kernel(MODULE, "project")(stream.h, given, stream, kind, ahead)
+    both: tuple[Tensor, Stream] = kernel(MODULE, "project")(stream.h, given, stream, kind)
     return both
 
 

@@ -6,10 +6,9 @@ squares that the kernel before has left; x is normed and rounded tile by tile as
 SPLIT > 1 as many programs share the columns of a block; the last of them to end adds up in one order what all have
 left. What a row gives does not depend on how many there are: up to TILE of them run the same program.
 
-With PDL a program begins while the kernel before ends, asks for some lines of its weights, and waits for that kernel.
-`ahead` are the weights of a product that follows when smaller kernels have run: some of their lines are asked for when
-the program's own are read, so that memory is not idle meanwhile. In both cases it is every so manieth line: a program
-then always waits for memory, and for less of it, instead of for the cache first.
+With PDL a program begins while the kernel before ends, asks for the first of its weights, and waits for that kernel.
+`ahead` are the weights of a product that follows: some of their columns are asked for when the program's own are read,
+so that memory is not idle in between.
 """
 
 from __future__ import annotations
@@ -31,11 +30,12 @@ PIECE = 1024
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    y, bias, residual, out, sums, line, i, block, row, there,
+    y, h, bias, out, sums, line, block, row, there,
     LINES: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, EACH: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """From y fp32 [BLOCK, TILE] to what is stored. It is rounded wherever kernels of their own would round."""
+    """From y fp32 [BLOCK, TILE] and, to be added, h [BLOCK, TILE] to what is stored. It is rounded wherever kernels of
+    their own would round."""
     if BIAS:
         y += tl.load(bias + line).to(tl.float32)[:, None]
     if GATE:
@@ -47,8 +47,7 @@ def _finish(  # type: ignore[no-untyped-def]
     to = row.to(tl.int64)[None, :] * LINES + own[:, None]
     y = y.to(out.dtype.element_ty)
     if ADD:
-        y = y.to(tl.float32) + tl.load(residual + to, mask=inside, other=0.0).to(tl.float32)
-        y = y.to(out.dtype.element_ty)
+        y = (y.to(tl.float32) + h.to(tl.float32)).to(out.dtype.element_ty)
         exact = tl.where(inside, y.to(tl.float32), 0.0)
         tl.store(sums + row * tl.cdiv(LINES, EACH) + block, tl.sum(exact * exact, axis=0), mask=there)
     tl.store(out + to, y, mask=inside)
@@ -60,18 +59,21 @@ def _product(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr, LINES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
     BIAS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, OWN: tl.constexpr, PIECE: tl.constexpr,
-    AHEAD: tl.constexpr, AHEAD_WIDTH: tl.constexpr, AHEAD_STEP: tl.constexpr, AHEAD_PIECE: tl.constexpr,
+    AHEAD: tl.constexpr, AHEAD_WIDTH: tl.constexpr, AHEAD_COLUMNS: tl.constexpr, AHEAD_PIECE: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
     EACH: tl.constexpr = BLOCK // 2 if GATE else BLOCK
     SHARE: tl.constexpr = (WIDTH + SPLIT * COLUMNS - 1) // (SPLIT * COLUMNS) * COLUMNS
     WHOLE: tl.constexpr = WIDTH % (SPLIT * COLUMNS) == 0
     block, split = tl.program_id(0), tl.program_id(1)
+    begin = split * SHARE
     if PDL:
         if OWN:
-            ask_lines(weight, block * EACH, EACH // OWN, OWN, LINES, split, SPLIT, WIDTH, PIECE, THREADS)
+            ask_lines(weight + begin, block * EACH, EACH, LINES, 0, 1, WIDTH, OWN, PIECE, THREADS)
+            if GATE:
+                up = block * EACH + LINES
+                ask_lines(weight + begin, up, EACH, 2 * LINES, 0, 1, WIDTH, OWN, PIECE, THREADS)
         gdc_wait()
-        gdc_launch_dependents()
     i = tl.arange(0, BLOCK)
     line = tl.minimum(block * EACH + i % EACH, LINES - 1)
     if GATE:
@@ -82,28 +84,38 @@ def _product(  # type: ignore[no-untyped-def]
     if NORM:
         part = tl.arange(0, PARTS)
         known = there[:, None] & (part < parts)[None, :]
-        total = tl.sum(tl.load(squares + row[:, None] * parts + part[None, :], mask=known, other=0.0), axis=1)
-        scale = 1 / tl.sqrt(total / WIDTH + eps)
+        known_squares = tl.load(squares + row[:, None] * parts + part[None, :], mask=known, other=0.0)
+        scale = tl.zeros((TILE,), dtype=tl.float32)
     y = tl.zeros((BLOCK, TILE), dtype=tl.float32)
-    for first in tl.range(split * SHARE, min((split + 1) * SHARE, WIDTH), COLUMNS, num_stages=STAGES):
+    h = y
+    if ADD:
+        own = block * BLOCK + i
+        inside = (own < LINES)[:, None] & there[None, :]
+        h = tl.load(residual + row.to(tl.int64)[None, :] * LINES + own[:, None], mask=inside, other=0.0)
+    for first in tl.range(begin, min(begin + SHARE, WIDTH), COLUMNS, num_stages=STAGES):
+        if NORM:  # noqa: SIM102 - one of the two is known when the kernel is compiled
+            # Here, where the first tiles are on their way already.
+            if first == begin:
+                scale = 1 / tl.sqrt(tl.sum(known_squares, axis=1) / WIDTH + eps)
         column = first + tl.arange(0, COLUMNS)
-        inside = column < WIDTH
+        real = column < WIDTH
         if WHOLE:
             w = tl.load(lines + column[None, :], eviction_policy="evict_first")
             v = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=there[:, None], other=0.0)
         else:
-            w = tl.load(lines + column[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            v = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+            w = tl.load(lines + column[None, :], mask=real[None, :], other=0.0, eviction_policy="evict_first")
+            v = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=there[:, None] & real[None, :], other=0.0)
         if NORM:
-            g = tl.load(norm + column) if WHOLE else tl.load(norm + column, mask=inside, other=0.0)
+            g = tl.load(norm + column) if WHOLE else tl.load(norm + column, mask=real, other=0.0)
             v = (v.to(tl.float32) * scale[:, None] * g[None, :]).to(w.dtype)
         y = tl.dot(w, tl.trans(v), y)
+    if PDL:
+        gdc_launch_dependents()
     if AHEAD:
         number, count = block * SPLIT + split, tl.num_programs(0) * SPLIT
-        asked = (AHEAD + AHEAD_STEP - 1) // AHEAD_STEP
-        ask_lines(ahead, 0, AHEAD_STEP, asked, AHEAD, number, count, AHEAD_WIDTH, AHEAD_PIECE, THREADS)
+        ask_lines(ahead, 0, AHEAD, AHEAD, number, count, AHEAD_WIDTH, AHEAD_COLUMNS, AHEAD_PIECE, THREADS)
     if SPLIT == 1:
-        _finish(y, bias, residual, out, sums, line, i, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
+        _finish(y, h, bias, out, sums, line, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
     else:
         place = left + (block.to(tl.int64) * SPLIT * BLOCK + i)[:, None] * TILE + row[None, :]
         tl.store(place + split * (BLOCK * TILE), y)
@@ -114,7 +126,7 @@ def _product(  # type: ignore[no-untyped-def]
             for other in tl.static_range(1, SPLIT):
                 y += tl.load(place + other * (BLOCK * TILE), cache_modifier=".cg")
             tl.store(counters + block, 0)
-            _finish(y, bias, residual, out, sums, line, i, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
+            _finish(y, h, bias, out, sums, line, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
 
 
 @triton.jit
@@ -163,7 +175,7 @@ class Form(NamedTuple):
     stages: int
     warps: int
     early: int = -1
-    """Megabytes of the weights asked for while the kernel before ends; negative: a program begins behind its end."""
+    """Columns of its lines that a program asks for while the kernel before ends; negative: it begins behind its end."""
     apart: bool = False
     """The norm is a kernel of its own: none of the tiles of x goes through registers."""
 
@@ -172,35 +184,21 @@ FORMS = (
     Form(64, 128, 1, 4, 4),
     Form(64, 128, 1, 6, 4),
     Form(64, 128, 1, 8, 4),
-    Form(64, 64, 1, 5, 4),
     Form(64, 256, 1, 3, 4),
     Form(128, 128, 1, 3, 8),
-    Form(128, 64, 1, 5, 4),
-    Form(32, 128, 1, 6, 4),
-    Form(32, 256, 1, 4, 4),
-    Form(32, 256, 1, 8, 4),
-    Form(32, 256, 1, 4, 2),
-    Form(16, 256, 1, 6, 2),
     Form(64, 128, 2, 5, 4),
+    Form(64, 128, 2, 8, 4),
     Form(64, 128, 4, 4, 4),
-    Form(32, 256, 2, 4, 4),
 )
-APART = tuple(form._replace(apart=True) for form in FORMS if form.block >= 64 and form.split == 1)
-EARLY = (-1, 0, 4, 16)
-AHEAD = 16 << 20
-"""Bytes of the weights `ahead` that are asked for."""
+"""Those that were the fastest of some shape, or near it; narrower blocks never were."""
+APART = tuple(form._replace(apart=True) for form in FORMS if form.split == 1)
 
 
-class Asked(NamedTuple):
-    """Weights that a later product reads: [N, K], and every so manieth of its lines."""
+class Ahead(NamedTuple):
+    """Weights [N, K] that a later product reads, and the columns of them that are asked for."""
 
     weight: Tensor
-    step: int
-
-
-def ask(weight: Tensor, wanted: int = AHEAD) -> Asked:
-    """About `wanted` bytes of the weight, evenly."""
-    return Asked(weight, max(1, -(-weight.nbytes // wanted)))
+    columns: int
 
 
 def tile_of(rows: int) -> int:
@@ -208,9 +206,9 @@ def tile_of(rows: int) -> int:
     return max(16, int(triton.next_power_of_2(rows)))
 
 
-def _piece(width: int, size: int) -> int:
-    """Numbers that are asked for at a time: as many as divide a line of `width`."""
-    return math.gcd(width, PIECE // size)
+def _piece(columns: int, size: int) -> int:
+    """Numbers that are asked for at a time: as many as divide `columns`."""
+    return math.gcd(columns, PIECE // size)
 
 
 def launch(
@@ -227,7 +225,7 @@ def launch(
     residual: Tensor | None = None,
     sums: Tensor | None = None,
     counters: Tensor | None = None,
-    ahead: Asked | None = None,
+    ahead: Ahead | None = None,
     warmup: bool = False,
 ) -> None:
     """x [M, K] times weight [N, K] into out [M, N] (gated: [M, N / 2]).
@@ -239,12 +237,12 @@ def launch(
     (rows, width), lines = x.shape, out.shape[1]
     each = form.block // 2 if gated else form.block
     blocks = triton.cdiv(lines, each)
-    own = 0 if form.early <= 0 else max(1, (form.early << 20) // (blocks * width * weight.itemsize))
+    own = max(0, min(form.early, width // form.split))
     left = x
     if form.split > 1:
         left = torch.empty(blocks, form.split, form.block, tile_of(rows), dtype=torch.float32, device=x.device)
     parts = 1 if squares is None else squares.shape[1]
-    asked = weight if ahead is None else ahead.weight
+    asked, columns = ahead or Ahead(weight, 0)
     with torch.cuda.device_of(x):
         _product.run(
             x, x if squares is None else squares, x if norm is None else norm, eps, weight,
@@ -253,9 +251,9 @@ def launch(
             WIDTH=width, LINES=lines, NORM=norm is not None, GATE=gated, ADD=residual is not None,
             BIAS=bias is not None, PARTS=triton.next_power_of_2(parts), TILE=tile_of(rows), BLOCK=form.block,
             COLUMNS=form.columns, SPLIT=form.split, STAGES=form.stages, PDL=form.early >= 0,
-            OWN=min(each, own), PIECE=_piece(width, weight.itemsize),
-            AHEAD=0 if ahead is None else asked.shape[0], AHEAD_WIDTH=asked.shape[1],
-            AHEAD_STEP=1 if ahead is None else ahead.step, AHEAD_PIECE=_piece(asked.shape[1], asked.itemsize),
+            OWN=own, PIECE=_piece(own, weight.itemsize),
+            AHEAD=asked.shape[0] if columns else 0, AHEAD_WIDTH=asked.shape[1], AHEAD_COLUMNS=columns,
+            AHEAD_PIECE=_piece(columns, asked.itemsize),
             THREADS=32 * form.warps, num_warps=form.warps, launch_pdl=form.early >= 0,
             grid=(blocks, form.split), warmup=warmup,
         )  # fmt: skip

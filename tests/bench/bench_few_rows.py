@@ -38,6 +38,8 @@ TOLERANCE = 0.01
 """Relative, of bf16 outputs."""
 CONTEXT = 2048
 LAYERS = 4
+EARLY = (-1, 0, 512, 1024)
+"""Columns that a program asks for while the kernel before ends."""
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,13 @@ def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str
     for form in room.FORMS if case.norm is None else (*room.FORMS, *room.APART):
         attempt(form)
     ranked = sorted((f for _, f in times), key=lambda f: times[first, f])
-    early = [form._replace(early=early) for form in ranked[:2] for early in room.EARLY[1:]]
+    early = [form._replace(early=early) for form in ranked[:2] for early in EARLY[1:]]
     compile_forms([(case, form, first) for form in [*early, *ranked[:3]]], ranked[:3])
     for form in early:
         attempt(form)
     print(f"{name} {case.shape.width} -> {case.shape.lines}, {case.bytes / 1e6:.1f} MB, M = {first}:", flush=True)
     for form in ranked:
-        also = [told(first, f) for f in (form._replace(early=e) for e in room.EARLY[1:]) if (first, f) in times]
+        also = [told(first, f) for f in (form._replace(early=e) for e in EARLY[1:]) if (first, f) in times]
         line = f"  {tuple(form)[:5]}{' norm apart' if form.apart else ''}: {told(first, form)}"
         if case.norm is not None and form in ranked[:3]:
             line += f"; without the norm {case.bare(first, form):.1f} us"
@@ -210,7 +212,7 @@ def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str
     for count in rows:
         plain = results["plain"][count] = case.cublas(count)
         line = f"  M = {count}: cuBLAS {plain:.1f} us {case.bytes / plain / 1e3 / copy:.3f}"
-        for form in (best, *(best._replace(early=early) for early in room.EARLY[1:3])):
+        for form in (best, *(best._replace(early=early) for early in EARLY[1:3])):
             if (first, form) in times:
                 times[count, form] = case.time(count, form)
                 line += f"; {form.early} {told(count, form)}"
@@ -218,6 +220,18 @@ def measure(name: str, case: Case, rows: Sequence[int], copy: float) -> dict[str
     results["best"] = best
     results["times"] = [{"rows": n, **form._asdict(), "us": us} for (n, form), us in times.items()]
     return results
+
+
+WAYS = (
+    (-1, 0, 0), (-1, 8, 0), (-1, 16, 0), (-1, 24, 0), (-1, 0, 4), (-1, 0, 8), (-1, 16, 8),
+    (0, 0, 0), (0, 16, 0), (0, 16, 4), (512, 0, 0), (512, 16, 0), (1024, 16, 0),
+)  # fmt: skip
+
+
+def asked(weight: Tensor, megabytes: int) -> room.Ahead | None:
+    """About so much of the first columns of a weight."""
+    columns = (megabytes << 20) // (weight.shape[0] * 2) // 64 * 64
+    return room.Ahead(weight, min(columns, weight.shape[1])) if columns else None
 
 
 class Layers:
@@ -243,21 +257,23 @@ class Layers:
             h, x = add_forward(h, F.linear(y, weights["o"]), self.rounded, EPS)
             added = F.linear(swiglu_packed(F.linear(x, weights["gate_up"])), weights["down"])
 
-    def ours(self, h: Tensor, early: int, ahead: int, attention: bool = True) -> None:
+    def ours(self, h: Tensor, early: int, gap: int = 0, ahead: int = 0, attention: bool = True) -> None:
+        """`gap`: megabytes of o_proj's weights asked for before attention; `ahead`: of each product's by the one right
+        before it."""
         squares = room.summed(h, None)[1]
-        for weights, cache in zip(self.parts, self.caches, strict=True):
-            asked = room.ask(weights["o"], ahead) if ahead else None
-            projected = self._in(h, squares, weights, "qkv", early, asked)
+        for index, (weights, cache) in enumerate(zip(self.parts, self.caches, strict=True)):
+            after = self.parts[(index + 1) % LAYERS]
+            projected = self._in(h, squares, weights, "qkv", early, asked(weights["o"], gap))
             if attention:
                 y = decode_attention(projected, *cache, self.start, self.rotary, 0, None)
             else:
                 y = projected[:, :4096].contiguous()
-            h, squares = self._out(y, h, weights, "o", early)
-            x = self._in(h, squares, weights, "gate_up", early, None)
-            h, squares = self._out(x, h, weights, "down", early)
+            h, squares = self._out(y, h, weights, "o", early, asked(weights["gate_up"], ahead))
+            x = self._in(h, squares, weights, "gate_up", early, asked(weights["down"], ahead))
+            h, squares = self._out(x, h, weights, "down", early, asked(after["qkv"], ahead))
 
     def _in(
-        self, h: Tensor, squares: Tensor, weights: dict[str, Tensor], name: str, early: int, ahead: room.Asked | None
+        self, h: Tensor, squares: Tensor, weights: dict[str, Tensor], name: str, early: int, ahead: room.Ahead | None
     ) -> Tensor:
         weight, gated = weights[name], name == "gate_up"
         out = torch.empty(h.shape[0], weight.shape[0] // (2 if gated else 1), dtype=h.dtype, device=h.device)
@@ -269,10 +285,12 @@ class Layers:
         room.launch(h, weight, out, form, gated=gated, counters=counters, ahead=ahead, **given)
         return out
 
-    def _out(self, x: Tensor, h: Tensor, weights: dict[str, Tensor], name: str, early: int) -> tuple[Tensor, Tensor]:
+    def _out(
+        self, x: Tensor, h: Tensor, weights: dict[str, Tensor], name: str, early: int, ahead: room.Ahead | None
+    ) -> tuple[Tensor, Tensor]:
         form, out = self.forms[name]._replace(early=early), torch.empty_like(h)
         sums = torch.empty(h.shape[0], triton.cdiv(h.shape[1], form.block), device="cuda")
-        room.launch(x, weights[name], out, form, residual=h, sums=sums, counters=self.counters)
+        room.launch(x, weights[name], out, form, residual=h, sums=sums, counters=self.counters, ahead=ahead)
         return out, sums
 
 
@@ -283,23 +301,11 @@ def layers(cases: dict[str, Case], found: dict[str, dict[str, Any]], copy: float
     for count in rows:
         h = draw(count, 4096)
         ways: dict[str, Callable[[], object]] = {"separate kernels": lambda h=h: made.separate(h)}
-        for early, ahead in (
-            (-1, 0),
-            (-1, 16),
-            (-1, 32),
-            (0, 0),
-            (0, 16),
-            (2, 0),
-            (4, 0),
-            (8, 0),
-            (4, 8),
-            (4, 16),
-            (4, 32),
-        ):
-            name = f"ours, early {early}, {ahead} MB ahead"
-            ways[name] = lambda h=h, e=early, a=ahead: made.ours(h, e, a << 20)
-        for early in (-1, 0, 4):
-            ways[f"ours, early {early}, no attention"] = lambda h=h, e=early: made.ours(h, e, 0, False)
+        for early, gap, ahead in WAYS:
+            name = f"ours, early {early}, {gap} MB of o and {ahead} MB of others ahead"
+            ways[name] = lambda h=h, e=early, g=gap, a=ahead: made.ours(h, e, g, a)
+        for early in EARLY:
+            ways[f"ours, early {early}, no attention"] = lambda h=h, e=early: made.ours(h, e, attention=False)
         for name, way in ways.items():
             us = graph_us([way] * 2) / LAYERS
             print(f"  M = {count}, {name}: {us:.1f} us, {read / us / 1e3 / copy:.3f}", flush=True)

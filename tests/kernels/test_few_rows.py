@@ -112,7 +112,7 @@ def test_in_the_interpreter_any_form_is_the_reference(interpreted, form, shape, 
     form = interpreted.Form(*form)
 
     def way(given, stream, kind):
-        return interpreted.project(stream.h, given, stream, kind, None, form)
+        return interpreted.project(stream.h, given, stream, kind, form)
 
     check_project(way, into, stream, torch.float32, 2e-6)
     check_sum(interpreted.add_projected(x, out, before, form), out, x, before, 2e-6)
@@ -127,7 +127,7 @@ def test_in_the_interpreter_low_precision_is_within_its_rounding(interpreted, ex
     form = form and interpreted.Form(*form)
 
     def way(given, stream, kind):
-        return interpreted.project(stream.h, given, stream, kind, None, form)
+        return interpreted.project(stream.h, given, stream, kind, form)
 
     check_project(way, into, stream, torch.bfloat16, 0.02)
     check_sum(interpreted.add_projected(x, out, before, form), out, x, before, 0.01)
@@ -139,11 +139,11 @@ def test_in_the_interpreter_low_precision_is_within_its_rounding(interpreted, ex
 def test_in_the_interpreter_a_row_does_not_depend_on_how_many_there_are(interpreted, form) -> None:
     into, stream, out, x, before = drawn(16, 96, 40, gated=True)
     form = interpreted.Form(*form)
-    whole = interpreted.project(stream.h, into, stream, torch.float32, None, form)[0]
+    whole = interpreted.project(stream.h, into, stream, torch.float32, form)[0]
     summed = interpreted.add_projected(x, out, before, form)
     for rows in (1, 5, 8):
         part = Stream(stream.h[:rows])
-        assert torch.equal(interpreted.project(part.h, into, part, torch.float32, None, form)[0], whole[:rows])
+        assert torch.equal(interpreted.project(part.h, into, part, torch.float32, form)[0], whole[:rows])
         few = interpreted.add_projected(x[:rows], out, Stream(before.h[:rows]), form)
         assert torch.equal(few.h, summed.h[:rows])
         assert torch.equal(few.squares, summed.squares[:rows])
@@ -158,10 +158,10 @@ def test_in_the_interpreter_layers_follow_each_other(interpreted) -> None:
     wanted, whole = reference.project(into, plain, torch.float32)
     apart = interpreted.FORMS[0]._replace(apart=True)
     for given, form in itertools.product((ours, plain), (None, apart)):
-        y, left = interpreted.project(given.h, into, given, torch.float32, None, form)
+        y, left = interpreted.project(given.h, into, given, torch.float32, form)
         near(y, wanted, 2e-6)
         near(left.h, whole.h, 1e-6)
-        again, _ = interpreted.project(left.h, into, left, torch.float32, None)
+        again, _ = interpreted.project(left.h, into, left, torch.float32)
         near(again, wanted, 2e-6)
 
 
@@ -213,7 +213,6 @@ def timed(interpreted, monkeypatch):
     """Forms are timed by a table, in milliseconds; separate kernels take one."""
     times = {}
     monkeypatch.setattr(interpreted, "compile_forms", lambda *_: None)
-    monkeypatch.setattr(interpreted, "begins_early", lambda _: True)
     monkeypatch.setattr(
         interpreted, "milliseconds", lambda calls: times.get(calls[0].args[1], 2.0) if calls[0].args[1:] else 1.0
     )
@@ -227,8 +226,6 @@ def test_the_first_form_is_chosen_that_is_as_fast_as_any(interpreted, timed) -> 
     slow, fast, other = (interpreted.FORMS[i] for i in (1, 3, 5))
     timed.update({slow: 0.9, fast: 0.505, other: 0.5})
     assert interpreted.tune(into, kind) == fast
-    timed[fast._replace(early=interpreted.EARLY[1])] = 0.4
-    assert interpreted.tune(into, kind) == fast._replace(early=interpreted.EARLY[1])
 
 
 def test_one_form_serves_all_calls_of_up_to_sixteen_rows(interpreted) -> None:
@@ -258,21 +255,20 @@ def test_on_a_gpu_it_is_as_near_to_fp64_as_separate_kernels(width, lines, rows, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("early", [-1, 0, 8])
+@pytest.mark.parametrize("early", [-1, 0, 512])
 def test_on_a_gpu_every_form_is_right_and_rows_do_not_depend_on_each_other(early) -> None:
     forms = importlib.import_module(fused.MODULE)
     into, stream, out, x, before = drawn(16, 2560, 4096, torch.bfloat16, "cuda", gated=True)
-    ahead = Projection(torch.zeros(4096, 4096, dtype=torch.bfloat16, device="cuda"))
     exact, _ = reference.project(doubled(into), doubled(stream), torch.float64)
     for form in (*forms.FORMS, *forms.APART):
         form = form._replace(early=early)
-        whole = forms.project(stream.h, into, stream, torch.bfloat16, ahead, form)[0]
+        whole = forms.project(stream.h, into, stream, torch.bfloat16, form)[0]
         near(whole, exact, 0.01)
         summed = forms.add_projected(x, out, before, form)
         check_sum(summed, out, x, before, 0.01)
-        for rows, again in itertools.product((1, 5, 13), range(3)):
+        for rows, _ in itertools.product((1, 5, 13), range(3)):
             part = Stream(stream.h[:rows])
-            y = forms.project(part.h, into, part, torch.bfloat16, ahead if again else None, form)[0]
+            y = forms.project(part.h, into, part, torch.bfloat16, form)[0]
             assert torch.equal(y, whole[:rows]), form
             few = forms.add_projected(x[:rows], out, Stream(before.h[:rows]), form)
             assert torch.equal(few.h, summed.h[:rows]), form
@@ -282,7 +278,7 @@ def test_on_a_gpu_every_form_is_right_and_rows_do_not_depend_on_each_other(early
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("early", [-1, 0, 8])
+@pytest.mark.parametrize("early", [-1, 0, 512])
 def test_on_a_gpu_kernels_that_begin_early_wait_for_what_they_read(early) -> None:
     """A chain of products, each of which reads what the one before wrote, in a graph."""
     forms = importlib.import_module(fused.MODULE)
@@ -292,7 +288,7 @@ def test_on_a_gpu_kernels_that_begin_early_wait_for_what_they_read(early) -> Non
     def chain(h, form):
         stream = Stream(h)
         for into, _, out, _, _ in parts:
-            y, stream = forms.project(stream.h, into, stream, h.dtype, out if form.early > 0 else None, form)
+            y, stream = forms.project(stream.h, into, stream, h.dtype, form)
             stream = forms.add_projected(y, out, stream, form)
         return stream.h
 
@@ -306,6 +302,16 @@ def test_on_a_gpu_kernels_that_begin_early_wait_for_what_they_read(early) -> Non
         h.copy_(torch.randn(h.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert torch.equal(y, chain(h, forms.FORMS[0]))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_asking_ahead_changes_nothing() -> None:
+    room = importlib.import_module("mambabench.kernels.few_rows.triton")
+    _, _, out, x, _ = drawn(3, 2048, 512, torch.bfloat16, "cuda", bias=False)
+    ys = torch.empty(2, 3, 512, dtype=torch.bfloat16, device="cuda")
+    room.launch(x, out.weight, ys[0], room.FORMS[0])
+    room.launch(x, out.weight, ys[1], room.FORMS[0], ahead=room.Ahead(torch.zeros_like(out.weight), 640))
+    assert torch.equal(*ys)
 
 
 @pytest.mark.gpu
