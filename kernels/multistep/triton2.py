@@ -228,7 +228,7 @@ class Form(NamedTuple):
     read again, from the cache, and fewer registers let more programs run side by side."""
 
 
-TILES = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8))
+TILES = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
 FORMS = tuple(Form(block, warps, columns) for columns in (0, 32) for block, warps in TILES)
 PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
@@ -256,7 +256,7 @@ def form_for(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: P
         def run(form: Form, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
             return ring_multistep(scratch, C, A, D, checkpoint, start, saved, plan, form, warmup=warmup)
 
-        _best[kind] = fastest(forms_for(ring, state), state, plan, run)
+        _best[kind] = fastest(forms_for(ring, state, plan), state, plan, run)
     few = state.shape[0] * state.shape[1] < 2048 or ring.x.dtype == torch.float32
     return _best.get(kind, Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4))
 
@@ -301,11 +301,16 @@ def _tile(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def forms_for(ring: Ring, state: Tensor) -> list[Form]:
+def forms_for(ring: Ring, state: Tensor, plan: Plan) -> list[Form]:
     """Those with no larger tiles than a head has; small ones for fp32, of which products are not made by tensor cores
-    but in registers."""
+    but in registers.
+
+    64 rows are products of warp groups, for which Triton 3.6 and 3.7 make code that reads beyond its shared memory in
+    some kernels of several products (its issues 11366 and 10629). A replay of more than 16 tokens ended in an illegal
+    access on an H200, so such replays have smaller tiles.
+    """
     width, size = (_tile(n) for n in state.shape[2:])
-    most = 16 if ring.x.dtype == torch.float32 else width
+    most = 16 if ring.x.dtype == torch.float32 else 32 if _tile(plan.replay) > 16 else width
     return [form for form in FORMS if form.block <= min(width, most) and form.columns < size]
 
 

@@ -255,7 +255,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
         written = statistics.fmean(float(plan.due(*pair).float().mean()) for pair in rounds)
         bytes_moved = moved_bytes(made[0], replayed, written)
         first = made[0]
-        tried = triton2.forms_for(first.ring, first.state)
+        tried = triton2.forms_for(first.ring, first.state, plan)
         tried = tried if args.form is None else [tried[args.form]]
         compile_all(first, plan, list(itertools.product(tried, args.pieces)))
         convolution = time_convolution(made, rounds[0][0])

@@ -243,7 +243,7 @@ def test_on_a_gpu_every_form_is_as_exact_as_pytorch(shape, replay):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=9, steps=9, replay=replay, settle=True)
     layer, start = filled(shape, plan, 4, torch.bfloat16, 1, [0, replay, 1, replay // 2], "cuda")
-    arms = list(itertools.product(kernels.forms_for(layer.ring, layer.state), (1, 2)))
+    arms = list(itertools.product(kernels.forms_for(layer.ring, layer.state, plan), (1, 2)))
 
     def run(arm, state, start, saved, warmup):
         given = layer.ring, layer.C, layer.A, layer.D, state, start, saved, plan
