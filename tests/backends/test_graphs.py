@@ -176,12 +176,11 @@ def test_graphs_are_for_gpus_and_can_be_turned_off(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.15)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 @pytest.mark.parametrize("way", ["", "off"], ids=["graphs", "eager"])
 def test_on_a_gpu_both_ways_keep_the_stepping_contract(
     way: str, dtype: str, tolerance: float, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bf16 kernels of Mamba layers round in other places than the full recomputation: up to 0.07 was seen."""
     monkeypatch.setenv(graphs.VARIABLE, way)
     check_backend("teacher", artifact, rounds=150, device="cuda:0", dtype=dtype, tolerance=tolerance)
 

@@ -1,7 +1,5 @@
 """Models of mamba-ssm: its checkpoints, and its layers by our engine."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,52 +8,12 @@ from mambabench.backends.native import export, read_config
 from mambabench.harness.conformance import check_backend
 from mambabench.harness.interfaces import Unsupported
 from mambabench.kernels.support import Support
-from safetensors.torch import load_file, save_file
-
-SIZES = {"d_model": 32, "n_layer": 3, "vocab_size": 61, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
-SSM = {"layer": "Mamba2", "d_state": 12, "headdim": 8, "ngroups": 1}
+from safetensors.torch import load_file
 
 
 @pytest.fixture
-def make(llama, tmp_path):
-    """make(**ssm_cfg): a folder in mamba-ssm's format with random weights, and a tokenizer."""
-
-    def make(pickled=False, **changes):
-        folder = tmp_path / "native"
-        folder.mkdir()
-        ssm = SSM | changes
-        (folder / "config.json").write_text(json.dumps({**SIZES, "ssm_cfg": ssm}))
-        width, inner, conv = SIZES["d_model"], 2 * SIZES["d_model"], ssm.get("d_conv", 4)
-        heads, shared = inner // ssm["headdim"], ssm["ngroups"] * ssm["d_state"]
-        torch.manual_seed(0)
-        tensors = {
-            "backbone.embedding.weight": torch.randn(64, width),
-            "backbone.norm_f.weight": torch.rand(width) + 0.5,
-        }
-        for layer in range(SIZES["n_layer"]):
-            of = {
-                "norm.weight": torch.rand(width) + 0.5,
-                "mixer.in_proj.weight": torch.randn(2 * inner + 2 * shared + heads, width) / 4,
-                "mixer.conv1d.weight": torch.randn(inner + 2 * shared, 1, conv) / 2,
-                "mixer.conv1d.bias": torch.randn(inner + 2 * shared) / 4,
-                "mixer.dt_bias": torch.randn(heads),
-                "mixer.A_log": torch.rand(heads) * 2,
-                "mixer.D": torch.randn(heads),
-                "mixer.norm.weight": torch.rand(inner) + 0.5,
-                "mixer.out_proj.weight": torch.randn(width, inner) / 4,
-            }
-            tensors |= {f"backbone.layers.{layer}.{name}": tensor for name, tensor in of.items()}
-        if pickled:
-            torch.save(
-                {**tensors, "lm_head.weight": tensors["backbone.embedding.weight"]}, folder / "pytorch_model.bin"
-            )
-        else:
-            save_file(tensors, folder / "model.safetensors")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / name).write_bytes((llama / name).read_bytes())
-        return folder, tensors, ssm
-
-    return make
+def make(make_native):
+    return make_native
 
 
 def layer_by_hand(h, weights, ssm):
@@ -86,7 +44,7 @@ def layer_by_hand(h, weights, ssm):
 def logits_by_hand(ids, tensors, ssm):
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     h = tensors["backbone.embedding.weight"][ids]
-    for layer in range(SIZES["n_layer"]):
+    for layer in sorted({int(name.split(".")[2]) for name in tensors if ".layers." in name}):
         prefix = f"backbone.layers.{layer}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         h = layer_by_hand(h, own, ssm)
@@ -127,11 +85,9 @@ def test_it_keeps_the_contract_over_rings_of_what_goes_into_the_state(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.15)])
-def test_on_a_gpu_the_kernels_keep_it(make, teacher_backend, tmp_path, dtype, tolerance):
-    """In bf16 they round in other places than the full recomputation."""
+def test_on_a_gpu_the_kernels_keep_it(make, teacher_backend, tmp_path):
     teacher_backend.convert(make(headdim=16, d_state=32)[0], [], tmp_path / "ours", seed=0)
-    check_backend(teacher_backend, tmp_path / "ours", rounds=100, device="cuda:0", dtype=dtype, tolerance=tolerance)
+    check_backend(teacher_backend, tmp_path / "ours", rounds=100, device="cuda:0", dtype="float32", tolerance=1e-4)
 
 
 @pytest.mark.parametrize("pickled", [False, True])

@@ -15,9 +15,6 @@ from mambabench.kernels import support
 from mambabench.kernels.multistep import selective_ring
 from mambabench.kernels.support import Support
 
-BF16 = 0.15
-"""Kernels round in other places than the full recomputation: two correct runs are up to 0.07 apart."""
-
 
 @pytest.fixture
 def mamba_backend() -> MambaBackend:
@@ -68,17 +65,14 @@ def test_rings_keep_the_stepping_contract(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("replay", [0, 7, 15])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", BF16)], ids=["fp32", "bf16"])
 def test_on_a_gpu_the_kernels_keep_it(
-    dtype: str,
-    tolerance: float,
     replay: int,
     artifact: Path,
     mamba_backend: MambaBackend,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(states.VARIABLE, str(replay))
-    check_backend(mamba_backend, artifact, rounds=100, device="cuda:0", dtype=dtype, tolerance=tolerance)
+    check_backend(mamba_backend, artifact, rounds=100, device="cuda:0", dtype="float32", tolerance=1e-4)
     used = support.record()
     for operation in ("cursors", "ring_multistep", "convolve", "selective_ring_multistep"):
         assert operation not in used or used[operation]["fused"]
