@@ -208,8 +208,10 @@ class Work:
             case "data":
                 self._component("source").write(self._job())
             case "select":
-                keep = self._component("selector").select(self._job())
-                write_json(self.out / "layers.json", {"keep": sorted(int(layer) for layer in keep)})
+                keep = sorted(int(layer) for layer in self._component("selector").select(self._job()))
+                write_json(self.out / "layers.json", {"keep": keep})
+                for layer in keep:
+                    self.recorder("fact", name="keeps_attention", value=layer, arm=f"layer {layer}")
             case "convert":
                 self._convert()
             case "train":

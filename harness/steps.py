@@ -106,12 +106,15 @@ class Steps:
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps.values())
 
-    def only(self, pattern: str) -> Steps:
-        """The steps with a label that matches, and all that they need."""
+    def only(self, *patterns: str) -> Steps:
+        """The steps with a label that one of the patterns matches, and all that they need."""
         wanted: set[str] = set()
-        queue = [step.key for step in self if any(matches(label, pattern) for label in step.labels)]
-        if not queue:
-            raise MambabenchError(f"--only {pattern}: no step has such a label; `mambabench plan` lists them")
+        queue: list[str] = []
+        for pattern in patterns:
+            found = [step.key for step in self if any(matches(label, pattern) for label in step.labels)]
+            if not found:
+                raise MambabenchError(f"--only {pattern}: no step has such a label; `mambabench plan` lists them")
+            queue += found
         while queue:
             key = queue.pop()
             if key not in wanted:

@@ -44,6 +44,8 @@ class Row:
     took: Mapping[str, float]
     keeps_all: bool
     """It was trained without losing any attention."""
+    layers: str
+    """Those that keep attention, counted from 0; where seeds chose differently, each choice once."""
 
 
 class Distillation:
@@ -54,9 +56,9 @@ class Distillation:
         "Perplexity and KL(teacher || model) are per token, ± standard error over documents; a second ± is the error "
         f"between seeds. Ratios have {100 * LEVEL:.0f}\u00a0% intervals, paired by document, seeds included; "
         "'trained on' is the model that kept all attention and was trained alike: in the same stages, or with as many "
-        "tokens and as much else frozen. Tokens and seconds are sums over stages, means over seeds; trained % and "
-        "memory are of the stage with most, rates of the last. GPU seconds: wall of a stage times its GPUs, of which "
-        "others may have had a part."
+        "tokens and as much else frozen. Layers are those that keep attention, counted from 0. Tokens and seconds are "
+        "sums over stages, means over seeds; trained % and memory are of the stage with most, rates of the last. GPU "
+        "seconds: wall of a stage times its GPUs, of which others may have had a part."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -78,6 +80,7 @@ class Distillation:
                 "state": failed.get((row.model,)),
             }
             of["attention"] = "teacher" if row.model in results.teachers else keep_of(models["keep"][row.model])
+            of["layers"] = row.layers
             of["seeds"] = max((part["key"].nunique() for part in row.samples.values()), default=0)
             of |= row.took
             for where, part in row.samples.items():
@@ -90,11 +93,11 @@ class Distillation:
         figures = [head + end for head in heads.values() for end in ("", RATIO, TRAINED_ON)]
         took = [*HIGHEST, *SUMMED, *LAST]
         frame = table_of(
-            shown, ["model", "attention", "stages", took[0], *figures, *took[2:], took[1], "seeds", "state"]
+            shown, ["model", "attention", "layers", "stages", took[0], *figures, *took[2:], took[1], "seeds", "state"]
         )
         if frame["seeds"].max() <= 1:
             frame = frame.drop(columns="seeds")
-        return drop_empty(frame, ["attention", "stages", *took, *figures, "state"])
+        return drop_empty(frame, ["attention", "layers", "stages", *took, *figures, "state"])
 
 
 def rows_of(results: Results) -> list[Row]:
@@ -119,7 +122,13 @@ def _row(results: Results, samples: pd.DataFrame, model: str) -> Row:
     stages = tuple(dict.fromkeys(cells["stage"]))
     facts = results.facts[(results.facts["kind"] == "train") & (results.facts["model"] == model)]
     keep = results.models.set_index("model")["keep"][model]
-    return Row(model, parts, stages, _took(facts, stages), keep == 1 and bool(stages))
+    return Row(model, parts, stages, _took(facts, stages), keep == 1 and bool(stages), _layers(results.facts, model))
+
+
+def _layers(facts: pd.DataFrame, model: str) -> str:
+    told = facts[(facts["model"] == model) & (facts["kind"] == "select") & (facts["name"] == "keeps_attention")]
+    choices = (" ".join(str(int(layer)) for layer in of) for _, of in told.groupby("key", sort=False)["value"])
+    return " or ".join(dict.fromkeys(choices))
 
 
 def _took(facts: pd.DataFrame, stages: Sequence[str]) -> dict[str, float]:

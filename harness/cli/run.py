@@ -27,7 +27,9 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("file", type=click.Path(path_type=Path)),
         click.option("--store", type=click.Path(path_type=Path), help="Where results are kept [runs/NAME]."),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the plan."),
-        click.option("--only", metavar="GLOB", help="Only steps with a matching label, and what they need."),
+        click.option(
+            "--only", multiple=True, metavar="GLOB", help="Only steps with a matching label, and what they need."
+        ),
         click.option("--gpus", metavar="0,1", help="The GPUs that steps may use [none: CPU]."),
     ):
         command = option(command)
@@ -38,7 +40,7 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_plan_options
 @click.option("--needs", "asked", is_flag=True, help="Estimate data, GPU memory and GPU-hours instead.")
 def show_plan(
-    file: Path, store: Path | None, overrides: tuple[str, ...], only: str | None, gpus: str | None, asked: bool
+    file: Path, store: Path | None, overrides: tuple[str, ...], only: tuple[str, ...], gpus: str | None, asked: bool
 ) -> None:
     """Check a plan and show its steps: label, state, reason."""
     plan, steps = _expand(file, overrides, only, _gpus(gpus))
@@ -64,7 +66,7 @@ def run_plan(
     file: Path,
     store: Path | None,
     overrides: tuple[str, ...],
-    only: str | None,
+    only: tuple[str, ...],
     gpus: str | None,
     launcher: str,
     share: int,
@@ -160,7 +162,7 @@ def _with_history(record: dict[str, Any], steps: Steps, at: Store) -> dict[str, 
     return record
 
 
-def _expand(file: Path, overrides: tuple[str, ...], only: str | None, gpus: tuple[int, ...]) -> tuple[Plan, Steps]:
+def _expand(file: Path, overrides: tuple[str, ...], only: tuple[str, ...], gpus: tuple[int, ...]) -> tuple[Plan, Steps]:
     from ..environment import machine_facts
 
     loaded = plugins.registry()
@@ -168,7 +170,7 @@ def _expand(file: Path, overrides: tuple[str, ...], only: str | None, gpus: tupl
     fingerprints = Fingerprints()
     steps = expand(plan, loaded, fingerprints, machine_facts(gpus), gpus=1 if gpus else 0)
     fingerprints.save()
-    return plan, steps.only(only) if only else steps
+    return plan, steps.only(*only) if only else steps
 
 
 def _gpus(text: str | None) -> tuple[int, ...]:

@@ -324,6 +324,8 @@ def test_a_whole_chain_gets_its_inputs(go: Go, store: Store, tmp_path: Path) -> 
     assert go(*steps).counts == {"ok": 6}
     assert json.loads((store.artifact("teacher") / "toy.json").read_text())["keep"] == [0, 1, 2]
     assert json.loads((store.artifact("selection") / "layers.json").read_text()) == {"keep": [0, 2]}
+    kept = [fact["value"] for fact in store.outcome("selection")["facts"] if fact["name"] == "keeps_attention"]
+    assert kept == [0, 2]
     trained = json.loads((store.artifact("trained") / "toy.json").read_text())
     assert (trained["keep"], trained["teacher"], trained["text"]) == ([0, 2], "teacher", '{"text": "one"}\n')
     assert trained["random"] == pytest.approx(torch_rand(5), abs=0)

@@ -155,6 +155,14 @@ def test_only_keeps_what_the_wanted_steps_need(planner):
     assert "data/labels" in labels
 
 
+def test_several_patterns_are_wanted_together_and_each_must_fit_something(planner):
+    steps = planner.steps()
+    labels = {label for step in steps.only("other/-/score", "half/tune") for label in step.labels}
+    assert {"other/-/score@seed0", "half/tune@seed0"} <= labels
+    with pytest.raises(MambabenchError, match="--only half/tuna: no step has such a label"):
+        steps.only("other/-/score", "half/tuna")
+
+
 def test_docstrings_and_comments_do_not_change_a_code_fingerprint(tmp_path, monkeypatch):
     import sys
 

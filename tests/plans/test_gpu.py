@@ -17,9 +17,10 @@ from mambabench.harness.steps import expand
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PLANS = Path(__file__).resolve().parents[2] / "plans" / "gpu"
-TOKENS = {"ladder": 48_000_000, "ablations": 16_000_000, "chain": 32_000_000}
+TOKENS = {"ladder": {3_000_000, 16_000_000}, "ablations": {16_000_000}, "chain": {16_000_000}}
 LAYERS = 8
 SMALL = (
+    "seeds=[0]",
     "stages.*.tokens=900",
     "stages.*.context=64",
     "stages.*.batch=2",
@@ -83,7 +84,7 @@ def test_plans_are_accepted_with_their_tokens(given, tmp_path, name):
     plan = read_plan(PLANS / f"{name}.toml", loaded, [*given, "seeds=[0, 1, 2]"])
     steps = expand(plan, loaded, Fingerprints(tmp_path / "cache"), {})
     tokens = {stage.config.tokens for stage in plan.stages.values() if stage.name != "dpo"}
-    assert tokens == {TOKENS[name]}
+    assert tokens == TOKENS[name]
     assert max(tokens) <= 100_000_000
     assert {step.kind for step in steps} == {"data", "select", "convert", "train", "measure"}
     assert not any(step.lacking for step in steps)
@@ -147,7 +148,9 @@ def test_the_ladder_has_a_row_for_each_share_and_what_was_trained(tables, given)
     frozen, whole = (
         [f"{model}{end}" for model in ("teacher-on", "half", "quarter", "eighth", "none")] for end in ("", "-all")
     )
-    assert list(rows) == ["teacher", *frozen, *whole]
+    assert list(rows) == ["teacher", frozen[0], "probe", *frozen[1:], *whole]
+    for row, count in zip(("half", "quarter", "eighth", "none"), (4, 2, 1, 0), strict=True):
+        assert len((rows[row]["layers"] or "").split()) == count
     figures = ("val perplexity", "val perplexity / teacher's", "val KL nat", "written KL nat")
     assert all(row[figure] for row in rows.values() for figure in figures)
     for models in (frozen, whole):

@@ -73,6 +73,18 @@ def test_what_it_took_is_added_over_stages_and_averaged_over_seeds(results):
     assert half["GPU shared by"] == 4
 
 
+def test_the_layers_that_keep_attention_stand_beside_their_share_each_choice_once(stores, tmp_path):
+    builder = stores.Builder(tmp_path / "store", seeds=(0, 1, 2))
+    builder.model("guided", {"use": "kl-guided", "share": 0.5})
+    for seed, layers in enumerate(((0, 4), (0, 7), (0, 4))):
+        told = [{**fact("keeps_attention", layer), "arm": f"layer {layer}"} for layer in layers]
+        builder.step(f"guided/select@seed{seed}", "select", facts=told)
+        text = stores.losses_of_text(np.random.default_rng(0), nll=1.0, task="val")
+        builder.step(f"guided/-/divergence@seed{seed}", records={"sample": text}, use="divergence")
+    frame = Distillation(NoOptions()).frame(Results.read([builder.write()]))
+    assert frame.set_index("model").loc["guided", "layers"] == "0 4 or 0 7"
+
+
 def test_one_seed_has_no_column_of_seeds_and_no_divergence_no_table(stores, tmp_path, make):
     frame = Distillation(NoOptions()).frame(Results.read([made(stores, tmp_path / "one", (0,))]))
     assert "seeds" not in frame
