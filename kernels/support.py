@@ -22,6 +22,8 @@ from torch import Tensor
 LOG = logging.getLogger("mambabench.kernels")
 VARIABLE = "MAMBABENCH_KERNELS"
 """`reference` in this environment variable keeps every operation to our PyTorch form."""
+EARLY = "MAMBABENCH_EARLY"
+"""`on` in this environment variable lets kernels of decoding begin while the one before ends."""
 ELSEWHERE = "the tensors are on"
 
 
@@ -102,9 +104,10 @@ def served(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> Support:
 
 @functools.cache
 def begins_early(device: torch.device) -> bool:
-    """Whether a kernel can begin while the one before it ends (programmatic dependent launch). It then waits itself
-    before it reads what others write, and lets its own successor begin only behind that."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether a kernel begins while the one before ends (programmatic dependent launch), where that was asked for. It
+    then waits itself before it reads what others write, and lets its own successor begin only behind that."""
+    asked = os.environ.get(EARLY) == "on" and device.type == "cuda"
+    return asked and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
