@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from ..kernels.decode_attention import Norms, decode_attention
 from .calls import AttentionStep, Fill
 from .config import HybridConfig
 from .norm import RMSNorm
@@ -17,6 +18,8 @@ from .packed import Packed
 from .rope import rotate
 from .state import KVCache
 
+Weights = tuple[Tensor, Tensor | None]
+"""Of a product, and its bias."""
 SHARING: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """What lets query heads share keys in attention over ragged documents; torch 2.11 and before do so without being asked
 (their flash kernels always have, forward and backward)."""
@@ -36,7 +39,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bool(config.attention_out_bias))
         self.q_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.width, config.rms_norm_eps) if config.qk_norm else None
-        self._fused: tuple[Tensor, Tensor | None] | None = None
+        self._fused: Weights | None = None
 
     def fuse(self) -> None:
         """Lays the three projections out in one storage, for one matrix product instead of three."""
@@ -53,8 +56,11 @@ class Attention(nn.Module):
             if self.q_norm is not None and self.k_norm is not None:
                 queries, keys = self.q_norm(queries), self.k_norm(keys)
             return rotate(queries, cos, sin), rotate(keys, cos, sin), values
-        projected = F.linear(h, *self._fused)
-        projected = projected.view(*h.shape[:-1], -1, self.width)
+        return self._turned(F.linear(h, *self._fused), cos, sin)
+
+    def _turned(self, projected: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of what the fused projection made, [..., (H + 2 G) P]."""
+        projected = projected.unflatten(-1, (-1, self.width))
         turned, values = projected.split((self.heads + self.groups, self.groups), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = turned.split((self.heads, self.groups), dim=-2)
@@ -98,16 +104,32 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def step(self, h: Tensor, cache: KVCache, call: AttentionStep) -> Tensor:
-        """T tokens a row. h [B * T, E]. The heads of a group are rows of one query matrix: no key is repeated."""
-        q, k, v = self.project(h, call.cos, call.sin)
+    def mix(self, projected: Tensor, cache: KVCache, call: AttentionStep) -> Tensor:
+        """T tokens a row, between the two projections: [B * T, (H + 2 G) P] -> [B * T, H P]. The heads of a group are
+        rows of one query matrix: no key is repeated."""
+        if call.indices is None:
+            return decode_attention(
+                projected, cache.keys, cache.values, call.start, call.rotary, self.window, self._norms()
+            )
+        indices = call.indices
+        q, k, v = self._turned(projected, indices.cos, indices.sin)
         for store, new in ((cache.keys, k), (cache.values, v)):
-            store.view(-1, *new.shape[1:]).index_copy_(0, call.slots, new)
+            store.view(-1, *new.shape[1:]).index_copy_(0, indices.slots, new)
         q = q.view(call.batch, -1, self.groups, self.heads // self.groups, self.width).permute(0, 2, 3, 1, 4)
-        k, v = (t[:, : call.live].transpose(1, 2) for t in (cache.keys, cache.values))
-        y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=call.mask)
+        k, v = (t[:, : indices.live].transpose(1, 2) for t in (cache.keys, cache.values))
+        y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=indices.mask)
         y = y.reshape(call.batch, self.heads, -1, self.width).transpose(1, 2)
-        return self.o_proj(y.reshape(h.shape[0], -1))
+        return y.reshape(projected.shape[0], -1)
+
+    def ends(self) -> tuple[Weights, Weights]:
+        """What projects into the mixing and out of it, once that is laid out for inference."""
+        assert self._fused is not None
+        return self._fused, (self.o_proj.weight, self.o_proj.bias)
+
+    def _norms(self) -> Norms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return Norms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
 
 def needs_no_mask(h: Tensor, width: int) -> bool:
@@ -144,7 +166,7 @@ def within(window: int, length: int, device: torch.device, mask: Tensor | None) 
     return band[None, None] if mask is None else mask & band
 
 
-def fuse_linears(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def fuse_linears(*linears: nn.Linear) -> Weights:
     """One weight (and bias) whose rows are those of `linears`, which become views of it."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])

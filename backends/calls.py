@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..kernels.multistep import visible
+from ..kernels.decode_attention import serves
+from ..kernels.multistep import Plan, visible
 from .config import HybridConfig
 from .state import State
 
@@ -17,6 +19,18 @@ class AttentionStep:
     """T tokens a row, for attention layers."""
 
     batch: int
+    start: Tensor
+    """int32 [B], on the device."""
+    rotary: Tensor
+    """[capacity, 2, P]: cos and sin of every position."""
+    indices: AttentionIndices | None
+    """None where the kernel runs, which makes its own."""
+
+
+@dataclass(slots=True)
+class AttentionIndices:
+    """What PyTorch's attention needs beside."""
+
     slots: Tensor
     """int64 [B * T], of the caches, flat over B x S."""
     live: int
@@ -28,25 +42,64 @@ class AttentionStep:
     sin: Tensor
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class MambaStep:
-    """T tokens a row and the R before them, for Mamba layers. Those from `settled` on are replayed; earlier ones are
-    among them because rows differ, or because R must not depend on data."""
+    """T tokens a row and the R before them, for Mamba layers. Those from `saved` on are replayed; earlier ones are
+    among them because rows differ, or because R must not depend on data. Kernels need no more than the positions;
+    indices for PyTorch are made when the first layer asks for them."""
 
     batch: int
     count: int
     """T."""
-    new: Tensor
-    """int64 [B * T], ring slots of the new tokens, flat over B x S."""
-    read: Tensor
-    """int64 [B * (W - 1 + R + T)], the same of the convolution's window, the R tokens and the new ones."""
-    live: Tensor | None
-    """[B, R + T, 1], 0 for a token before `settled`, else 1; in the dtype of the state. None where R = 0."""
-    mask: Tensor
-    """`visible(R, T)`."""
+    start: Tensor
+    """int32 [B], on the device."""
+    saved: Tensor
+    """int32 [B], where the checkpoints stand before the call."""
     settle: bool
-    turn: tuple[Tensor, Tensor] | None = None
-    """cos and sin [B, R + T, 1, P], where B and C are rotated."""
+    plan: Plan
+    """The same for layers whose ring holds what goes into the state."""
+    state: State
+    longest: int
+    """R."""
+    window: int
+    """W - 1, of the convolution."""
+    turned: bool
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """int64 [B, W - 1 + R + T]."""
+        first = -self.window - self.longest
+        return self.start.long().unsqueeze(1) + torch.arange(first, self.count, device=self.start.device)
+
+    @cached_property
+    def read(self) -> Tensor:
+        """int64 [B * (W - 1 + R + T)], ring slots of the convolution's window, the R tokens and the new ones, flat over
+        B x S."""
+        rows = torch.arange(self.batch, device=self.start.device).unsqueeze(1)
+        return (rows * self.state.ring + self._positions % self.state.ring).flatten()
+
+    @cached_property
+    def new(self) -> Tensor:
+        """int64 [B * T], the same of the new tokens."""
+        return self.read.view(self.batch, -1)[:, self.window + self.longest :].flatten()
+
+    @cached_property
+    def live(self) -> Tensor | None:
+        """[B, R + T, 1], 0 for a token before `saved`, else 1; in the dtype of the state. None where R = 0."""
+        if not self.longest:
+            return None
+        counted = self._positions[:, self.window :] >= self.saved.unsqueeze(1)
+        return counted.to(self.state.exact).unsqueeze(-1)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """`visible(R, T)`."""
+        return visible(self.longest, self.count, self.state.exact, self.start.device)
+
+    @cached_property
+    def turn(self) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [B, R + T, 1, P], where B and C are rotated."""
+        return _turn(self.state, self._positions[:, self.window :]) if self.turned else None
 
 
 @dataclass(slots=True)
@@ -57,6 +110,10 @@ class Fill:
     """int64 [n]."""
     lengths: Tensor
     """int64 [n], at least 1."""
+    start: Tensor
+    """int64 [n], where they begin."""
+    saved: Tensor
+    """int64 [n], where the checkpoints stand before the call."""
     fresh: bool
     """Every row begins anew: nothing of the state is read."""
     end: Tensor
@@ -74,7 +131,7 @@ class Fill:
     read: Tensor
     """int64 [n, W - 1 + R], ring slots of the convolution's window and of the R tokens before `start`."""
     replayed: Tensor
-    """[n, R, 1], 0 for a token before `settled`, else 1."""
+    """[n, R, 1], 0 for a token before `saved`, else 1."""
     tail: Tensor
     """int64 [n, W - 1], ring slots of the convolution's window at the end."""
     sliding: Tensor | None = None
@@ -88,45 +145,57 @@ def attention_step(
 ) -> AttentionStep:
     """`count` tokens at `start` [B]; `even` says that all rows start at one position. With a window each token reads
     the last `window` slots up to its own."""
+    heads, groups, rotary = config.num_attention_heads, config.num_key_value_heads, state.rotary
+    if serves(rotary, rotary.dtype, heads, groups, config.head_dim, count, rotary):
+        return AttentionStep(start.shape[0], start, rotary, None)
+    indices = _attention_indices(heads // groups, state, start, count, live, even, window)
+    return AttentionStep(start.shape[0], start, rotary, indices)
+
+
+def _attention_indices(
+    repeat: int, state: State, start: Tensor, count: int, live: int, even: bool, window: int
+) -> AttentionIndices:
     batch, device = start.shape[0], start.device
     positions = start.long().unsqueeze(1) + torch.arange(count, device=device)
     rows = torch.arange(batch, device=device).unsqueeze(1)
     mask = None
     narrow = 0 < window < live
     if count > 1 or not even or narrow:
-        repeat = config.num_attention_heads // config.num_key_value_heads
         slots = torch.arange(live, device=device)
         mask = slots <= positions.unsqueeze(-1)
         if narrow:
             mask &= slots > positions.unsqueeze(-1) - window
         mask = mask.repeat(1, repeat, 1).unsqueeze(1)
     cos, sin = state.rotary.index_select(0, positions.flatten()).unsqueeze(2).unbind(1)
-    return AttentionStep(batch, (rows * state.capacity + positions).flatten(), live, mask, cos, sin)
+    return AttentionIndices((rows * state.capacity + positions).flatten(), live, mask, cos, sin)
 
 
 def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, longest: int, settle: bool) -> MambaStep:
     """`count` tokens at `start` [B] after the `longest` tokens before them."""
-    batch, device, window = start.shape[0], start.device, config.d_conv - 1
-    positions = start.long().unsqueeze(1) + torch.arange(-window - longest, count, device=device)
-    slots = torch.arange(batch, device=device).unsqueeze(1) * state.ring + positions % state.ring
-    live = None
-    if longest:
-        live = (positions[:, window:] >= state.settled.unsqueeze(1)).to(state.exact).unsqueeze(-1)
-    mask = visible(longest, count, state.exact, device)
-    turn = _turn(state, positions[:, window:]) if config.mamba_rope else None
-    return MambaStep(batch, count, slots[:, window + longest :].flatten(), slots.flatten(), live, mask, settle, turn)
+    return MambaStep(
+        batch=start.shape[0],
+        count=count,
+        start=start,
+        saved=state.saved,
+        settle=settle,
+        plan=state.plan(count, settle),
+        state=state,
+        longest=longest,
+        window=config.d_conv - 1,
+        turned=config.mamba_rope,
+    )
 
 
 def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths: Tensor, start: Tensor | None) -> Fill:
     """Prompts ids [n, L] of `lengths` [n] tokens for `rows` [n], from `start` [n] on or from the beginning."""
     device, window = ids.device, config.d_conv - 1
     first = torch.zeros_like(lengths) if start is None else start
-    settled, end = state.settled[rows].long(), first + lengths
+    saved, end = state.saved[rows].long(), first + lengths
     tokens = torch.arange(ids.shape[1], device=device)
     positions = first.unsqueeze(1) + tokens
     live, longest, mask = int(end.max()), 0, None
     if start is not None:
-        longest = int((start - settled).max())
+        longest = 0 if state.snapshots else int((start - saved).max())
         mask = (torch.arange(live, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
     sliding, reach = None, config.sliding_window or 0
     slots = torch.arange(ids.shape[1] if start is None else live, device=device)
@@ -139,6 +208,8 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
     return Fill(
         rows=rows,
         lengths=lengths,
+        start=first,
+        saved=saved,
         fresh=start is None,
         end=end,
         flat=(real[0], real[1]),
@@ -149,7 +220,7 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
         cos=cos,
         sin=sin,
         read=before % state.ring,
-        replayed=(before[:, window:] >= settled.unsqueeze(1)).to(state.exact).unsqueeze(-1),
+        replayed=(before[:, window:] >= saved.unsqueeze(1)).to(state.exact).unsqueeze(-1),
         tail=(end.unsqueeze(1) + torch.arange(-window, 0, device=device)) % state.ring,
         turn=_turn(state, torch.cat((before[:, window:], positions), dim=1)) if config.mamba_rope else None,
     )

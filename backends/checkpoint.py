@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..harness.interfaces import MambabenchError, Unsupported
+from . import drawn
 from .config import MODEL_TYPE, HybridConfig
 from .families import FAMILIES, from_family
 from .mamba import EXACT
@@ -54,8 +55,20 @@ def read_config(folder: Path) -> HybridConfig:
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and safetensors dtype name of every tensor that anybody reads, without loading any."""
+    if drawn.is_drawn(folder):
+        return drawn_shapes(read_config(folder))
     weights = Weights(folder)
     return {name: weights.shape(name) for name in weights if not IGNORED.search(name)}
+
+
+def drawn_shapes(config: HybridConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The same of a model whose weights are drawn where it is loaded."""
+    state = skeleton(config).state_dict()
+    return {
+        name: (tuple(tensor.shape), "F32" if name.rpartition(".")[2] in EXACT else "BF16")
+        for name, tensor in state.items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
 
 
 def skeleton(config: HybridConfig) -> HybridForCausalLM:
@@ -66,6 +79,8 @@ def skeleton(config: HybridConfig) -> HybridForCausalLM:
 
 def check(folder: Path, model: nn.Module, config: HybridConfig) -> None:
     """Compares the headers in `folder` with what `model` expects; the first difference is one error."""
+    if drawn.is_drawn(folder):
+        return
     check_shapes(folder, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, config)
 
 
@@ -97,8 +112,13 @@ def load(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu", c
     model = skeleton(config)
     check(folder, model, config)
     tied = config.tie_word_embeddings
-    weights, tensors = Weights(folder), {}
     wanted = model.state_dict()
+    if drawn.is_drawn(folder):
+        shapes = {name: t.shape for name, t in wanted.items() if not (tied and name == "lm_head.weight")}
+        fill(model, drawn.tensors(shapes, folder, dtype, device))
+        model.config.dtype = dtype
+        return model.eval()
+    weights, tensors = Weights(folder), {}
     for name in weights:
         if name not in wanted or (tied and name == "lm_head.weight"):
             continue
@@ -122,7 +142,7 @@ def save(model: HybridForCausalLM, out: Path, like: Path) -> None:
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    before = Weights(like)
+    before: Mapping[str, Tensor] = {} if drawn.is_drawn(like) else Weights(like)
     write(out, ((name, _as_before(tensor, before.get(name))) for name, tensor in tensors.items()))
     save_config(model.config, out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -31,6 +31,31 @@ CHOICES = {
 }
 
 
+class Mamba2Shape(NamedTuple):
+    """Sizes of a Mamba-2 layer; `x`, `b` and `c` have groups of heads that share them."""
+
+    heads: int
+    width: int
+    """P, of a head."""
+    states: int
+    """N, of each of its numbers."""
+    x: int
+    b: int
+    c: int
+    normed: int
+    """Numbers that the gated norm takes together."""
+
+    @property
+    def inner(self) -> int:
+        """Of the gate, and of what the output projection gets."""
+        return self.heads * self.width
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Channels of x, B and C in the convolution."""
+        return self.x * self.width, self.b * self.states, self.c * self.states
+
+
 class HybridConfig(PreTrainedConfig):
     """Llama's fields, and `mixers`: one of `attention`, `mamba`, `mamba2`, `none` per layer (all attention if not
     given).
@@ -43,6 +68,9 @@ class HybridConfig(PreTrainedConfig):
     What the released Mamba2InLlama layers have is the default of `mamba_*`: SiLU behind the convolution, a gated norm,
     a gate without bias, no rotation of B and C. Released Mamba-1 layers add the bias of dt twice and pair the
     sub-blocks of heads in an order of their own (`mamba_dt_bias`, `mamba_sub_blocks`).
+    With `mamba_heads` Mamba-2 layers have sizes of their own, as those of mamba-ssm: so many heads of `mamba_head_dim`
+    with `mamba_states` states, each with an x, `mamba_groups` of them with a B and a C, and the norm over a group.
+    Layers have no MLP where `intermediate_size` is 0.
     """
 
     model_type = MODEL_TYPE
@@ -81,6 +109,10 @@ class HybridConfig(PreTrainedConfig):
     mamba_rope: bool = False
     mamba_dt_bias: str = "once"
     mamba_sub_blocks: str = "aligned"
+    mamba_heads: int = 0
+    mamba_head_dim: int = 64
+    mamba_states: int = 128
+    mamba_groups: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -110,11 +142,22 @@ class HybridConfig(PreTrainedConfig):
                 raise Unsupported(f"{name}: {getattr(self, name)!r} is not served, only {' or '.join(known)}")
         if "mamba" in self.mixers and self.head_dim % self.d_state:
             raise Unsupported(f"head_dim: mamba layers have {self.d_state} states, which do not divide {self.head_dim}")
+        if self.mamba_heads:
+            self._check_own_sizes()
         if self.num_attention_heads % self.num_key_value_heads:
             raise Unsupported(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide "
                 f"num_attention_heads = {self.num_attention_heads}"
             )
+
+    @property
+    def mamba2(self) -> Mamba2Shape:
+        """Of Mamba-2 layers: in the place of attention if they have no sizes of their own."""
+        heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        if not self.mamba_heads:
+            return Mamba2Shape(heads, width, width, groups, groups, heads, width)
+        heads, groups, width = self.mamba_heads, self.mamba_groups, self.mamba_head_dim
+        return Mamba2Shape(heads, width, self.mamba_states, heads, groups, groups, heads * width // groups)
 
     @property
     def d_state(self) -> int:
@@ -135,6 +178,19 @@ class HybridConfig(PreTrainedConfig):
     def calls(self) -> list[str]:
         """Whose indices each layer reads in a call of the stepping engine: a mixer's, or `sliding`."""
         return ["sliding" if window else name for name, window in zip(self.mixers, self.windows, strict=True)]
+
+    def _check_own_sizes(self) -> None:
+        """Of Mamba-2 layers. Raises Unsupported for what goes only with sizes taken from attention."""
+        for name in ("mamba_head_dim", "mamba_states", "mamba_groups"):
+            if getattr(self, name) < 1:
+                raise Unsupported(f"{name}: must be at least 1, not {getattr(self, name)}")
+        if self.mamba_heads % self.mamba_groups:
+            raise Unsupported(f"mamba_groups: {self.mamba_groups} does not divide mamba_heads = {self.mamba_heads}")
+        for name in ("qk_norm", "mamba_rope", "mamba_gate_bias"):
+            if getattr(self, name):
+                raise Unsupported(
+                    f"{name}: goes with the sizes of attention, not with mamba_heads = {self.mamba_heads}"
+                )
 
     def _layer_types(self, given: list[str] | None) -> list[str]:
         """transformers' name of each layer's mixer; attention slides where `given` says so."""

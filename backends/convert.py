@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Unsupported
-from . import checkpoint, released
+from . import checkpoint, drawn, native, released
 from .config import REMOVED, HybridConfig
 from .mamba import EXACT
 from .mixers import MAMBAS
@@ -31,6 +31,8 @@ def check_parent(parent: Path) -> HybridConfig:
         raise Unsupported(
             f'{parent}: a released hybrid (it has {released.SETTINGS}) is taken whole, with use = "teacher"'
         )
+    if native.is_native(parent):
+        raise Unsupported(f'{parent}: a model of mamba-ssm has no attention to trade; it is taken with use = "teacher"')
     config = checkpoint.read_config(parent)
     checkpoint.check(parent, checkpoint.skeleton(config), config)
     return config
@@ -38,16 +40,22 @@ def check_parent(parent: Path) -> HybridConfig:
 
 def adopt(parent: Path, out: Path) -> None:
     """Takes a teacher's folder, or a released hybrid's, as it is: the weights are hard links (or copies), the config is
-    ours. Released Mamba-1 layers are laid out anew, and PyTorch's own files become safetensors."""
+    ours. Released Mamba-1 layers are laid out anew, PyTorch's own files become safetensors, and the tensors of
+    mamba-ssm get our names."""
+    if native.is_native(parent):
+        native.adopt(parent, out)
+        return
     is_released = released.is_released(parent)
     config = released.check(parent) if is_released else check_parent(parent)
     out.mkdir(parents=True, exist_ok=True)
-    if is_released and "mamba" in config.mixers:
+    if drawn.is_drawn(parent):
+        drawn.take_along(parent, out)
+    elif is_released and "mamba" in config.mixers:
         released.write_fused(parent, config, out)
     elif all(path.suffix == ".safetensors" for path in shards(parent)):
         link_weights(parent, out)
     else:
-        write(out, _kept(config, Weights(parent)))
+        write(out, kept(config, Weights(parent)))
     checkpoint.save_config(config, out)
     checkpoint.copy_side_files(parent, out)
 
@@ -80,7 +88,10 @@ def convert(
             )
     traded = sorted(set(old.attention_layers) - set(keep))
     config = _traded(old, traded, options, parent)
-    write(out, _tensors(config, Weights(parent), traded, seed, options))
+    if drawn.is_drawn(parent):
+        drawn.take_along(parent, out)
+    else:
+        write(out, _tensors(config, Weights(parent), traded, seed, options))
     checkpoint.save_config(config, out)
     checkpoint.copy_side_files(parent, out)
 
@@ -127,13 +138,13 @@ def _tensors(
     lost = tuple(f"model.layers.{index}.self_attn." for index in traded)
     if isinstance(options, RemovedConfig):
         lost += tuple(f"model.layers.{index}.input_layernorm." for index in traded)
-    yield from _kept(config, weights, lost)
+    yield from kept(config, weights, lost)
     if not isinstance(options, RemovedConfig):
         for index in traded:
             yield from _trade(config, weights, index, seed, options).items()
 
 
-def _kept(config: HybridConfig, weights: Weights, lost: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+def kept(config: HybridConfig, weights: Weights, lost: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     """The tensors whose names do not begin as one of `lost`; a tied head is left out."""
     if config.tie_word_embeddings:
         lost += ("lm_head.",)

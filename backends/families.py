@@ -57,6 +57,19 @@ FAMILIES: Mapping[str, Callable[[Fields], Fields]] = {
 """Teachers' `model_type`s, and what is to be known of each beside the fields that it shares with Llama."""
 
 
+def to_family(config: HybridConfig) -> Fields:
+    """The config.json of the Transformer that an all-attention model is, as its family has it. The inverse of
+    `from_family`, up to the family's name where several say the same."""
+    family = "qwen3" if config.qk_norm else "mistral" if SLIDING in config.layer_types else "llama"
+    if config.attention_bias and not config.attention_out_bias:
+        family = "qwen2"
+    theirs = CONFIG_MAPPING[family]().to_dict()
+    shared = {key: value for key, value in config.to_dict().items() if key in theirs and key not in FOREIGN}
+    if family in ("llama", "mistral"):
+        shared.pop("layer_types", None)
+    return {**shared, "model_type": family}
+
+
 def from_family(fields: Mapping[str, Any], family: str) -> HybridConfig:
     """The all-attention config of a teacher. `fields`: its config.json, or its config as a dict."""
     theirs = CONFIG_MAPPING[family](**{key: value for key, value in fields.items() if key != "model_type"}).to_dict()

@@ -26,14 +26,15 @@ from transformers import (
 
 from ..harness.answers import ends, make_answer
 from ..harness.interfaces import Answer, Cost, Emit, Limits, MambabenchError, Prompt, Scores, Tokenizer, Unsupported
-from . import checkpoint
-from .config import MODEL_TYPE
-from .convert import link
+from . import checkpoint, drawn
+from .config import MODEL_TYPE, HybridConfig
+from .convert import link, link_weights
+from .families import to_family
 from .hybrid import BYTES, asked_dtype, read_tokenizer, torch_dtype
+from .own_loop import OwnLoop
 from .plugin import HfConfig
-from .weights import shards
+from .weights import read_json, shards
 
-OWN_LOOP = "backend hf decodes with transformers' own generate: it makes no steps and rolls nothing back"
 UNBOUNDED = 1 << 20
 """Context of a model whose config names none, as recurrent ones do."""
 ATTENTION = re.compile(r"\.(\d+)\.(?:\w+\.)*?(?:\w*attn|\w*attention|mixer\.(?:q|qkv)_proj)\.")
@@ -50,7 +51,11 @@ class HfBackend:
         self.config = config
 
     def convert(self, parent: Path, keep: Sequence[int], out: Path, seed: int) -> None:
-        """Takes the folder over by hard links. `keep` must be empty or name every layer with attention."""
+        """Takes the folder over by hard links, or our artifact of a Transformer. `keep` must be empty or name every
+        layer with attention."""
+        if _is_ours(parent):
+            _export(parent, out)
+            return
         described = self.describe(parent)
         if keep and sorted(keep) != described["attention_layers"] and sorted(keep) != list(range(described["layers"])):
             raise Unsupported(f"backend hf: takes a model as it is, so keep = {list(keep)} cannot be; leave it out")
@@ -80,8 +85,8 @@ class HfBackend:
     def load(self, artifact: Path, device: str, dtype: str) -> HfStepper:
         """The model with its own loop, in `dtype`."""
         kind, context = torch_dtype(dtype, device), self.describe(artifact)["max_context"]
-        model: Any = _load(artifact, kind)
-        return HfStepper(model.to(device), self.tokenizer(artifact), context)
+        model: Any = _load(artifact, kind, device)
+        return HfStepper(model.to(device), self.tokenizer(artifact), context, self.config.cache)
 
     def module(self, artifact: Path) -> PreTrainedModel:
         """The model for training, fp32, on CPU."""
@@ -103,16 +108,16 @@ class HfBackend:
         return read_tokenizer(artifact, _config(artifact))
 
 
-class HfStepper:
+class HfStepper(OwnLoop):
     """A model that scores and generates, and makes no steps."""
 
-    traits = frozenset({"generate"})
+    refusal = "backend hf decodes with transformers' own generate: it makes no steps and rolls nothing back"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, max_context: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, max_context: int, cache: str = "dynamic") -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.vocab_size: int = model.config.get_text_config().vocab_size
-        self.max_context = max_context
+        self.max_context, self.cache = max_context, cache
         self.device, self.dtype = str(model.device), str(model.dtype).removeprefix("torch.")
         # What generation_config.json asks for (sampling, penalties, ends) would fill every gap of a request.
         model.generation_config = GenerationConfig(pad_token_id=0)
@@ -126,12 +131,8 @@ class HfStepper:
         """
         if not prompts:
             return []
+        self.check_request(prompts, limits)
         lengths = [len(prompt.ids) for prompt in prompts]
-        if not min(lengths) or limits.new_tokens < 1:
-            raise MambabenchError("a prompt must have at least one token, and new_tokens must be at least 1")
-        if max(lengths) + limits.new_tokens > self.max_context:
-            asked = f"{max(lengths)} + {limits.new_tokens}"
-            raise MambabenchError(f"generate: {asked} tokens do not fit in the context of {self.max_context}")
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -144,7 +145,7 @@ class HfStepper:
             self.model.generate(
                 ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                generation_config=_request(limits),
+                generation_config=_request(limits, self.cache),
                 stopping_criteria=StoppingCriteriaList([rows]),
             )
         return [make_answer(new, limits, self.tokenizer) for new in rows.new]
@@ -155,15 +156,17 @@ class HfStepper:
         targets = ids[:, 1:]
         kind = torch.float64 if self.model.dtype == torch.float64 else torch.float32
         logprob = torch.zeros(targets.shape, dtype=kind, device=ids.device)
-        greedy = torch.zeros(targets.shape, dtype=torch.bool, device=ids.device)
+        gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
         count = max(1, SCORED // (self.vocab_size * max(ids.shape[1], 1)))
         for first in range(0, ids.shape[0] if targets.shape[1] else 0, count):
             part = slice(first, first + count)
             logits = self.model(input_ids=ids[part, :-1], use_cache=False).logits.to(kind)
             chosen = logits.gather(-1, targets[part, :, None])
             logprob[part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            greedy[part] = logits.argmax(-1) == targets[part]
-        return Scores(logprob, greedy)
+            best = logits.argmax(-1, keepdim=True)
+            gap[part] = (logits.gather(-1, best) - chosen).squeeze(-1)
+            greedy[part] = best.squeeze(-1) == targets[part]
+        return Scores(logprob, greedy, gap)
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         """The weights, each read once and 2 FLOPs a token; what the model's own cache holds is not known here."""
@@ -171,22 +174,6 @@ class HfStepper:
         size = sum(p.nbytes for p in held.values())
         flops = 2 * batch * steps * sum(p.numel() for p in held.values())
         return Cost(weight_bytes=size, kv_bytes=0, state_bytes=0, flops=flops, held_weight_bytes=size)
-
-    def open(self, batch: int, context: int, steps: int) -> Any:
-        """Raises Unsupported, as every call of the stepping contract."""
-        raise Unsupported(OWN_LOOP)
-
-    def prefill(self, ids: Tensor, lengths: Tensor, state: Any, start: Tensor | None = None) -> Tensor:
-        """Raises Unsupported."""
-        raise Unsupported(OWN_LOOP)
-
-    def advance(self, ids: Tensor, start: Tensor, state: Any, settle: bool = True) -> Tensor:
-        """Raises Unsupported."""
-        raise Unsupported(OWN_LOOP)
-
-    def take(self, state: Any, rows: Tensor) -> None:
-        """Raises Unsupported."""
-        raise Unsupported(OWN_LOOP)
 
 
 class _Rows(StoppingCriteria):
@@ -212,12 +199,37 @@ class _Rows(StoppingCriteria):
         return torch.tensor(self.done, device=input_ids.device)
 
 
-def _request(limits: Limits) -> GenerationConfig:
+def _request(limits: Limits, cache: str) -> GenerationConfig:
     asked: dict[str, Any] = {"max_new_tokens": limits.new_tokens, "pad_token_id": 0, "do_sample": False}
     if limits.temperature > 0:
         filters = {"temperature": limits.temperature, "top_k": limits.top_k, "top_p": limits.top_p}
         asked |= {**filters, "do_sample": True}
+    if cache != "dynamic":
+        asked["cache_implementation"] = cache
     return GenerationConfig(**asked)
+
+
+def _is_ours(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == MODEL_TYPE
+
+
+def _export(artifact: Path, out: Path) -> None:
+    """Writes an all-attention artifact of ours, whose tensors have their family's names, as the family's folder."""
+    config = checkpoint.read_config(artifact)
+    if config.attention_layers != list(range(config.num_hidden_layers)):
+        raise Unsupported(f"{artifact}: is no Transformer of transformers: layers {_others(config)} have no attention")
+    out.mkdir(parents=True, exist_ok=True)
+    if drawn.is_drawn(artifact):
+        drawn.take_along(artifact, out)
+    else:
+        link_weights(artifact, out)
+    (out / "config.json").write_text(json.dumps(to_family(config), indent=2) + "\n", encoding="utf-8")
+    checkpoint.copy_side_files(artifact, out)
+
+
+def _others(config: HybridConfig) -> list[int]:
+    return [index for index in range(config.num_hidden_layers) if index not in config.attention_layers]
 
 
 def _config(folder: Path) -> Any:
@@ -236,14 +248,20 @@ def _config(folder: Path) -> Any:
 
 def _check_files(folder: Path) -> None:
     """Raises MambabenchError for weights that are missing, or in files that might run code."""
-    for path in shards(folder):
+    for path in () if drawn.is_drawn(folder) else shards(folder):
         if path.suffix != ".safetensors":
             raise MambabenchError(f"{path}: backend hf takes safetensors alone; save the model as such")
 
 
-def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Every tensor from safetensors; a tensor that the folder lacks is an error, never a random one."""
+def _load(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Every tensor from safetensors, on CPU; a tensor that the folder lacks is an error, never a random one. Only a
+    model of which all are to be drawn has random ones, on the device."""
     _check_files(folder)
+    if drawn.is_drawn(folder):
+        torch.manual_seed(drawn.spread(folder)[0])
+        with torch.device(device):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(_config(folder), dtype=dtype)
+        return made.eval()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..harness.interfaces import MambabenchError, Tokenizer, Unsupported
 from ..kernels import support
-from . import checkpoint, convert, released
+from . import checkpoint, convert, native, released
 from .families import FAMILIES, from_family
 from .model import HybridForCausalLM
 from .plugin import Mamba2HybridConfig, MambaConfig, RemovedConfig, TeacherConfig
@@ -45,9 +45,11 @@ class TeacherBackend:
 
     def describe(self, artifact: Path) -> Mapping[str, Any]:
         """Sizes from the config and the tensors' headers. A tied head is counted once."""
-        reads = released if released.is_released(artifact) else checkpoint
-        config = reads.read_config(artifact)
-        shapes = checkpoint.tensor_shapes(artifact)
+        if native.is_native(artifact):
+            config, shapes = native.read_config(artifact), native.shapes(artifact)
+        else:
+            reads = released if released.is_released(artifact) else checkpoint
+            config, shapes = reads.read_config(artifact), checkpoint.tensor_shapes(artifact)
         if config.tie_word_embeddings:
             shapes.pop("lm_head.weight", None)
         numbers = {name: torch.Size(shape).numel() for name, (shape, _) in shapes.items()}

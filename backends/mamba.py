@@ -37,13 +37,23 @@ def uniform(tensor: Tensor, low: float, high: float, generator: torch.Generator 
 class Mamba(nn.Module, ABC):
     """H heads of width P; x and B have one row per KV head (G of them)."""
 
-    def __init__(self, config: HybridConfig, dt_rows: int, convolved: int, steps: int, decays: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        config: HybridConfig,
+        dt_rows: int,
+        convolved: int,
+        steps: int,
+        decays: tuple[int, ...],
+        inner: int = 0,
+        channels: int = 0,
+    ) -> None:
         """`dt_rows` of the input projection are for dt, which has `steps` entries a token; the convolution runs over
-        `convolved` channels; `decays` is the shape of A."""
+        `convolved` channels; `decays` is the shape of A. `inner` rows are for z and `channels` for x, B and C, if not
+        those of attention."""
         super().__init__()
         self.heads, self.groups, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.inner, self.shared = self.heads * self.width, self.groups * self.width
-        self.channels = self.inner + 2 * self.shared
+        self.inner, self.shared = inner or self.heads * self.width, self.groups * self.width
+        self.channels = channels or self.inner + 2 * self.shared
         self.in_proj = nn.Linear(config.hidden_size, self.inner + self.channels + dt_rows, bias=config.attention_bias)
         self.conv1d = nn.Conv1d(convolved, convolved, config.d_conv, groups=convolved)
         exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -192,6 +202,10 @@ class Mamba(nn.Module, ABC):
         """The same for a few tokens behind their window."""
         convolved = conv_few(joined, *self._taps)
         return F.silu(convolved) if self.active else convolved
+
+    def ends(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Weights and biases of what projects into the mixing and out of it."""
+        return (self.in_proj.weight, self.in_proj.bias), (self.out_proj.weight, self.out_proj.bias)
 
     def fuse(self) -> None:
         """Gets ready for inference: the decay is computed once, the convolution's small weights are cast once."""

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..kernels.conv import window_at
 from ..kernels.documents import Documents
-from ..kernels.multistep import selective_multistep
+from ..kernels.multistep import Channels, Projected, selective_multistep, selective_ring_multistep
+from ..kernels.multistep.snapshot import selective_snapshot_multistep
+from ..kernels.scan.reference import compute_dtype
 from ..kernels.selective_scan import selective_scan, step_sizes
 from .calls import Fill, MambaStep
 from .config import HybridConfig
@@ -38,6 +40,23 @@ class Mamba1(Mamba):
         self.twice = config.mamba_dt_bias == "twice"
         self.block = size if config.mamba_sub_blocks == "released" else self.width
         self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self._channels: Channels
+
+    def fuse(self) -> None:
+        """Gets ready for inference, the kernel's parameters too."""
+        super().fuse()
+        weight, bias = self._taps
+        self._channels = Channels(
+            A=self._decay(compute_dtype(self.A_log)),
+            D=self.D.detach(),
+            dt_bias=self.step_bias.detach(),
+            weight=weight,
+            bias=bias,
+            silu=self.active,
+            gate_bias=None if self.gate_bias is None else self.gate_bias.detach(),
+            repeat=self.heads // self.groups,
+            span=self.block,
+        )
 
     def _initialise_decay(self, generator: torch.Generator | None) -> None:
         """A = -1 … -N in every channel (S4D-real), `dt_proj` uniform within 1 / sqrt(rank)."""
@@ -45,15 +64,15 @@ class Mamba1(Mamba):
         bound = self.rank**-0.5
         uniform(self.dt_proj.weight, -bound, bound, generator)
 
-    def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """h [..., E] -> gate z [..., D], C [..., D], x and B [..., G P], raw dt [..., D]."""
-        z, x, b, c, low = self.in_proj(h).split((self.inner, self.shared, self.shared, self.inner, self.rank), dim=-1)
+    def _project(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `in_proj` made -> gate z [..., D], C [..., D], x and B [..., G P], raw dt [..., D]."""
+        z, x, b, c, low = projected.split((self.inner, self.shared, self.shared, self.inner, self.rank), dim=-1)
         b, c = self._normed(b, c)
         return z, c, x, b, self.dt_proj(low)
 
-    def _split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [..., E] -> z; C; what a token leaves for later ones: x | B | raw dt [..., 2 G P + D]."""
-        z, c, *left = self._project(h)
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `in_proj` made -> z; C; what a token leaves for later ones: x | B | raw dt [..., 2 G P + D]."""
+        z, c, *left = self._project(projected)
         return z, c, torch.cat(left, dim=-1)
 
     def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,9 +99,9 @@ class Mamba1(Mamba):
         """What is added to the raw dt."""
         return 2 * self.dt_bias if self.twice else self.dt_bias
 
-    def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gate and the output projection. y [B, L, D], z [..., D]."""
-        return self.out_proj(self._gate(y, z).view(z.shape).to(z.dtype))
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """What the output projection gets. y [B, L, D], z [..., D]."""
+        return self._gate(y, z).view(z.shape).to(z.dtype)
 
     def forward(
         self,
@@ -95,7 +114,7 @@ class Mamba1(Mamba):
     ) -> Tensor:
         """A whole sequence. h [B, L, E]; keep bool [B, L, 1] marks real tokens: padding enters neither the
         convolution nor the state, so that left padding is as if it were not there; nor does another document."""
-        z, c, x, b, raw = self._project(h)
+        z, c, x, b, raw = self._project(self.in_proj(h))
         if keep is not None:
             x = x * keep
         x = self._conv(self._repeat(x), documents=documents)[0]
@@ -103,18 +122,18 @@ class Mamba1(Mamba):
         real = None if keep is None else keep.squeeze(-1)
         decay = self._decay(self.A_log.dtype)
         y, _ = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, keep=real, documents=documents)
-        return self._out(y, z)
+        return self.out_proj(self._gated(y, z))
 
     def prefill(self, h: Tensor, cache: MambaState, fill: Fill) -> Tensor:
         """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end. What is replayed
         stands before the prompt."""
-        z, c, kept = self._split(h)
+        z, c, kept = self._split(self.in_proj(h))
         window = state = None
         replayed = fill.replayed.shape[1]
         if not fill.fresh:
             old = cache.inputs[fill.rows.unsqueeze(1), fill.read]
             taken = old.shape[1] - replayed
-            window, state = self._parts(old[:, :taken])[0], cache.state[fill.rows]
+            window, state = self._parts(old[:, :taken])[0], cache.at(fill.rows, fill.start)
             kept = torch.cat((old[:, taken:], kept), dim=1)
             c = F.pad(c, (0, 0, replayed, 0))
         x, b, raw = self._parts(kept)
@@ -128,12 +147,15 @@ class Mamba1(Mamba):
         real[:, :replayed] &= fill.replayed.squeeze(-1) > 0
         b, c = self._grouped(b, fill.turn), self._grouped(c, fill.turn)
         decay = self._decay(self.A_log.dtype)
-        y, cache.state[fill.rows] = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, state, real)
-        return self._out(y[:, replayed:], z)
+        y, state = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, state, real)
+        cache.put(fill.rows, fill.end, state)
+        return self.out_proj(self._gated(y[:, replayed:], z))
 
-    def step(self, h: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
-        """T tokens a row. h [B * T, E]."""
-        z, c, kept = self._split(h)
+    def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
+        """T tokens a row, between the two projections: [B * T, …] -> [B * T, D]."""
+        if cache.by_kernel:
+            return self._mix_by_kernel(projected, cache, call)
+        z, c, kept = self._split(projected)
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         x, b, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
@@ -144,5 +166,15 @@ class Mamba1(Mamba):
         new = None if call.turn is None else (call.turn[0][:, -call.count :], call.turn[1][:, -call.count :])
         b = self._grouped(b[:, -x.shape[1] :], call.turn)
         c = self._grouped(c.view(call.batch, call.count, -1), new)
-        y = selective_multistep(x, dt, self._decay(dt.dtype), b, c, self.D, cache.state, call.settle)
-        return self._out(y, z)
+        given = x, dt, self._decay(dt.dtype), b, c, self.D, cache.state
+        if cache.snapshots:
+            return self._gated(selective_snapshot_multistep(*given, call.start), z)
+        return self._gated(selective_multistep(*given, call.settle), z)
+
+    def _mix_by_kernel(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
+        """The same, with the convolution and the gate."""
+        parts = (t.unflatten(0, (call.batch, call.count)) for t in self._project(projected))
+        z, c, x, b, raw = parts
+        ring, new = cache.inputs, Projected(x, b, c, raw, z)
+        y = selective_ring_multistep(new, self._channels, ring, cache.state, call.start, call.saved, call.plan)
+        return y.to(z.dtype).flatten(0, 1)

@@ -1,7 +1,8 @@
 """The Mamba-2 mixer that takes the place of attention: state width = head width, one B and x per KV head.
 
 Shapes are those of the released Mamba2InLlama layers: `in_proj` has rows z | x | B | C | dt, the convolution runs
-over x | B | C, and the output norm is gated and per head.
+over x | B | C, and the output norm is gated and per head. With sizes of its own (`config.mamba2`) it is the layer of
+mamba-ssm: an x per head, B and C for groups of heads, the norm over a group.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 
 from ..kernels.documents import Documents
 from ..kernels.gated_norm import gated_norm
-from ..kernels.multistep import multistep
+from ..kernels.multistep import convolve, folded, multistep, ring_multistep
+from ..kernels.multistep.snapshot import snapshot_multistep, snapshot_ring_multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
 from .calls import Fill, MambaStep
 from .config import HybridConfig
 from .mamba import Mamba, uniform
 from .rope import rotate
-from .state import MambaState
+from .state import MambaState, StateRing
 
 
 class HeadNorm(nn.Module):
@@ -31,11 +33,13 @@ class HeadNorm(nn.Module):
 
 
 class Mamba2(Mamba):
-    """H heads with state [P, N = P] and one dt each; the convolution runs over x | B | C."""
+    """H heads with state [P, N] and one dt each; the convolution runs over the E channels of x | B | C."""
 
     def __init__(self, config: HybridConfig) -> None:
-        heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        super().__init__(config, dt_rows=heads, convolved=(heads + 2 * groups) * width, steps=heads, decays=(heads,))
+        self.shape = shape = config.mamba2
+        heads, channels = shape.heads, sum(shape.parts)
+        super().__init__(config, heads, channels, heads, (heads,), inner=shape.inner, channels=channels)
+        self.heads = heads
         self.chunk, self.eps = config.chunk, config.mamba_norm_eps
         self.norm = HeadNorm(self.inner) if config.mamba_norm == "gated" else None
 
@@ -47,9 +51,9 @@ class Mamba2(Mamba):
         if self.norm is not None:
             self.norm.weight.fill_(1)
 
-    def _split(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h [..., E] -> gate z [..., H P]; what a token leaves for later ones: [..., (2 G + H) P + H]."""
-        z, kept = self.in_proj(h).split((self.inner, self.channels + self.heads), dim=-1)
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """What `in_proj` made -> gate z [..., H P]; what a token leaves for later ones: [..., E + H]."""
+        z, kept = projected.split((self.inner, self.channels + self.heads), dim=-1)
         if self.b_norm is None:
             return z, kept
         u, raw = self._parts(kept)
@@ -63,7 +67,7 @@ class Mamba2(Mamba):
         return torch.cat((x, *self._normed(b, c)), dim=-1)
 
     def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """The convolution's inputs [..., (2 G + H) P] and the raw dt [..., H]."""
+        """The convolution's inputs [..., E] and the raw dt [..., H]."""
         return kept.split((self.channels, self.heads), dim=-1)
 
     def _dt(self, raw: Tensor) -> Tensor:
@@ -71,21 +75,20 @@ class Mamba2(Mamba):
         return F.softplus(raw.to(kind) + self.dt_bias.to(kind))
 
     def _heads(self, convolved: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolution outputs -> x [B, L, G, P], B [B, L, G, N], C [B, L, H, N], after rotation, if any."""
-        heads = convolved.view(*convolved.shape[:2], -1, self.width)
-        x, b, c = heads.split((self.groups, self.groups, self.heads), dim=2)
+        """Convolution outputs -> x [B, L, G, P], B [B, L, G', N], C [B, L, G'', N], after rotation, if any."""
+        widths = self.shape.width, self.shape.states, self.shape.states
+        parts = zip(convolved.split(self.shape.parts, dim=2), widths, strict=True)
+        x, b, c = (part.unflatten(2, (-1, width)) for part, width in parts)
         if self.turned and turn is not None:
             b, c = rotate(b, *turn), rotate(c, *turn)
         return x, b, c
 
-    def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        """The gated norm per head and the output projection. y [B, L, H, P], z [..., H P]."""
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """The gated norm per head or group, which the output projection gets. y [B, L, H, P], z [..., H P]."""
         y = y.reshape(z.shape)
         if self.norm is None:
-            out = self._gate(y, z).to(z.dtype)
-        else:
-            out = gated_norm(y, z, self.norm.weight, self.gate_bias, self.width, self.eps)
-        return self.out_proj(out)
+            return self._gate(y, z).to(z.dtype)
+        return gated_norm(y, z, self.norm.weight, self.gate_bias, self.shape.normed, self.eps)
 
     def forward(
         self,
@@ -104,32 +107,40 @@ class Mamba2(Mamba):
             u, dt = u * keep, dt * keep
         x, b, c = self._heads(self._conv(u, documents=documents)[0], (cos, sin))
         y, _ = scan(x, dt, self._decay(dt.dtype), b, c, self.D, chunk=self.chunk, documents=documents)
-        return self._out(y, z)
+        return self.out_proj(self._gated(y, z))
 
     def prefill(self, h: Tensor, cache: MambaState, fill: Fill) -> Tensor:
         """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end. What is replayed
         stands before the prompt."""
-        z, kept = self._split(h)
+        z, kept = self._split(self.in_proj(h))
         window = state = None
-        replayed = fill.replayed.shape[1]
+        longest = fill.replayed.shape[1]
+        replayed = 0 if cache.ring is not None else longest
         if not fill.fresh:
-            old = cache.inputs[fill.rows.unsqueeze(1), fill.read]
+            old = cache.inputs[fill.rows.unsqueeze(1), fill.read[:, longest - replayed :]]
             taken = old.shape[1] - replayed
-            window, state = self._parts(old[:, :taken])[0], cache.state[fill.rows]
+            window, state = self._parts(old[:, :taken])[0], cache.at(fill.rows, fill.start)
             kept = torch.cat((old[:, taken:], kept), dim=1)
+            if cache.ring is not None:
+                ring, decay = cache.ring.views.rows(fill.rows), self._decay(state.dtype)
+                state = folded(ring, decay, state, fill.start, fill.saved, longest)
         u, raw = self._parts(kept)
         dt = self._dt(raw)
-        dt = torch.cat((dt[:, :replayed] * fill.replayed, dt[:, replayed:]), dim=1)
+        if replayed:
+            dt = torch.cat((dt[:, :replayed] * fill.replayed, dt[:, replayed:]), dim=1)
         lengths = fill.lengths + replayed
         convolved, window = self._conv(u, window, lengths)
         x, b, c = self._heads(convolved, fill.turn)
-        y, cache.state[fill.rows] = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, lengths, self.chunk)
+        y, state = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, lengths, self.chunk)
+        cache.put(fill.rows, fill.end, state)
         cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.channels] = window
-        return self._out(y[:, replayed:], z)
+        return self.out_proj(self._gated(y[:, replayed:], z))
 
-    def step(self, h: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
-        """T tokens a row. h [B * T, E]."""
-        z, kept = self._split(h)
+    def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
+        """T tokens a row, between the two projections: [B * T, …] -> [B * T, H P]."""
+        z, kept = self._split(projected)
+        if cache.ring is not None:
+            return self._gated(self._step_by_kernel(kept, cache, cache.ring, call), z)
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         u, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
@@ -137,6 +148,17 @@ class Mamba2(Mamba):
         dt = self._dt(raw[:, -x.shape[1] :])
         if call.live is not None:
             dt = dt * call.live
-        decay = self._decay(dt.dtype)
-        y = multistep(x, dt, decay, b, c[:, -call.count :], self.D, cache.state, call.mask, call.settle)
-        return self._out(y, z)
+        given = x, dt, self._decay(dt.dtype), b, c[:, -call.count :], self.D, cache.state
+        y = snapshot_multistep(*given, call.start) if cache.snapshots else multistep(*given, call.mask, call.settle)
+        return self._gated(y, z)
+
+    def _step_by_kernel(self, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep) -> Tensor:
+        """The same to y [B, T, H, P], over a ring of what goes into the state: the convolution is not made again."""
+        new, (weight, bias) = kept.unflatten(0, (call.batch, call.count)), self._taps
+        c = convolve(
+            new, weight, bias, self.dt_bias, cache.inputs, ring.convolved, ring.dt, call.start, self.active
+        ).unflatten(2, (-1, self.shape.states))
+        decay = self._decay(ring.dt.dtype)
+        if cache.snapshots:
+            return snapshot_ring_multistep(ring.views, c, decay, self.D, cache.state, call.start)
+        return ring_multistep(ring.views, c, decay, self.D, cache.state, call.start, call.saved, call.plan)

@@ -16,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from ..harness.interfaces import Unsupported
-from ..kernels.pointwise import swiglu
-from .attention import Attention, fuse_linears, needs_no_mask, product_dtype
+from ..kernels.few_rows import Projection, Stream, add_projected, project
+from ..kernels.pointwise import swiglu, swiglu_packed
+from .attention import Attention, Weights, fuse_linears, needs_no_mask, product_dtype
 from .calls import AttentionStep, Fill, MambaStep
 from .config import HybridConfig
 from .mamba import Mamba
@@ -37,7 +38,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=bias)
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
-        self._fused: tuple[Tensor, Tensor | None] | None = None
+        self._fused: Weights | None = None
 
     def fuse(self) -> None:
         """Lays gate and up out in one storage."""
@@ -46,12 +47,16 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._fused is None:
             return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-        gate, up = F.linear(x, *self._fused).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu_packed(F.linear(x, *self._fused)))
+
+    def ends(self) -> tuple[Weights, Weights]:
+        """Gate and up, laid out for inference, and down."""
+        assert self._fused is not None
+        return self._fused, (self.down_proj.weight, self.down_proj.bias)
 
 
 class HybridLayer(GradientCheckpointingLayer):
-    """h += mixer(norm(h)), where there is a mixer; h += mlp(norm(h))."""
+    """h += mixer(norm(h)), where there is a mixer; h += mlp(norm(h)), where there is an MLP."""
 
     def __init__(self, config: HybridConfig, index: int) -> None:
         super().__init__()
@@ -60,10 +65,13 @@ class HybridLayer(GradientCheckpointingLayer):
         window = config.windows[index]
         if self.mixer_name:
             self.add_module(self.mixer_name, Attention(config, window) if window else MIXERS[name](config))
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if config.intermediate_size else None
         if self.mixer_name:
             self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.mlp is not None:
+            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._mixing: tuple[Projection, Projection] | None = None
+        self._inner: tuple[Projection, Projection] | None = None
 
     @property
     def mixer(self) -> Any:
@@ -81,21 +89,49 @@ class HybridLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         if self.mixer is not None:
             h = h + self.mixer(self.input_layernorm(h), cos, sin, mask, keep, documents)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        if self.mlp is not None:
+            h = h + self.mlp(self.post_attention_layernorm(h))
+        return h
 
-    def run(self, h: Tensor, cache: LayerState, call: AttentionStep | MambaStep | Fill | None) -> Tensor:
-        """The same on a state: prompts [n, L, E] or a few tokens of each row [B * T, E], whatever `call` describes."""
-        mixer = self.mixer
-        if mixer is not None:
-            way = mixer.prefill if isinstance(call, Fill) else mixer.step
-            h = h + way(self.input_layernorm(h), cache, call)
-        return h + self.mlp(self.post_attention_layernorm(h))
+    def fill(self, h: Tensor, added: Tensor | None, cache: LayerState, call: Fill) -> tuple[Tensor, Tensor | None]:
+        """The same of prompts [n, L, E], on a state. What the layer before has still to add to h is `added`, and what
+        this one has is returned beside h: each sum is made with the norm that follows it."""
+        if self.mixer is not None:
+            h, normed = self.input_layernorm.add(h, added)
+            added = self.mixer.prefill(normed, cache, call)
+        if self.mlp is not None:
+            h, normed = self.post_attention_layernorm.add(h, added)
+            added = self.mlp(normed)
+        return h, added
+
+    def step(self, stream: Stream, cache: LayerState, call: AttentionStep | MambaStep | None) -> Stream:
+        """The same of a few tokens of each row [B * T, E]."""
+        if self._mixing is not None:
+            into, out = self._mixing
+            projected, stream = project(into, stream)
+            stream = add_projected(out, self.mixer.mix(projected, cache, call), stream)
+        if self._inner is not None:
+            into, out = self._inner
+            inner, stream = project(into, stream)
+            stream = add_projected(out, inner, stream)
+        return stream
 
     def fuse(self) -> None:
-        """Gets ready for inference: projections with one input share one storage."""
-        self.mlp.fuse()
+        """Gets ready for inference: projections with one input share one storage. Once, if models share the layer."""
+        if self._mixing or self._inner:
+            return
         if self.mixer is not None:
             self.mixer.fuse()
+            self._mixing = _ends(self.mixer.ends(), self.input_layernorm)
+        if self.mlp is not None:
+            self.mlp.fuse()
+            self._inner = _ends(self.mlp.ends(), self.post_attention_layernorm, gated=True)
+
+
+def _ends(weights: tuple[Weights, Weights], norm: RMSNorm, gated: bool = False) -> tuple[Projection, Projection]:
+    """What reads the residual stream behind a norm, and what adds to it."""
+    into, out = weights
+    return Projection(*into, norm.weight, norm.eps, gated), Projection(*out)
 
 
 class HybridPreTrainedModel(PreTrainedModel):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -22,3 +22,9 @@ class RMSNorm(nn.Module):
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
             return rms_norm(x, self.weight, self.eps, torch.get_autocast_dtype("cuda"))
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def add(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + added (None: nothing), and the norm of that; for inference."""
+        if added is None:
+            return x, self(x)
+        return add_rms_norm(x, added, self.weight, self.eps)

@@ -79,8 +79,21 @@ class RemovedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShrunkConfig:
+    """Which layers stay is said by `keep`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HfConfig:
-    """A model of transformers has no options: it is taken as it is."""
+    """A model of transformers is taken as it is."""
+
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """Of its generate: one that grows, or one that is taken whole, for which transformers compiles the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaSsmConfig:
+    """A model of mamba-ssm has no options: it is taken as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +123,15 @@ def mambabench_components() -> list[Component]:
         ),
         Component(
             kind="backend",
+            name="mamba-ssm",
+            target="mambabench.backends.peer_mamba:MambaSsmBackend",
+            config=MambaSsmConfig,
+            requires=("mamba-ssm>=2.2",),
+            traits=frozenset({"generate"}),
+            summary="a model of mamba-ssm with its own generate and CUDA graphs",
+        ),
+        Component(
+            kind="backend",
             name="mamba2-hybrid",
             target="mambabench.backends.hybrid:Mamba2HybridBackend",
             config=Mamba2HybridConfig,
@@ -131,6 +153,14 @@ def mambabench_components() -> list[Component]:
             config=RemovedConfig,
             traits=frozenset({"rollback"}),
             summary="attention taken away, nothing in its place: only the layer's MLP is left",
+        ),
+        Component(
+            kind="backend",
+            name="shrunk",
+            target="mambabench.backends.shrunk:ShrunkBackend",
+            config=ShrunkConfig,
+            traits=frozenset({"rollback"}),
+            summary="only the layers of `keep`, between the parent's embeddings and head: a draft to be trained",
         ),
         Component(
             kind="suite",

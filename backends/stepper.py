@@ -1,24 +1,33 @@
-"""The stepping engine: a hybrid model as decoders see it, in plain PyTorch.
+"""The stepping engine: a hybrid model as decoders see it.
 
 Positions are absolute and belong to the caller (`harness.interfaces.Stepper` has the contract). A call makes its
-indices once, every layer reads them, and the two cursors move after the last layer.
+indices once, every layer reads them, and the two cursors move after the last layer. On a GPU nothing of a call depends
+on what the host knows of positions, so that it can be recorded as a graph; on a CPU the host looks, and the same code
+reads no more than it must.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..harness.interfaces import Cost, MambabenchError, Scores, Tokenizer
+from ..harness.interfaces import Cost, MambabenchError, Rollback, Scores, Tokenizer
+from ..kernels.few_rows import Projection, Stream, project
+from ..kernels.multistep import move
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
+from .graphs import Graphs, Recorder, alone, capturing, wanted
 from .mixers import MAMBAS
 from .model import HybridForCausalLM
-from .state import State, open_state, recurrent
+from .shrink import shrink
+from .state import Kept, State, held_bytes, open_state, recurrent, replayable
 
+BLOCK = 256
+"""Positions by which memory grows where calls are recorded on it."""
 HEAD_SLICE = 1 << 24
 """Logits that `score` holds at a time."""
 
@@ -26,7 +35,10 @@ HEAD_SLICE = 1 << 24
 class HybridStepper:
     """Drives a `HybridForCausalLM`. Takes the model over: its projections are laid out anew, without a second copy."""
 
-    def __init__(self, model: HybridForCausalLM, tokenizer: Tokenizer, debug: bool = False) -> None:
+    def __init__(
+        self, model: HybridForCausalLM, tokenizer: Tokenizer, debug: bool = False, graphs: bool | None = None
+    ) -> None:
+        """`graphs`: whether calls are recorded as CUDA graphs; None as the device and the environment say."""
         self.model = model.eval().requires_grad_(False)
         self.config = model.config
         self.tokenizer = tokenizer
@@ -34,18 +46,33 @@ class HybridStepper:
         self.max_context: int = model.config.max_position_embeddings
         weight = model.lm_head.weight
         self.device, self.dtype = str(weight.device), str(weight.dtype).removeprefix("torch.")
-        self.traits = frozenset({"rollback"})
+        self.traits = frozenset({"rollback", "shrinks", "snapshots"})
+        self.layers = len(model.model.layers)
         self.debug = debug
         """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
+        self.graphs = wanted(weight.device) if graphs is None else graphs
+        self._recorder, self._kept = Recorder(), Kept()
         self._windows = [self.config.windows[index] for index in self.config.attention_layers]
         self._layers = list(model.model.layers)
         for layer in self._layers:
             layer.fuse()
+        norm = model.model.norm
+        self._into_logits = Projection(weight, None, norm.weight, norm.eps)
 
     @torch.inference_mode()
-    def open(self, batch: int, context: int, steps: int) -> State:
-        """Takes the memory for `batch` rows of `context + steps` positions."""
-        return open_state(self.config, self.model.model.rope, batch, context, steps, self.model.lm_head.weight)
+    def open(self, batch: int, context: int, steps: int, rollback: Rollback = "replay") -> State:
+        """Takes the memory for `batch` rows of `context + steps` positions. With graphs a request takes over what an
+        earlier one of about its length had."""
+        rope, weight, capacity = self.model.model.rope, self.model.lm_head.weight, self._capacity(context + steps)
+        rope.check(context)
+
+        def make() -> State:
+            state = open_state(self.config, rope, batch, capacity, steps, weight, rollback == "snapshot")
+            state.graphs = Graphs(self._recorder) if self.graphs else None
+            return state
+
+        sizes = batch, capacity, steps, rollback == "snapshot"
+        return self._kept.take(sizes, make) if self.graphs else make()
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None = None) -> Tensor:
@@ -54,25 +81,35 @@ class HybridStepper:
         logits = ids.new_zeros(ids.shape[0], self.vocab_size, dtype=compute_dtype(self.model.lm_head.weight))
         if call is None:
             return logits
-        h = self.model.model.embed_tokens(ids[call.rows])
+        h, added = self.model.model.embed_tokens(ids[call.rows]), None
         for layer, cache in zip(self._layers, state.layers, strict=True):
-            h = layer.run(h, cache, call)
-        last = h[torch.arange(h.shape[0], device=h.device), call.lengths - 1]
-        logits[call.rows] = self._logits(last)
-        state.end[call.rows] = state.settled[call.rows] = call.end.int()
+            h, added = layer.fill(h, added, cache, call)
+        last = torch.arange(h.shape[0], device=h.device), call.lengths - 1
+        logits[call.rows] = self._logits(h[last], None if added is None else added[last])
+        state.end[call.rows] = state.settled[call.rows] = state.saved[call.rows] = call.end.int()
         return logits
 
     @torch.inference_mode()
     def advance(self, ids: Tensor, start: Tensor, state: State, settle: bool = True) -> Tensor:
-        """Runs ids [B, T] at `start` [B] -> logits [B, T, V]."""
+        """Runs ids [B, T] at `start` [B] -> logits [B, T, V]. A caller that records a graph of its own records the
+        call with it; its memory must have met a call of the same shape before."""
+        if state.graphs is None or alone(start):
+            return self._run(ids, start, state, settle)
+        if self._looks(start):
+            self._check(ids.shape[1], start, state, settle)
+        return state.graphs.run(lambda ids, start: self._run(ids, start, state, settle), ids, start, settle)
+
+    def _run(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Tensor:
         calls = self._advance(ids.shape[1], start, state, settle)
-        h = self.model.model.embed_tokens(ids.flatten())
+        stream = Stream(self.model.model.embed_tokens(ids.flatten()))
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
-            h = layer.run(h, cache, calls.get(name))
-        if settle:
-            state.settled.copy_(start)
-        torch.add(start, ids.shape[1], out=state.end)
-        return self._logits(h).view(*ids.shape, -1)
+            stream = layer.step(stream, cache, calls.get(name))
+        move(start, state.settled, state.saved, state.end, state.plan(ids.shape[1], settle))
+        return project(self._into_logits, stream, compute_dtype(stream.h))[0].view(*ids.shape, -1)
+
+    def recording(self, state: State) -> Graphs | None:
+        """Where a decoder records rounds with calls on this memory; None where nothing is recorded."""
+        return state.graphs
 
     @torch.inference_mode()
     def take(self, state: State, rows: Tensor) -> None:
@@ -86,20 +123,33 @@ class HybridStepper:
         h = self.model.model(input_ids=ids[:, : max(ids.shape[1] - 1, 1)]).last_hidden_state
         targets = ids[:, 1:]
         logprob = torch.zeros(targets.shape, dtype=compute_dtype(h), device=h.device)
-        greedy = torch.zeros(targets.shape, dtype=torch.bool, device=h.device)
+        gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
         count = max(1, HEAD_SLICE // (self.vocab_size * max(ids.shape[0], 1)))
         for first in range(0, targets.shape[1], count):
             part = slice(first, first + count)
             logits = self._head(h[:, part])
             chosen = logits.gather(-1, targets[:, part, None])
             logprob[:, part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            greedy[:, part] = logits.argmax(-1) == targets[:, part]
-        return Scores(logprob, greedy)
+            best = logits.argmax(-1, keepdim=True)
+            gap[:, part] = (logits.gather(-1, best) - chosen).squeeze(-1)
+            greedy[:, part] = best.squeeze(-1) == targets[:, part]
+        return Scores(logprob, greedy, gap)
 
-    def cost(self, batch: int, context: int, steps: int) -> Cost:
+    def shrunk(self, layers: Sequence[int]) -> HybridStepper:
+        """A stepper of these layers alone, on the same weights."""
+        return HybridStepper(shrink(self.model, layers), self.tokenizer, self.debug, self.graphs)
+
+    def facts(self) -> dict[str, tuple[float, str]]:
+        """What its engine has done so far: figures with their units, by name."""
+        if not self.graphs:
+            return {}
+        return {"graphs": (self._recorder.count, ""), "recording graphs": (self._recorder.seconds, "s")}
+
+    def cost(self, batch: int, context: int, steps: int, rollback: Rollback = "replay") -> Cost:
         """Least bytes and FLOPs of one `advance`: each weight, cached key and checkpoint read once, the new ones
-        written. A product of n weights with a token is 2 n FLOPs. What is held counts the embedding, which a step
-        reads a few rows of, and whole rings."""
+        written; the mean over the calls between two writes of a checkpoint, if all tokens stay. A product of n weights
+        with a token is 2 n FLOPs. What is held counts the embedding, which a step reads a few rows of, and whole
+        rings."""
         config, size = self.config, self.model.lm_head.weight.element_size()
         attention = len(config.attention_layers)
         heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -108,23 +158,27 @@ class HybridStepper:
         tied = embedding.data_ptr() == self.model.lm_head.weight.data_ptr()
         read = [p for p in held.values() if tied or p is not embedding]
         numbers, tokens = sum(p.numel() for p in read), batch * steps
-        exact = compute_dtype(self.model.lm_head.weight).itemsize
+        weight = self.model.lm_head.weight
+        exact, rounds = compute_dtype(weight).itemsize, replayable(config, weight, steps) // steps
         kinds = [recurrent(config, mixer) for mixer in config.mixers if mixer in MAMBAS]
         cells, slots = sum(math.prod(shape) for shape, _ in kinds), size * sum(slot for _, slot in kinds)
         reached = [min(context, window or context) + steps for window in self._windows]
         slot_bytes = 2 * groups * width * size * batch
+        moved = (1 + 1 / rounds) * cells * exact + (3 + rounds) / 2 * steps * slots
+        if rollback == "snapshot":
+            moved = (1 + steps) * cells * exact + steps * slots
         return Cost(
             weight_bytes=sum(p.nbytes for p in read),
             kv_bytes=slot_bytes * sum(reached),
-            state_bytes=batch * (2 * cells * exact + 2 * steps * slots),
+            state_bytes=round(batch * moved),
             flops=2 * numbers * tokens + 4 * tokens * sum(reached) * heads * width + tokens * 8 * cells,
             held_weight_bytes=sum(p.nbytes for p in held.values()),
-            held_kv_bytes=slot_bytes * attention * (context + steps),
-            held_state_bytes=batch * (cells * exact + (2 * steps + config.d_conv - 1) * slots),
+            held_kv_bytes=slot_bytes * attention * self._capacity(context + steps),
+            held_state_bytes=batch * held_bytes(config, weight, steps, rollback == "snapshot"),
         )
 
-    def _logits(self, h: Tensor) -> Tensor:
-        return self._head(self.model.model.norm(h))
+    def _logits(self, h: Tensor, added: Tensor | None) -> Tensor:
+        return self._head(self.model.model.norm.add(h, added)[1])
 
     def _head(self, h: Tensor) -> Tensor:
         """Logits in fp32 or better, never rounded to the weights' dtype."""
@@ -152,9 +206,11 @@ class HybridStepper:
 
     def _advance(self, count: int, start: Tensor, state: State, settle: bool) -> dict[str, AttentionStep | MambaStep]:
         """The indices for each kind of mixer that the model has."""
-        live, longest, even = state.capacity, state.steps, False
-        if self.debug or start.device.type == "cpu":
+        live, longest, even = state.capacity, state.replay, False
+        if state.graphs is None and self._looks(start):
             live, longest, even = self._check(count, start, state, settle)
+        if state.snapshots:
+            longest = 0
         calls: dict[str, AttentionStep | MambaStep] = {}
         for name, window in {"attention": 0, "sliding": self.config.sliding_window or 0}.items():
             if name in self.config.calls:
@@ -162,6 +218,14 @@ class HybridStepper:
         if not MAMBAS.keys().isdisjoint(self.config.mixers):
             calls["mamba"] = calls["mamba2"] = mamba_step(self.config, state, start, count, longest, settle)
         return calls
+
+    def _looks(self, start: Tensor) -> bool:
+        """Whether the host looks at what is on the device."""
+        return (self.debug or start.device.type == "cpu") and not capturing(start)
+
+    def _capacity(self, positions: int) -> int:
+        """Slots of a row: with graphs whole blocks, so that requests of about one length can share memory."""
+        return -(-positions // BLOCK) * BLOCK if self.graphs else positions
 
     @staticmethod
     def _check(count: int, start: Tensor, state: State, settle: bool) -> tuple[int, int, bool]:

@@ -1,17 +1,13 @@
-"""The bookkeeping that all decoders share: the texts of a batch, when each row ends, and what is emitted."""
+"""What the host keeps of a batch, the same in all decoders: its texts, when each ends, and what is emitted."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..harness.answers import ends, make_answer
-from ..harness.interfaces import Answer, Emit, Limits, MambabenchError, Prompt, Stepper, Tokenizer
-from .sampling import pick
+from ..harness.answers import Pieces, ends, make_answer
+from ..harness.interfaces import Answer, Emit, Limits, MambabenchError, OnText, Prompt, Stepper, Tokenizer
+from .results import Round
 
 
 class Row:
@@ -45,49 +41,68 @@ class Row:
 
 
 class Batch:
-    """The rows of one request, their places on the device, and its clock."""
+    """The rows of one request as the host knows them, and its clock."""
 
-    def __init__(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> None:
+    def __init__(
+        self,
+        model: Stepper,
+        prompts: Sequence[Prompt],
+        limits: Limits,
+        emit: Emit,
+        on_text: OnText | None = None,
+    ) -> None:
         if limits.new_tokens < 1:
             raise MambabenchError(f"new_tokens must be at least 1, is {limits.new_tokens}")
         self.began = time.perf_counter()
         self.rows = [Row(prompt, limits, model.tokenizer) for prompt in prompts]
-        self.sequence = torch.tensor([p.sequence for p in prompts], dtype=torch.int64, device=model.device)
-        self._model = model
-        self._limits = limits
-        self._emit = emit
+        self.limits = limits
+        self._emit, self._on_text = emit, on_text
+        self._pieces = [Pieces(prompt.ids, limits, model.tokenizer) for prompt in prompts] if on_text else []
         self._bursts = [0] * len(prompts)
+        self._rounds = [0] * len(prompts)
 
-    def prefill(self, steps: int) -> Any:
-        """Opens the model for calls of `steps` tokens, runs the prompts and takes each row's first token."""
-        lengths = [row.prompt_tokens for row in self.rows]
-        state = self._model.open(len(self.rows), max(lengths) + self._limits.new_tokens, steps)
-        ids = torch.zeros(len(self.rows), max(lengths), dtype=torch.int64)
-        for row, padded in zip(self.rows, ids, strict=True):
-            padded[: row.prompt_tokens] = torch.tensor(row.ids)
-        device = self._model.device
-        logits = self._model.prefill(ids.to(device), torch.tensor(lengths, dtype=torch.int32, device=device), state)
-        first = pick(logits, self._limits, self.sequence, torch.tensor(lengths, device=device))
-        self.append([[token] for token in first.tolist()])
-        return state
+    def begin(self, first: Round) -> None:
+        """Takes the first token of each row, which no round has made."""
+        at_s = time.perf_counter() - self.began
+        for number, tokens in enumerate(first.tokens):
+            self._burst(number, self.rows[number].extend(tokens[:1]), at_s)
 
     @property
     def running(self) -> list[int]:
         return [number for number, row in enumerate(self.rows) if not row.finished]
 
-    def last(self) -> tuple[Tensor, Tensor]:
-        """The last token of each row, int64 [B, 1], which no model has run yet, and its position, int32 [B]."""
-        last = torch.tensor([[row.ids[-1]] for row in self.rows], device=self._model.device)
-        start = torch.tensor([len(row.ids) - 1 for row in self.rows], dtype=torch.int32, device=self._model.device)
-        return last, start
+    @property
+    def missing(self) -> int:
+        """Most tokens that a row still lacks."""
+        return max(self.limits.new_tokens - len(self.rows[number].new) for number in self.running)
 
-    def append(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Gives new tokens to the rows that still run, and emits them as bursts."""
+    def look(self, rounds: Sequence[Round], drafts: bool) -> list[list[int]]:
+        """Gives the tokens of rounds to the rows that run: one burst a row. With `drafts` each round of a row is
+        emitted. Returns what each round accepted of the rows that it found running."""
         at_s = time.perf_counter() - self.began
+        counted: list[list[int]] = [[] for _ in rounds]
         for number in self.running:
-            taken = self.rows[number].extend(tokens[number])
-            self._emit("burst", row=number, burst=self._bursts[number], at_s=at_s, tokens=taken)
-            self._bursts[number] += 1
+            row, before, records = self.rows[number], len(self.rows[number].new), list[dict[str, int]]()
+            for each, counts in zip(rounds, counted, strict=True):
+                if row.finished:
+                    break
+                accepted = each.accepted[number]
+                row.extend(each.tokens[number][: accepted + 1])
+                records.append({"drafted": each.drafted[number], "accepted": accepted})
+                counts.append(accepted)
+            self._burst(number, len(row.new) - before, at_s)
+            for record in records if drafts else ():
+                self._emit("round", row=number, round=self._rounds[number], **record)
+                self._rounds[number] += 1
+        return counted
 
     def answers(self) -> list[Answer]:
         return [row.answer() for row in self.rows]
+
+    def _burst(self, number: int, tokens: int, at_s: float) -> None:
+        self._emit("burst", row=number, burst=self._bursts[number], at_s=at_s, tokens=tokens)
+        self._bursts[number] += 1
+        if self._on_text is not None:
+            row = self.rows[number]
+            if piece := self._pieces[number].more(row.new, row.finished):
+                self._on_text(number, piece)

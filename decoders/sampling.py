@@ -1,8 +1,8 @@
 """Turns logits into tokens, the same ones in every decoder, batch and call.
 
 Random numbers are counter-based: each is a hash of (seed, sequence, position, purpose), so that what is drawn depends
-neither on the batch nor on how many tokens a call runs. Logits are used as they come (fp32 or fp64) and probabilities
-are fp64; ties always go to the lowest index.
+neither on the batch nor on how many tokens a call runs. A text's stream stands for its seed and sequence. Logits are
+used as they come (fp32 or fp64) and probabilities are fp64; ties always go to the lowest index.
 """
 
 from __future__ import annotations
@@ -11,111 +11,40 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Limits
-
-TOKEN, DRAFT, ACCEPT = range(3)
-"""Purposes of a random number: the emitted token, a draft's own draw, the acceptance of a drafted token."""
-
-_GOLDEN = 0x9E3779B97F4A7C15
+from ..kernels.rounds import ACCEPT, TOKEN, Drawn, drawn, greedy, keep, reject, rejected, softmax, uniform
 
 
-def uniform(seed: int, sequence: Tensor, position: Tensor, purpose: int) -> Tensor:
-    """Random numbers in [0, 1), fp64, of the broadcast shape of `sequence` and `position` (int64).
-
-    Finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the parts of the key; the upper 53 bits count.
-    """
-    state = _mix(torch.tensor(_signed(seed + _GOLDEN), dtype=torch.int64, device=sequence.device))
-    for part in (sequence, position, torch.full_like(position, purpose)):
-        state = _mix((state ^ part.long()) + _signed(_GOLDEN))
-    return _shift(state, 11).double() * 2.0**-53
+def kept(logits: Tensor, limits: Limits) -> Tensor:
+    """logits [..., V] with -inf in place of those that the filters of the limits leave out."""
+    return keep(logits, limits.temperature, limits.top_k, limits.top_p)
 
 
 def probabilities(logits: Tensor, limits: Limits) -> Tensor:
     """What is sampled from: softmax(logits / temperature) after top-k, then after top-p of what top-k left.
 
     Top-k keeps exactly k tokens; top-p keeps the fewest most probable tokens whose probabilities reach top_p.
-    logits [..., V]; returns fp64 [..., V]. The temperature must be above 0.
+    logits fp32 or fp64 [..., V]; returns fp64 [..., V]. The temperature must be above 0.
     """
-    scaled = logits.double() / limits.temperature
-    vocabulary = scaled.shape[-1]
-    top_k = min(limits.top_k or vocabulary, vocabulary)
-    if top_k == vocabulary and limits.top_p >= 1:
-        return scaled.softmax(-1)
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    ranked = ordered[..., :top_k].softmax(-1)
-    before = ranked.cumsum(-1) - ranked
-    ranked = ranked.where((before < limits.top_p) | (before == 0), 0.0)
-    ranked = ranked / ranked.sum(-1, keepdim=True)
-    return torch.zeros_like(scaled).scatter(-1, order[..., :top_k], ranked)
+    return softmax(kept(logits, limits), limits.temperature)
 
 
-def draw(weights: Tensor, at: Tensor) -> Tensor:
-    """Inverse of the distribution function. weights fp64 [..., V], non-negative, need not sum to 1; at fp64 [...] in
-    [0, 1). Returns int64 [...]; never an index of weight 0 unless all are."""
-    cumulative = weights.cumsum(-1)
-    reached = (cumulative > at.unsqueeze(-1) * cumulative[..., -1:]) & (weights > 0)
-    first = reached.to(torch.uint8).argmax(-1)
-    return first.where(reached.any(-1), weights.argmax(-1))
+def pick(logits: Tensor, limits: Limits, stream: Tensor, before: Tensor) -> Tensor:
+    """The tokens that plain decoding emits: the argmax at temperature 0, else a draw keyed by stream and position.
 
-
-def pick(logits: Tensor, limits: Limits, sequence: Tensor, position: Tensor) -> Tensor:
-    """The tokens that plain decoding emits: the argmax at temperature 0, else a draw keyed by sequence and position.
-
-    logits [..., V]; sequence and position int64, broadcast to [...]. Returns int64 [...].
+    logits [B, T, V]; stream int64 [B]; before int [B], the position before the first token's. Returns int64 [B, T].
     """
     if limits.temperature == 0:
-        return logits.argmax(-1)
-    at = uniform(limits.seed, sequence, position, TOKEN).expand(logits.shape[:-1])
-    return draw(probabilities(logits, limits), at)
+        return greedy(logits)
+    return drawn(kept(logits, limits), limits.temperature, stream, before, TOKEN)
 
 
-def agreeing(drafts: Tensor, real: Tensor, choice: Tensor) -> Tensor:
-    """How many leading drafts are the very tokens that plain decoding emits.
-
-    drafts [B, K], real int [B] (so many of them count), choice [B, K + 1] from `pick`. Returns int64 [B].
-    For a deterministic draft this is rejection sampling: the choice is the draft with the target's probability of it,
-    and otherwise distributed as the target without it.
-    """
-    k = drafts.shape[1]
-    matches = (drafts == choice[:, :k]) & (torch.arange(k, device=drafts.device) < real.unsqueeze(1))
-    return matches.long().cumprod(1).sum(1)
-
-
-def reject(
-    target: Tensor, draft: Tensor, drafts: Tensor, real: Tensor, seed: int, sequence: Tensor, position: Tensor
+def judge(
+    logits: Tensor, limits: Limits, q: Tensor | Drawn, drafts: Tensor, real: Tensor, stream: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rejection sampling (Leviathan et al. 2023, Algorithm 1): draft d stands with probability min(1, p(d) / q(d)); the
-    token after the last standing one is drawn from max(p - q, 0), or from p where no draft was left to judge.
-
-    target p [B, K + 1, V] and draft q [B, K, V] are filtered probabilities, drafts int64 [B, K], real int [B], sequence
-    [B, 1], position [B, K + 1] of the emitted tokens. Returns how many drafts stand [B] and the token after them [B].
-    """
-    k = drafts.shape[1]
-    counts = torch.arange(k, device=drafts.device) < real.unsqueeze(1)
-    p = target[:, :k].gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
-    q = draft.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
-    stands = (uniform(seed, sequence, position[:, :k], ACCEPT) * q < p) & counts
-    accepted = stands.long().cumprod(1).sum(1)
-
-    judged = torch.cat([draft.double() * counts.unsqueeze(-1), torch.zeros_like(target[:, :1])], dim=1)
-    row = torch.arange(len(drafts), device=drafts.device)
-    plain = target[row, accepted]
-    residual = (plain - judged[row, accepted]).clamp(min=0)
-    residual = residual.where(residual.sum(-1, keepdim=True) > 0, plain)
-    at = uniform(seed, sequence, position, TOKEN)[row, accepted]
-    return accepted, draw(residual, at)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    """The low 64 bits of x as a signed number; int64 tensors wrap around."""
-    return (x + 2**63) % 2**64 - 2**63
+    """Rejection sampling (`kernels.rounds.reject`) of drafts int64 [B, J] that were drawn from q: how many of the first
+    K stand, int64 [B], and tokens int64 [B, K + 1]. logits [B, K + 1, V] of the target, the rest as in `pick`."""
+    if isinstance(q, Drawn):
+        return rejected(kept(logits, limits), q, drafts, real, stream, before)
+    position = before.long().unsqueeze(1) + torch.arange(1, logits.shape[1] + 1, device=before.device)
+    accept, token = (uniform(stream, position, purpose) for purpose in (ACCEPT, TOKEN))
+    return reject(probabilities(logits, limits), q, drafts, real, accept, token)

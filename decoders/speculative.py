@@ -7,62 +7,101 @@ With a draft that samples, rejection sampling keeps the distribution (`sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
-
-from ..harness.interfaces import Answer, Draft, Emit, Limits, Prompt, Stepper, Unsupported
+from ..harness.interfaces import (
+    Answer,
+    Artifact,
+    Binds,
+    DeviceDraft,
+    Draft,
+    Emit,
+    Limits,
+    OnText,
+    Prompt,
+    Rollback,
+    Stepper,
+    Unsupported,
+)
+from .adaptive import Chooser, CostTable
 from .batch import Batch
+from .breakdown import breakdown
+from .play import Rounds, run
 from .plugin import SpeculativeConfig
-from .sampling import agreeing, pick, probabilities, reject
 
 
 def speculative(config: SpeculativeConfig) -> SpeculativeDecoder:
     """Makes the decoder that a plan describes, with its draft found among the plug-ins."""
     from ..harness.plugins import build
 
-    return SpeculativeDecoder(build(config.draft), config.k)
+    window = config.window if config.adapt else 0
+    return SpeculativeDecoder(
+        build(config.draft),
+        config.k,
+        look=config.look,
+        steady=config.steady,
+        window=window,
+        rollback=config.rollback,
+    )
 
 
 class SpeculativeDecoder:
-    """Drafts `k` tokens a round, always as many: a row with fewer is padded, and its padding never counts."""
+    """Drafts `k` tokens a round, always as many: a row with fewer is padded, and its padding never counts.
 
-    def __init__(self, draft: Draft, k: int) -> None:
+    With a `window` above 0, K is chosen anew from 1 … k after as many rounds (`adaptive`). With a `script` that share
+    of drafts stands by chance, whatever the model says (`scripted`).
+    """
+
+    def __init__(
+        self,
+        draft: Draft | DeviceDraft,
+        k: int,
+        *,
+        look: int = 1,
+        steady: bool = True,
+        window: int = 0,
+        script: float | None = None,
+        rollback: Rollback = "replay",
+    ) -> None:
         self.draft = draft
         self.k = k
+        self.look, self.steady, self.window, self.script = look, steady, window, script
+        self.rollback = rollback
+        self._costs = CostTable()
 
-    def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
+    def bind(self, models: Mapping[str, Artifact]) -> None:
+        if isinstance(self.draft, Binds):
+            self.draft.bind(models)
+
+    def generate(
+        self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit, on_text: OnText | None = None
+    ) -> list[Answer]:
         if not prompts:
             return []
         if "rollback" not in model.traits:
             raise Unsupported("speculative decoding needs a backend that can roll back (trait `rollback`)")
-        batch = Batch(model, prompts, limits, emit)
-        state = batch.prefill(steps=self.k + 1)
-        memory = self.draft.open(model, prompts, limits, self.k)
-        sequence = batch.sequence.unsqueeze(1)
-        offsets = torch.arange(1, self.k + 2, device=model.device)
-        played = 0
-        while batch.running:
-            drafts, real, q = self.draft.propose(memory, [row.ids for row in batch.rows])
-            last, start = batch.last()
-            logits = model.advance(torch.cat([last, drafts], dim=1), start, state)
-            position = start.unsqueeze(1) + offsets
-            if limits.temperature == 0 or q is None:
-                tokens = pick(logits, limits, sequence, position)
-                accepted = agreeing(drafts, real, tokens)
-            else:
-                p = probabilities(logits, limits)
-                accepted, after = reject(p, q, drafts, real, limits.seed, sequence, position)
-                tokens = torch.cat([drafts, drafts[:, :1]], dim=1).scatter(1, accepted.unsqueeze(1), after.unsqueeze(1))
-            _close_round(batch, played, real.tolist(), accepted.tolist(), tokens.tolist(), emit)
-            played += 1
+        batch = Batch(model, prompts, limits, emit, on_text)
+        rounds = self.rounds(model, prompts, limits)
+        batch.begin(rounds.prefill())
+        if not batch.running:
+            return batch.answers()
+        rounds.open_draft()
+        chooser = None
+        if self.window:
+            costs = self._costs.of(model, len(prompts), limits, self.k, rounds.try_out)
+            chooser = Chooser(costs, self.window)
+        run(batch, rounds, self.look, chooser)
+        if chooser is not None:
+            chooser.report(emit)
         return batch.answers()
 
+    def rounds(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> Rounds:
+        """The rounds of a request, nothing of which has been run yet."""
+        given = self.look, self.draft, self.steady, self.script, self.rollback
+        return Rounds(model, prompts, limits, self.k + 1, *given)
 
-def _close_round(
-    batch: Batch, number: int, drafted: list[int], accepted: list[int], tokens: list[list[int]], emit: Emit
-) -> None:
-    running = batch.running
-    batch.append([of[: count + 1] for of, count in zip(tokens, accepted, strict=True)])
-    for row in running:
-        emit("round", row=row, round=number, drafted=drafted[row], accepted=accepted[row])
+    def profile(
+        self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int
+    ) -> dict[str, tuple[float, str]]:
+        """`harness.interfaces.Decoder`: one round, of the most drafts, taken apart."""
+        return breakdown(self, model, prompts, limits, count)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..harness.interfaces import Answer, Emit, Limits, Prompt, Stepper
+from ..harness.interfaces import Answer, Emit, Limits, OnText, Prompt, Stepper
 from .batch import Batch
+from .breakdown import breakdown
+from .play import Rounds, run
 from .plugin import StandardConfig
-from .sampling import pick
 
 
 class StandardDecoder:
@@ -16,15 +17,28 @@ class StandardDecoder:
     def __init__(self, config: StandardConfig | None = None) -> None:
         self.config = config or StandardConfig()
 
-    def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
+    def generate(
+        self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit, on_text: OnText | None = None
+    ) -> list[Answer]:
         if not prompts:
             return []
         if "generate" in model.traits:
-            return model.generate(prompts, limits, emit)  # type: ignore[attr-defined]
-        batch = Batch(model, prompts, limits, emit)
-        state = batch.prefill(steps=1)
-        while batch.running:
-            ids, start = batch.last()
-            logits = model.advance(ids, start, state)
-            batch.append(pick(logits, limits, batch.sequence.unsqueeze(1), start.unsqueeze(1) + 1).tolist())
+            answers: list[Answer] = model.generate(prompts, limits, emit)  # type: ignore[attr-defined]
+            for row, answer in enumerate(answers if on_text else ()):
+                on_text(row, answer.text)  # type: ignore[misc]
+            return answers
+        batch = Batch(model, prompts, limits, emit, on_text)
+        rounds = self.rounds(model, prompts, limits)
+        batch.begin(rounds.prefill())
+        run(batch, rounds, self.config.look)
         return batch.answers()
+
+    def rounds(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> Rounds:
+        """The rounds of a request, nothing of which has been run yet."""
+        return Rounds(model, prompts, limits, look=self.config.look)
+
+    def profile(
+        self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int
+    ) -> dict[str, tuple[float, str]]:
+        """`harness.interfaces.Decoder`: one round taken apart. Of a model's own loop nothing is known."""
+        return {} if "generate" in model.traits else breakdown(self, model, prompts, limits, count)

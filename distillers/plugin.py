@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef, ModelRef
 from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig
-from .random_configs import RandomTeacherConfig, RandomTokensConfig
+from .random_configs import RandomMambaConfig, RandomTeacherConfig, RandomTokensConfig
 from .train_speed_config import TrainSpeedConfig
 
 
@@ -27,6 +27,15 @@ class UniformConfig:
 class ListConfig:
     layers: tuple[int, ...]
     """Indices of the layers that keep attention, counted from 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndsConfig:
+    count: int = 2
+    """Layers at even distances, the first and the last among them."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "count")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +313,14 @@ def mambabench_components() -> Iterable[Component]:
     )
     yield Component(
         kind="distiller",
+        name="random-mamba",
+        target=f"{room}.random_mamba:RandomMamba",
+        config=RandomMambaConfig,
+        traits=frozenset({"from-scratch"}),
+        summary="a model of mamba-ssm of any shape with random weights, for measuring speed and memory",
+    )
+    yield Component(
+        kind="distiller",
         name="progressive",
         target=f"{room}.progressive:Progressive",
         config=ProgressiveConfig,
@@ -342,6 +359,13 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.selectors:Listed",
         config=ListConfig,
         summary="keeps attention in the layers given",
+    )
+    yield Component(
+        kind="selector",
+        name="ends",
+        target=f"{room}.selectors:Ends",
+        config=EndsConfig,
+        summary="the first and the last layer, and others at even distances: for drafts, which have few",
     )
     yield Component(
         kind="selector",

@@ -37,6 +37,8 @@ class RandomTeacherConfig:
     """Standard deviation of the weights."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights on disk."""
+    weights: Literal["stored", "drawn"] = "stored"
+    """`drawn`: none lie on disk, and whoever loads the model draws them anew, the same on the same device."""
 
     def __post_init__(self) -> None:
         for name in (*SHAPE, "kv_heads", "head_dim", "context", "rope_theta"):
@@ -65,3 +67,34 @@ class RandomTokensConfig:
         for name, least in (("documents", 1), ("length", 2), ("vocabulary", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomMambaConfig:
+    layer: Literal["mamba2", "mamba1"] = "mamba2"
+    layers: int
+    hidden: int
+    """Width of the residual stream; the layers are twice as wide inside."""
+    vocabulary: int = 50_277
+    """Rounded up to a multiple of 16. At least 258, which its tokenizer knows."""
+    states: int = 0
+    """Of each number of a head, or of each channel. 0: 128 for Mamba-2, 16 for Mamba-1."""
+    head_dim: int = 64
+    """Of Mamba-2 layers."""
+    init: float = 0.02
+    """Standard deviation of the weights."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights on disk."""
+    weights: Literal["stored", "drawn"] = "stored"
+    """`drawn`: none lie on disk, and whoever loads the model draws them anew, the same on the same device."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("layers", 1), ("hidden", 1), ("vocabulary", 258), ("states", 0), ("head_dim", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.weights == "drawn" and self.layer != "mamba2":
+            raise ValueError(f'weights = "drawn" goes with mamba2 layers, not with {self.layer}')
+        if 2 * self.hidden % self.head_dim:
+            raise ValueError(f"head_dim is {self.head_dim}, which does not divide 2 x hidden = {2 * self.hidden}")
+        if self.init <= 0:
+            raise ValueError(f"init is {self.init}; it must be above 0")

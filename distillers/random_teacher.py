@@ -50,15 +50,24 @@ class RandomTeacher:
             raise MambabenchError(
                 f"random-teacher: vocabulary is {config.vocab_size}; its tokenizer has {len(tokenizer)} tokens"
             )
-        torch.manual_seed(job.seed)
-        with torch.device(job.device):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.config.dtype))
         folder = job.scratch / "teacher"
-        model.save_pretrained(folder, max_shard_size="5GB")
+        if self.config.weights == "drawn":
+            config.save_pretrained(folder)
+            write_drawn(folder, job.seed, self.config.init)
+        else:
+            torch.manual_seed(job.seed)
+            with torch.device(job.device):
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.config.dtype))
+            model.save_pretrained(folder, max_shard_size="5GB")
         tokenizer.save_pretrained(folder)
         job.backend.convert(parent=folder, keep=range(config.num_hidden_layers), out=job.out, seed=job.seed)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        job.emit("fact", name="parameters", value=parameters)
+        job.emit("fact", name="parameters", value=job.backend.describe(job.out)["parameters"])
+
+
+def write_drawn(folder: Path, seed: int, init: float) -> None:
+    """Says that the weights of a folder are to be drawn by whoever loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "random.json").write_text(json.dumps({"seed": seed, "init": init}) + "\n", encoding="utf-8")
 
 
 def read_shape(config: RandomTeacherConfig, file: Path | None) -> dict[str, Any]:

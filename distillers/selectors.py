@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from ..harness.interfaces import Job, MambabenchError
-from .plugin import ListConfig, UniformConfig
+from .plugin import EndsConfig, ListConfig, UniformConfig
 
 
 def spread(layers: int, share: float) -> list[int]:
@@ -45,6 +45,26 @@ class Uniform:
 
     def select(self, job: Job) -> list[int]:
         return spread_some(job, self.config.share, "uniform")
+
+
+def ends(layers: int, count: int) -> list[int]:
+    """`count` of `layers` layers at even distances, the first and the last among them.
+
+    >>> ends(32, 2), ends(32, 4), ends(3, 5)
+    ([0, 31], [0, 10, 21, 31], [0, 1, 2])
+    """
+    count = min(count, layers)
+    return [round(place * (layers - 1) / max(count - 1, 1)) for place in range(count)]
+
+
+class Ends:
+    """The selector `ends`."""
+
+    def __init__(self, config: EndsConfig) -> None:
+        self.config = config
+
+    def select(self, job: Job) -> list[int]:
+        return ends(depth(job), self.config.count)
 
 
 class Listed:

@@ -37,3 +37,49 @@ def _find(string: str, shown: Sequence[int], text: str, tokenizer: Tokenizer) ->
     tails = (shown[first:] for first in range(len(shown) - 1, -1, -1))
     tail, at = next((tail, at) for tail in tails if (at := tokenizer.decode(tail).find(string)) >= 0)
     return len(text) - len(tokenizer.decode(tail, skip_special_tokens=True)[at:])
+
+
+class Pieces:
+    """The text of a growing answer, a piece at a time, as far as no later token can change it.
+
+    What may be the beginning of a stop string waits, and so does a character of which bytes are missing. All pieces
+    together are the answer's text, for a tokenizer whose text of more tokens begins with that of fewer. Where it leaves
+    out the space before a text's first word, the first piece has it, so that it continues the prompt.
+    """
+
+    def __init__(self, prompt: Sequence[int], limits: Limits, tokenizer: Tokenizer) -> None:
+        self._before, self._limits, self._tokenizer = list(prompt[-SEEN:]), limits, tokenizer
+        self._given = ""
+
+    def more(self, new: Sequence[int], finished: bool) -> str:
+        """What can be shown now that the answer has these new tokens; with `finished`, all that is left of it."""
+        if finished:
+            return self._next(make_answer(new, self._limits, self._tokenizer).text, new)
+        text = self._text(new).rstrip(REPLACEMENT)
+        forms = (text, self._tokenizer.decode(new).rstrip(REPLACEMENT)) if self._limits.stop_strings else ()
+        waiting = max((_begun(string, form) for string in self._limits.stop_strings for form in forms), default=0)
+        return self._next(text[: max(len(text) - waiting, 0)], new)
+
+    def _next(self, text: str, new: Sequence[int]) -> str:
+        if not text.startswith(self._given) or len(text) == len(self._given):
+            return ""
+        piece = text[len(self._given) :]
+        if not self._given:
+            before, alone = self._text(self._before), self._text(new)
+            gap = self._text([*self._before, *new]).removeprefix(before).removesuffix(alone)
+            piece = gap + piece if gap.isspace() else piece
+        self._given = text
+        return piece
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+SEEN = 8
+"""Tokens of the prompt that say whether a space follows them."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def _begun(string: str, text: str) -> int:
+    """How many characters at the text's end may be the beginning of a stop string."""
+    return next((count for count in range(len(string) - 1, 0, -1) if text.endswith(string[:count])), 0)

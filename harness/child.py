@@ -23,7 +23,18 @@ from .config import Structurer, restore
 from .environment import code, machine, versions
 from .events import Muted, Recorder
 from .forkserver import ATTEMPT, CODE, LEASED, SHARE, THREADS, watch
-from .interfaces import CHECKPOINT_S, DTYPES, Artifact, Backend, Bench, Job, MambabenchError, Subject, Unsupported
+from .interfaces import (
+    CHECKPOINT_S,
+    DTYPES,
+    Artifact,
+    Backend,
+    Bench,
+    Binds,
+    Job,
+    MambabenchError,
+    Subject,
+    Unsupported,
+)
 from .locks import Lock
 from .plugins import Registry, make, registry
 from .ranks import together
@@ -280,10 +291,13 @@ class Work:
         )
 
     def _subject(self, artifact: Artifact, decoder: Mapping[str, Any] | None) -> Subject:
+        made = self._build("decoder", decoder) if decoder else None
+        if isinstance(made, Binds):
+            made.bind(self._models())
         return Subject(
             artifact=artifact,
             decoder_name=decoder["plan_name"] if decoder else "",
-            decoder=self._build("decoder", decoder) if decoder else None,
+            decoder=made,
             device=self.device,
             dtype=DTYPES[self.device.partition(":")[0]],
         )

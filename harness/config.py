@@ -198,6 +198,25 @@ def references(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
             yield from ((path, section, name) for name in names if isinstance(name, str) and name)
 
 
+def filled(choice: Choice, names: Mapping[str, str]) -> Choice:
+    """A component in whose names of models `{key}` stands for `names[key]`: one draft for each model, and the like."""
+
+    def fill(config: Any) -> Any:
+        models = {path for path, section, name in references(config) if section == "models" and "{" in name}
+        changed: dict[str, Any] = {}
+        for item in dataclasses.fields(config):
+            value = getattr(config, item.name)
+            if isinstance(value, Choice):
+                changed[item.name] = filled(value, names)
+            elif item.name in models and isinstance(value, str):
+                for key, name in names.items():
+                    value = value.replace(f"{{{key}}}", name)
+                changed[item.name] = value
+        return dataclasses.replace(config, **changed)
+
+    return dataclasses.replace(choice, config=fill(choice.config))
+
+
 def _section(hint: Any) -> str | None:
     if get_origin(hint) is Annotated:
         return next((mark.section for mark in hint.__metadata__ if isinstance(mark, Reference)), None)

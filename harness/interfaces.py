@@ -8,10 +8,21 @@ field with a default is the compatible way to grow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from .decoding import Answer as Answer
+from .decoding import Binds as Binds
+from .decoding import Decoder as Decoder
+from .decoding import DeviceDraft as DeviceDraft
+from .decoding import Draft as Draft
+from .decoding import Limits as Limits
+from .decoding import OnText as OnText
+from .decoding import Prompt as Prompt
+from .decoding import Rollback as Rollback
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -60,8 +71,8 @@ class Component:
     """Requirements such as `"lm-eval>=0.4.9"`, checked from package metadata, without an import."""
     traits: frozenset[str] = frozenset()
     """What the planner may rely on. Suites: exactly one of `score`, `generate`, `pair`; `alone` for a quiet machine.
-    Decoders: `lossless`. Backends: `rollback`, `generate`. Distillers: `from-scratch` if they need no parent,
-    `ranks` if several processes may run one stage together.
+    Decoders: `lossless`; `streams` if `generate` takes `on_text`. Backends: `rollback`, `generate`. Distillers:
+    `from-scratch` if they need no parent, `ranks` if several processes may run one stage together.
     Selectors: `gpu` if they run models."""
     summary: str = ""
     """One line for `mambabench list`."""
@@ -220,6 +231,8 @@ class Scores(NamedTuple):
     """fp32 (fp64 for an fp64 model) [B, L - 1], natural log."""
     greedy: Tensor
     """bool [B, L - 1]: the token is the argmax (lowest index on a tie)."""
+    gap: Tensor | None = None
+    """Like `logprob`: by how much the token's logit is below the largest one. None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +262,25 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
 
 
+class Recording(Protocol):
+    """Lets a decoder record whole rounds as CUDA graphs. Recorded work reads and writes the memory it was recorded on:
+    that of a state, which outlives requests, and what the decoder keeps beside it."""
+
+    kept: dict[Hashable, Any]
+    """The decoder's: what it put there for an earlier request on the same memory is there again."""
+
+    def unrecorded(self) -> AbstractContextManager[None]:
+        """Calls are launched kernel by kernel meanwhile: so runs first what is then recorded."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Records work that does not wait for the device, without running it; returns what starts it."""
+
+
 class Stepper(Protocol):
-    """A model as decoders see it: steps of any number of tokens, and positions that belong to the caller.
+    """A model as decoders see it: steps of any number of tokens, and positions that belong to the caller. With the
+    trait `shrinks` it has `layers`, their number, and `shrunk(layers)`, a `Stepper` of these alone on the same weights.
+    It may have `recording(state) -> Recording | None`. With the trait `snapshots` its `open` and `cost` take one more
+    argument, `rollback: Rollback = "replay"`, and the contract is the same.
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always
@@ -372,57 +402,6 @@ class Source(Protocol):
     def write(self, job: Job) -> None:
         """Makes data in `job.out`: `data.jsonl` with one document a line (docs/records.md), or a folder of its own
         kind, such as lm-eval tasks. `job.teacher` is set for sources with the trait `teacher`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Token ids to continue. Random numbers are keyed by `sequence`, never by the place in a batch."""
-
-    ids: tuple[int, ...]
-    sequence: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """When to stop and how to sample. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
-
-    new_tokens: int
-    stop_tokens: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    """Each ends the text where it appears, in what the tokens decode to with special tokens or without."""
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a decoder made of one prompt."""
-
-    ids: tuple[int, ...]
-    """New tokens; a stop token that ended the text is the last of them."""
-    text: str
-    """Decoded without special tokens, cut before the first stop string or stop token."""
-    finish: Literal["length", "stop"]
-
-
-class Decoder(Protocol):
-    def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
-        """Continues all prompts as one batch. Emits, as they happen, `burst` (row, burst, at_s since the call, tokens)
-        and, when it drafts, `round` (row, round, drafted, accepted; before truncation)."""
-
-
-class Draft(Protocol):
-    """Proposes tokens for a speculative decoder."""
-
-    def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> Any:
-        """Prepares state for a batch."""
-
-    def propose(self, state: Any, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """texts: each row's prompt and emitted tokens. Returns ids int64 [B, K], how many are real int32 [B] (the
-        others may be any token), and the distributions that they were drawn from, with the filters of the limits,
-        [B, K, V] (None: the draft is deterministic, or the temperature is 0)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,16 @@ def share_rejecting(drafted: Sequence[int], accepted: Sequence[int]) -> float:
     return sum(a < d for d, a in zip(drafted, accepted, strict=True)) / len(accepted) if accepted else math.nan
 
 
+def distinct_ngrams(ids: Sequence[int], n: int = 4) -> tuple[int, int]:
+    """How many different runs of n tokens a text has, and how many runs in all. Text that loops has few different ones.
+
+    >>> distinct_ngrams([1, 2, 1, 2, 1, 2, 1, 2])
+    (2, 5)
+    """
+    runs = [tuple(ids[first : first + n]) for first in range(len(ids) - n + 1)]
+    return len(set(runs)), len(runs)
+
+
 def request_frame(timings: DataFrame, by: Sequence[str] = ("key",)) -> DataFrame:
     """One row per request: the columns `by`, `arm`, `block`, `row`, those of `REQUEST` that there are, and
     `ttft_s`, `tpot_s`, `tokens`, `bursts`, `last_s`, `later_tokens` (those after the first burst), `gaps_s` (a list).

@@ -122,7 +122,7 @@ class MockStepper:
     def score(self, ids: Tensor, lengths: Tensor) -> Scores:
         self.calls += 1
         logprob = torch.full((len(ids), ids.shape[1] - 1), torch.nan, dtype=torch.float64)
-        greedy = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.bool)
+        greedy, gap = torch.zeros_like(logprob, dtype=torch.bool), torch.zeros_like(logprob)
         for row, length in enumerate(lengths.tolist()):
             _hold(length <= self.max_context + 1, "a text to score has at most max_context + 1 tokens", row)
             text = ids[row, :length].tolist()
@@ -130,7 +130,8 @@ class MockStepper:
                 logits = torch.from_numpy(self.logits(text[: place + 1]))
                 logprob[row, place] = logits.log_softmax(-1)[text[place + 1]]
                 greedy[row, place] = bool(logits.argmax() == text[place + 1])
-        return Scores(logprob, greedy)
+                gap[row, place] = logits.max() - logits[text[place + 1]]
+        return Scores(logprob, greedy, gap)
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         return Cost(

@@ -46,7 +46,7 @@ class Model:
     name: str
     backend: Choice
     selector: Choice | None
-    """None for a model that is taken from `path` as it is."""
+    """None for a model that is taken from `path` as it is, or that its first stage makes from nothing."""
     train: tuple[str, ...]
     start: str | None
     path: str | None = None
@@ -262,7 +262,10 @@ class _Reader:
         for key in ("keep", "start"):
             if path is not None and key in options:
                 raise ConfigError(key, "this key cannot stand beside `path`, whose folder is taken as it is")
-        if path is None and "keep" not in options:
+        new = path is None and "keep" not in options and self._from_scratch(options.get("train"), stages)
+        if new and "start" in options:
+            raise ConfigError("start", f"{options['train'][0]!r} makes a new model, which starts from none")
+        if path is None and "keep" not in options and not new:
             raise ConfigError("keep", "this key is missing: the share of attention to keep, or a list of layers")
         keep, train, start = options.pop("keep", None), options.pop("train", []), options.pop("start", None)
         if start is not None and not isinstance(start, str):
@@ -277,11 +280,17 @@ class _Reader:
         return Model(
             name=_name("", name),
             backend=backend,
-            selector=_at("keep", "", lambda: self._keep(keep)) if path is None else None,
+            selector=None if new or path is not None else _at("keep", "", lambda: self._keep(keep)),
             train=_train(train, stages),
             start=start,
             path=None if path is None else self._folder(path),
         )
+
+    def _from_scratch(self, train: Any, stages: Mapping[str, Choice]) -> bool:
+        """Whether the first stage needs no model to train."""
+        first = stages.get(train[0]) if isinstance(train, list) and train and isinstance(train[0], str) else None
+        traits = self.structurer.registry.find("distiller", first.name).traits if first else frozenset()
+        return "from-scratch" in traits
 
     def _keep(self, keep: Any) -> Choice:
         if isinstance(keep, Mapping):

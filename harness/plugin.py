@@ -59,7 +59,7 @@ def mambabench_components() -> Iterable[Component]:
             target="mambabench.harness.suites.losslessness:Losslessness",
             config=LosslessnessConfig,
             traits=frozenset({"pair"}),
-            summary="Is the greedy text of a decoder that of plain decoding, token for token, in float64?",
+            summary="Is greedy text that of plain decoding? In float64 token for token, below it but for near ties",
         ),
         Component(
             kind="suite",

@@ -232,6 +232,22 @@ def paired_quotient(numerator: ArrayLike, denominator: ArrayLike, level: float) 
     return mean(logs).with_interval(level).exp()
 
 
+def poisson_excess(count: int, exposure: float, other: int, other_exposure: float, factor: float = 1.0) -> float:
+    """How probable it is, given the sum of two counts, that the first is at least as large as it is, if its rate
+    (count / exposure) is `factor` times the other's: the one-sided exact test of two Poisson rates. Counts may be
+    correlated, which makes differences rarer than it says.
+
+    >>> round(poisson_excess(4, 10, 0, 10), 4), poisson_excess(0, 10, 3, 10)
+    (0.0625, 1.0)
+    """
+    from scipy.special import betainc
+
+    if not count:
+        return 1.0
+    share = factor * exposure / (factor * exposure + other_exposure)
+    return float(betainc(count, other + 1, share))
+
+
 def welch(base: ArrayLike, head: ArrayLike) -> Estimate:
     """head - base of two independent groups of values, with Welch's degrees of freedom."""
     before, after = mean(base), mean(head)

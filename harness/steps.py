@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, plain, references
+from .config import ConfigError, filled, plain, references
 from .interfaces import DTYPES, Choice, MambabenchError, Needs, StepView
 from .keys import PACKAGE, Fingerprints, digest
 from .plan import Model, Plan
@@ -196,10 +196,15 @@ class _Expander:
             raise ConfigError(f"models.{name}", f"a circle of models: {' -> '.join([*self.open_models, name])}")
         self.open_models.append(name)
         model: Model = self.plan.models[name]
-        made = self._folder(name, seed, model) if model.path else self._converted(name, seed, model)
+        made: Made | None = None
+        if model.path:
+            made = self._folder(name, seed, model)
+        elif model.selector:
+            made = self._converted(name, seed, model)
         for stage in model.train:
             made = self._train(name, stage, seed, made, model.backend)
         self.open_models.pop()
+        assert made is not None, "the plan reader asks for what a model is made of"
         self.chains[name, seed] = made
         return made
 
@@ -216,7 +221,7 @@ class _Expander:
     def _converted(self, name: str, seed: int, model: Model) -> Made:
         """A model made of another one, by a selection of its layers."""
         assert self.teacher is not None
-        assert model.selector is not None, "the plan reader asks for keep or a path"
+        assert model.selector is not None
         parent = self._chain(model.start, seed) if model.start else self.teacher
         where = f"models.{name}"
         selection = self._add(
@@ -238,11 +243,12 @@ class _Expander:
         return Made(key, model.backend)
 
     def _train(self, name: str, stage: str, seed: int, parent: Made | None, backend: Choice) -> Made:
-        choice = self.plan.stages[stage]
+        start = None if name == TEACHER else self.plan.models[name].start
+        choice = filled(self.plan.stages[stage], {"model": name, "start": start or TEACHER})
         if parent is None and "from-scratch" not in self.registry.find("distiller", choice.name).traits:
             raise ConfigError(f"stages.{stage}.use", f"{choice.name!r} trains a given model; the teacher has no `path`")
         inputs = {"parent": parent.key} if parent else {}
-        if self.teacher:
+        if self.teacher and parent:
             inputs["teacher"] = self.teacher.key
         key = self._add(
             "train",
@@ -318,12 +324,15 @@ class _Expander:
                 ):
                     self._measure(model, seed, suite, name, None)
             return
-        for name in decoders[1:] or [first]:
+        made = self.teacher if model == TEACHER else self.chains[model, seed]
+        own = made is not None and "generate" in self.registry.find("backend", made.backend.name).traits
+        # A model with a loop of its own cannot be the reference of decoders that it does not run.
+        for name in ([first] if own or len(decoders) == 1 else []) + decoders[1:]:
             self._measure(model, seed, suite, name, first if name != first else None)
 
     def _measure(self, model: str, seed: int, suite: str, decoder: str, reference: str | None) -> None:
         assert self.teacher is not None
-        choice = self.plan.suites[suite]
+        choice = filled(self.plan.suites[suite], {"model": model})
         traits = self.registry.find("suite", choice.name).traits
         made = self.teacher if model == TEACHER else self.chains[model, seed]
         cell = Cell(
@@ -344,8 +353,9 @@ class _Expander:
         extra: dict[str, Any] = {"decoder": None, "reference": None}
         for role, name in (("decoder", decoder), ("reference", reference)):
             if name is not None and name != NO_DECODER:
-                used[role] = (f"decoders.{name}", self.plan.decoders[name])
-                extra[role] = {"plan_name": name, **self._record(self.plan.decoders[name])}
+                of = filled(self.plan.decoders[name], {"model": model})
+                used[role] = (f"decoders.{name}", of)
+                extra[role] = {"plan_name": name, **self._record(of)}
         device = "cuda" if self.gpus else "cpu"
         salt: dict[str, Any] = {"device": device, "dtype": DTYPES[device]}
         if "alone" in traits:

@@ -7,11 +7,12 @@ is logged once, and `reasons` tells those met so far.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 LOG = logging.getLogger("mambabench.kernels")
 VARIABLE = "MAMBABENCH_KERNELS"
 """`reference` in this environment variable keeps every operation to our PyTorch form."""
+EARLY = "MAMBABENCH_EARLY"
+"""`on` in this environment variable lets kernels of decoding begin while the one before ends."""
 ELSEWHERE = "the tensors are on"
 
 
@@ -100,6 +103,14 @@ def served(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> Support:
 
 
 @functools.cache
+def begins_early(device: torch.device) -> bool:
+    """Whether a kernel begins while the one before ends (programmatic dependent launch), where that was asked for. It
+    then waits itself before it reads what others write, and lets its own successor begin only behind that."""
+    asked = os.environ.get(EARLY) == "on" and device.type == "cuda"
+    return asked and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
 def installed(module: str) -> Support:
     """Whether `module` imports. Asked only once everything else is right: the packages take seconds to import."""
     package = module.partition(".")[0]
@@ -114,16 +125,28 @@ def installed(module: str) -> Support:
     return Support.yes()
 
 
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from _tensors(arg)
+        elif dataclasses.is_dataclass(arg):
+            yield from _tensors(getattr(arg, field.name) for field in dataclasses.fields(arg))
+
+
 def kernel(module: str, name: str) -> Callable[..., Any]:
-    """`name` of a module that is `installed`, run on the GPU of its first argument.
+    """`name` of a module that is `installed`, run on the GPU of its first tensor, which may stand in a tuple or a
+    dataclass.
 
     Triton launches on the current GPU, whatever the tensors are on, and so do some functions of mamba-ssm. In backward
     autograd has made that of forward the current one.
     """
     function = getattr(importlib.import_module(module), name)
 
-    def run(tensor: Tensor, *args: Any, **named: Any) -> Any:
-        with torch.cuda.device_of(tensor):
-            return function(tensor, *args, **named)
+    def run(*args: Any, **named: Any) -> Any:
+        tensor = next(_tensors(args), None)
+        with contextlib.nullcontext() if tensor is None else torch.cuda.device_of(tensor):
+            return function(*args, **named)
 
     return run

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
+from ..harness import statistics as st
 from ..harness.metrics import acceptance_frame
 from ..harness.results import Results
 from .options import NoOptions
@@ -24,14 +26,31 @@ from .rows import (
     with_teachers,
 )
 
+PLAIN, EXCUSED, BEYOND = "plain", "excused", "beyond_noise"
+"""The task of samples of the reference's own text; the metrics of tokens that are not the likeliest."""
+DRAWN = ("chi_square_tokens", "chi_square_likelihood")
+"""The metrics of text that was drawn."""
+EXCESS = 1.5
+"""So many times the excused tokens of the reference's text a decoder's may have."""
+CHANCE = 0.01
+"""Probability below which chance is no explanation of that."""
+UNLIKELY = 1e-3
+"""The same of drawn text that is unlike the reference's."""
+
 
 class Losslessness:
     """One row per model, decoder and suite that holds the decoder against the reference."""
 
     title = "Losslessness"
     note = (
-        "Greedy texts that are the reference decoder's token for token, at every batch size; tokens that one parallel "
-        "run over the text would choose as well; and the shares of rounds that accept, or reject, a drafted token."
+        "In float64: greedy texts that are the reference decoder's token for token, at every batch size. Below it two "
+        "right runs differ where two tokens are about as likely, so each token is held against the plain model's "
+        "logits for the text: none may be farther from the likeliest than the noise between two plain runs of unlike "
+        f"shape, and those that are excused are at most {EXCESS:g} times as many as in the reference's own text. "
+        "Sampled text: the probability that two samples of one distribution are as unlike (chi-square of tokens and "
+        f"of how likely texts are), at least {UNLIKELY:g}. Beside that: tokens that one parallel run over the text "
+        "would choose as well, distinct runs of four tokens, and the shares of rounds that accept, or reject, a "
+        "drafted token."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -50,24 +69,31 @@ class Losslessness:
         for who in in_plan_order(results, [*groups, *states]):
             row: dict[str, Any] = {**dict(zip(WHO, who, strict=True)), "state": states.get(who, "ok")}
             if who in groups:
-                equal, parallel = (
-                    groups[who][groups[who]["metric"] == metric] for metric in ("equal", "parallel_argmax")
-                )
-                verdict, of = of_texts(equal), shares.get(who, {})
-                tokens = int(parallel["weight"].sum())
+                own = groups[who]
+                verdict, of = of_texts(own), shares.get(who, {})
+                mine = own[own["task"] != PLAIN]
+                equal, parallel = (mine[mine["metric"] == metric] for metric in ("equal", "parallel_argmax"))
+                noise = _noise(results, own)
                 row |= {
-                    "texts": len(equal),
-                    "equal": int(equal["value"].sum()),
+                    "texts": len(equal) or None,
+                    "equal": int(equal["value"].sum()) if len(equal) else None,
                     "lossless": "partly" if verdict == "yes" and row["state"] != "ok" else verdict,
-                    "tokens": tokens,
-                    "parallel argmax %": 100 * parallel["value"].sum() / tokens if tokens else None,
+                    "tokens": int(parallel["weight"].sum()) or None,
+                    "noise": noise,
+                    "beyond noise": int(mine.loc[mine["metric"] == BEYOND, "value"].sum()) if noise else None,
+                    "excused %": _share(mine, EXCUSED),
+                    "reference's %": _share(own[own["task"] == PLAIN], EXCUSED),
+                    "drawn p": drawn_p(mine),
+                    "parallel argmax %": _share(mine, "parallel_argmax"),
+                    "distinct 4-grams %": _share(mine, "distinct_4grams"),
                     "accepted length": of.get("mean_accepted_length"),
                     "k": of.get("k"),
                     "accepting %": percent(of.get("share_accepting")),
                     "rejecting %": percent(of.get("share_rejecting")),
                 }
             rows.append(row)
-        texts = ["lossless", "texts", "equal", "tokens", "parallel argmax %"]
+        texts = ["lossless", "texts", "equal", "tokens", "noise", "beyond noise", "excused %", "reference's %"]
+        texts += ["drawn p", "parallel argmax %", "distinct 4-grams %"]
         drafts = ["accepted length", "k", "accepting %", "rejecting %"]
         frame = table_of(with_teachers(results, rows, cells), [*WHO, "state", *texts, *drafts])
         if frame["suite"].nunique() <= 1:
@@ -75,49 +101,113 @@ class Losslessness:
         return drop_empty(only_failures(frame), [*texts, *drafts])
 
 
-def of_texts(equal: pd.DataFrame) -> str:
-    """`yes` where every checked text is the reference's, else how many differ."""
-    wrong = int((equal["value"] < 1).sum())
-    return f"no: {wrong} of {len(equal)} texts differ" if wrong else "yes" if len(equal) else "unchecked"
+def of_texts(samples: pd.DataFrame) -> str:
+    """`yes` where every text of a decoder's checks is as it must be, else what is not.
+
+    Steps that excuse near ties are judged by those, those that drew by what they drew, all others by equal texts.
+    """
+    p = drawn_p(samples)
+    if p is not None and p < UNLIKELY:
+        return f"no: sampled text is unlike the reference's (p = {p:.1g})"
+    steps = pd.Series(list(zip(samples["store"], samples["key"], strict=True)), index=samples.index, dtype=object)
+    near = steps.isin(set(steps[samples["metric"] == BEYOND]))
+    equal = samples[~near & (samples["metric"] == "equal")]
+    if wrong := int((equal["value"] < 1).sum()):
+        return f"no: {wrong} of {len(equal)} texts differ"
+    if near.any():
+        return _of_near_ties(samples[near])
+    return "yes" if len(equal) or p is not None else "unchecked"
+
+
+def drawn_p(samples: pd.DataFrame) -> float | None:
+    """The probability of a statistic as large as the sum over all prompts, the least of the tests times their number;
+    None where nothing was drawn."""
+    from scipy.special import gammaincc
+
+    drawn = samples[samples["metric"].isin(DRAWN)].groupby("metric")[["value", "weight"]].sum()
+    tests = [float(gammaincc(weight / 2, value / 2)) for value, weight in drawn.itertuples(index=False)]
+    return min(1.0, len(tests) * min(tests)) if tests else None
+
+
+def _of_near_ties(samples: pd.DataFrame) -> str:
+    """The rule below float64. More excused tokens than the reference's text lets expect are a `no` only where chance
+    does not explain them: else too few tokens were checked to tell."""
+    plain = samples["task"] == PLAIN
+    (beyond, tokens), (excused, _), (usual, of) = (
+        (int(rows["value"].sum()), int(rows["weight"].sum()))
+        for rows in (
+            samples[~plain & (samples["metric"] == BEYOND)],
+            samples[~plain & (samples["metric"] == EXCUSED)],
+            samples[plain & (samples["metric"] == EXCUSED)],
+        )
+    )
+    if not tokens or not of:
+        return "unchecked"
+    if beyond:
+        return f"no: {beyond} of {tokens} tokens are beyond the noise"
+    if excused * of <= EXCESS * usual * tokens:
+        return "yes"
+    if st.poisson_excess(excused, tokens, usual, of, EXCESS) < CHANCE:
+        return f"no: {excused} of {tokens} tokens excused, in the reference's text {usual} of {of}"
+    return f"unchecked: too few near ties to tell ({excused} of {tokens}, {usual} of {of})"
+
+
+def _share(samples: pd.DataFrame, metric: str) -> float | None:
+    of = samples[samples["metric"] == metric]
+    whole = float(of["weight"].sum())
+    return 100 * float(of["value"].sum()) / whole if whole else None
+
+
+def _noise(results: Results, samples: pd.DataFrame) -> float | None:
+    """The largest that a row's steps measured, in logits."""
+    facts = results.facts
+    known = facts[(facts["name"] == "noise") & facts["key"].isin(samples["key"])]["value"]
+    return float(known.astype(float).max()) if len(known) else None
 
 
 class Check:
-    """What the losslessness suites of a report vouch for: a decoder of a model of one seed on one kind of device."""
+    """What the losslessness suites of a report vouch for: a decoder of a model of one seed on one kind of device, at
+    one temperature."""
 
     def __init__(self, results: Results) -> None:
         suites = suites_with(results, use="losslessness")
         samples = of_suites(results.samples, suites)
-        equal = samples[samples["metric"] == "equal"]
-        self._texts = dict(iter(equal.groupby(["model", "decoder"], sort=False)))
-        known = set(zip(equal["store"], equal["key"], strict=True))
+        drawn = samples["metric"].isin(DRAWN)
+        at = samples["task"].str.removeprefix("temperature ").where(drawn, "0").astype(float)
+        counts = samples[drawn | samples["metric"].isin(["equal", EXCUSED, BEYOND])].assign(at=at)
+        self._texts = dict(iter(counts.groupby(["model", "decoder", "at"], sort=False)))
+        judged = counts[counts["metric"].isin(["equal", *DRAWN])]
+        known = set(zip(judged["store"], judged["key"], judged["at"], strict=True))
+        temperatures = {at for _, _, at in known}
         cells = measuring(results, suites)
-        self._checked: dict[tuple[str, str, str], set[str]] = {}
+        self._checked: dict[tuple[str, str, str, float], set[str]] = {}
         for cell in cells[cells["state"] == "ok"].to_dict("records"):
-            if (cell["store"], cell["key"]) in known:
-                of = cell["model"], cell["decoder"], str(cell["seed"])
-                self._checked.setdefault(of, set()).add(kind_of(cell["device"]))
+            for temperature in temperatures:
+                if (cell["store"], cell["key"], temperature) in known:
+                    of = cell["model"], cell["decoder"], str(cell["seed"]), temperature
+                    self._checked.setdefault(of, set()).add(kind_of(cell["device"]))
         finished = results.cells[results.cells["state"] == "ok"]
         self._finished = dict(iter(finished.groupby(["store", "key"], sort=False)))
 
     def verdict(self, model: str, decoder: str, steps: Iterable[tuple[str, str]], temperature: object) -> str:
         """What is known of the text whose speed the steps (store, key) measured.
 
-        `yes` only where each of their seeds was checked on their kind of device, every text of every check is the
-        reference's, and the timed text is greedy: sampled text was not checked.
+        `yes` only where each of their seeds was checked on their kind of device at their temperature, and every text
+        of every such check is right (`of_texts`).
         """
-        texts = self._texts.get((model, decoder))
+        at = float(temperature) if isinstance(temperature, int | float) else math.nan
+        texts = self._texts.get((model, decoder, at))
         if texts is None:
-            return "unchecked"
+            return "unchecked: sampled" if at and (model, decoder, 0.0) in self._texts else "unchecked"
         if (verdict := of_texts(texts)) != "yes":
             return verdict
-        if temperature != 0:
-            return "unchecked: sampled"
         missing: dict[str, None] = {}
         for step in steps:
             for cell in self._finished[step].to_dict("records"):
                 if (cell["model"], cell["decoder"]) != (model, decoder):
                     continue
-                on, kind = self._checked.get((model, decoder, str(cell["seed"])), set()), kind_of(cell["device"])
+                on = self._checked.get((model, decoder, str(cell["seed"]), at), set())
+                kind = kind_of(cell["device"])
                 if not on:
                     missing[f"seed {cell['seed']}"] = None
                 elif kind not in on:

@@ -30,6 +30,7 @@ LEVEL = 0.95
 MEGA = 1e6
 FIGURES = (
     *("TPOT ms", "speed-up", "lossless", "tokens/s", "accepted length", "TTFT ms", "reference TPOT ms", "k"),
+    *("of predicted", "bandwidth %", "distinct 4-grams %"),
     *("weights MB", "KV MB", "state MB", "peak MB", "blocks"),
 )
 NAMES = {"prompt_tokens": "prompt", "new_tokens": "new"}
@@ -42,9 +43,12 @@ class Speed:
     note = (
         "TTFT: time to the first token; TPOT: time per further token; both geometric means over blocks. "
         "Speed-up: reference TPOT / TPOT, both of the same process and prompts, with a "
-        f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where the text is greedy and was "
-        "checked to be that of the reference decoder, for every seed and on the same kind of device. "
-        "Accepted length: tokens per round, the bonus token included."
+        f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where text of that "
+        "temperature was checked to be the reference decoder's, for every seed and on the same kind of device. "
+        "Accepted length: tokens per round, the bonus token included. Distinct 4-grams: of the runs of four tokens in "
+        "a text, those that are different; text that loops has few. Bandwidth: the bytes that a plain step must move, "
+        "over TPOT and the bandwidth of a copy measured beside it. Of predicted: the speed of adaptive rounds over "
+        "that which their acceptance and costs predicted."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -71,6 +75,10 @@ class Speed:
             for request, of in groups[who].groupby(requests, sort=False, dropna=False):
                 row = self._row(results, model, decoder, dict(zip(requests, request, strict=True)), of)
                 row |= {"state": state, **lengths.get((model, decoder, *request), {})}
+                if row.get("accepted length") is None:
+                    row["bandwidth %"] = _bandwidth(results, row, of)
+                elif "batch" in blocks and groups[who]["batch"].nunique() == 1:
+                    row["of predicted"] = _of_predicted(results, of)
                 if decoder in results.decoders[:1]:
                     row["lossless"] = "reference"
                 else:
@@ -102,15 +110,38 @@ class Speed:
         }
         facts = results.facts[results.facts["key"].isin(own["key"]) & (results.facts["model"] == model)]
         batch = request.get("batch")
-        for column, names in (
-            ("weights MB", ("weights",)),
-            ("KV MB", (f"KV cache, batch {batch}", "KV cache")),
-            ("state MB", (f"state, batch {batch}", "state")),
-            ("peak MB", ("peak device memory", "peak memory of the process")),
+        for column, unit, names in (
+            ("weights MB", 1 / MEGA, ("weights",)),
+            ("KV MB", 1 / MEGA, (f"KV cache, batch {batch}", "KV cache")),
+            ("state MB", 1 / MEGA, (f"state, batch {batch}", "state")),
+            ("peak MB", 1 / MEGA, ("peak device memory", "peak memory of the process")),
+            ("distinct 4-grams %", 100, (f"distinct 4-grams, batch {batch}",)),
         ):
             known = facts[facts["name"].isin(names) & facts["arm"].isin(["", own["arm"].iloc[0]])]
-            row[column] = float(known["value"].astype(float).max()) / MEGA if len(known) else None
+            row[column] = unit * float(known["value"].astype(float).max()) if len(known) else None
         return row
+
+
+def _of_predicted(results: Results, of: pd.DataFrame) -> float | None:
+    """How fast adaptive rounds were, over how fast they should have been; of a step's last block."""
+    facts = results.facts[results.facts["key"].isin(of["key"]) & (results.facts["arm"] == "subject")]
+    predicted, measured = (
+        facts.loc[facts["name"] == f"adaptive K, {name} time per token", "value"].astype(float)
+        for name in ("predicted", "measured")
+    )
+    return float(predicted.mean() / measured.mean()) if len(predicted) and len(measured) else None
+
+
+def _bandwidth(results: Results, row: dict[str, Any], of: pd.DataFrame) -> float | None:
+    """What plain steps of TPOT move, as a share of what a copy does."""
+    facts = results.facts[results.facts["key"].isin(of["key"])]
+    moved, copied = (
+        facts.loc[facts["name"] == name, "value"].astype(float)
+        for name in (f"bytes of a step, batch {row.get('batch')}", "copy bandwidth")
+    )
+    if moved.empty or copied.empty:
+        return None
+    return float(100 * moved.max() / (row["TPOT ms"] / 1e3) / copied.max())
 
 
 def _blocks(results: Results) -> pd.DataFrame:

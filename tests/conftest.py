@@ -39,7 +39,8 @@ def stores() -> ModuleType:
 
 @pytest.fixture
 def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a module anew, under another name, with its Triton kernels in Triton's interpreter.
+    """Imports a module anew, under another name, with its Triton kernels in Triton's interpreter, and those that it
+    has from other modules too.
 
     Whether a kernel is interpreted is decided where it is decorated, which for those of Triton's own library is long
     past: they are exchanged meanwhile.
@@ -56,11 +57,15 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
         found = importlib.util.find_spec(name)
         assert found is not None
         assert found.origin is not None
-        spec = importlib.util.spec_from_file_location(f"interpreted_{name.rpartition('.')[2]}", found.origin)
+        package, _, last = name.rpartition(".")
+        spec = importlib.util.spec_from_file_location(f"{package}.interpreted_{last}", found.origin)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        for other, value in list(vars(module).items()):
+            if isinstance(value, triton.runtime.JITFunction):
+                setattr(module, other, interpreter.InterpretedFunction(value.fn))
         return module
 
     return load

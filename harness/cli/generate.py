@@ -1,101 +1,217 @@
-"""Text from one model, with its timing: `generate`."""
+"""Text from one model as it is made, with its timing: `generate`."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import tempfile
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .. import plugins
+from .. import metrics, plugins
 from ..config import Structurer
 from ..documents import leading_token
-from ..interfaces import Backend, Limits, MambabenchError, Prompt
-from ..metrics import mean_accepted_length, tpot, ttft
+from ..interfaces import DTYPES, Artifact, Backend, Binds, Decoder, Limits, MambabenchError, Prompt, Stepper
+
+SCRATCH = "mambabench-"
 
 
 @click.command("generate")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--prompt", default="", help="Text to continue [empty: begin of text].")
-@click.option("--decoder", default="standard", show_default=True, help="The decoder component.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the decoder, such as k=4.")
+@click.option("--decoder", help="The decoder component [standard; with --draft or --k: speculative].")
+@click.option("--draft", help="The draft: a component such as ngram or layers, or the folder of a model.")
+@click.option("--k", type=click.IntRange(1), help="Drafted tokens a round.")
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the decoder or of its draft, such as adapt=true or draft.count=4.",
+)
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0))
+@click.option(
+    "--top-k", default=0, show_default=True, type=click.IntRange(0), help="Sample of so many tokens; 0: of all."
+)
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--stop", multiple=True, help="A text that ends the answer where it appears.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
+@click.option("--profile", type=click.IntRange(1), metavar="N", help="Take a round apart: means of N.")
+@click.option("--gpus", type=click.IntRange(0), metavar="0", help="The GPU to use [none: CPU].")
+@click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16"]), help="[float32 on CPU, else bfloat16]")
 def generate(
     model: Path,
     prompt: str,
-    decoder: str,
+    decoder: str | None,
+    draft: str | None,
+    k: int | None,
     options: tuple[str, ...],
     new_tokens: int,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    stop: tuple[str, ...],
     seed: int,
-    device: str,
-    dtype: str,
+    profile: int | None,
+    gpus: int | None,
+    dtype: str | None,
 ) -> None:
-    """Continue a prompt with MODEL: an artifact of a store, or a teacher's folder."""
+    """Continue a prompt with MODEL, an artifact of a store or a teacher's folder, and tell how fast it went."""
     loaded = plugins.registry()
-    choice = Structurer(loaded).choice("decoder", {"use": decoder, **_options(options)})
-    with tempfile.TemporaryDirectory(prefix="mambabench-") as scratch:
-        backend, artifact = _artifact(model, Path(scratch), loaded)
-        stepper = backend.load(artifact, device, dtype)
-        tokenizer = stepper.tokenizer
-        begin = leading_token(tokenizer)
-        ids = tokenizer.encode(prompt) or ([] if begin is None else [begin])
-        if not ids:
-            raise MambabenchError(f"{model}: the tokenizer has no token to begin a text with; give a --prompt")
-        stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        limits = Limits(new_tokens=new_tokens, stop_tokens=stop, temperature=temperature, seed=seed)
-        events: list[dict[str, Any]] = []
-        answers = plugins.build(choice).generate(
-            stepper, [Prompt(tuple(ids))], limits, lambda kind, /, **fields: events.append({"kind": kind, **fields})
+    device = "cpu" if gpus is None else "cuda:0"
+    if gpus is not None:
+        # As a step's child sees only the GPUs that it is given; the backend says so where torch finds none.
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+        table = {"use": decoder or ("standard" if draft is None and k is None else "speculative"), **_table(options)}
+        models: dict[str, Artifact] = {}
+        if k is not None:
+            table["k"] = k
+        if draft is not None:
+            chosen = _draft(draft, loaded)
+            if chosen["use"] == "model":
+                models[chosen["model"]] = _artifact(Path(draft), Path(scratch) / "draft", loaded)
+            table["draft"] = {**table.get("draft", {}), **chosen}
+        maker: Decoder = plugins.build(Structurer(loaded).choice("decoder", table))
+        if isinstance(maker, Binds):
+            maker.bind(models)
+        subject = _artifact(model, Path(scratch) / "model", loaded)
+        stepper = subject.backend.load(subject.path, device, dtype or DTYPES[device.partition(":")[0]])
+        request = _request(model, prompt, stepper)
+        end = stepper.tokenizer.eos_token_id
+        limits = Limits(
+            new_tokens=new_tokens,
+            stop_tokens=() if end is None else (end,),
+            stop_strings=stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
         )
-    click.echo(tokenizer.decode([*ids, *answers[0].ids], skip_special_tokens=True))
-    click.echo(_timing(events), err=True)
+        click.echo(prompt, nl=False)
+        events = _answer(maker, stepper, request, limits)
+        figures = _profile(maker, stepper, request, limits, profile) if profile else {}
+    click.echo()
+    for line in [*summary(events), *shares(figures)]:
+        click.echo(line, err=True)
 
 
-def _artifact(model: Path, scratch: Path, loaded: plugins.Registry) -> tuple[Backend, Path]:
+def summary(events: list[dict[str, Any]]) -> list[str]:
+    """What a request's records say, in words: tokens, TTFT, tokens/s, acceptance, and what was predicted of it."""
+    bursts = [event for event in events if event["kind"] == "burst"]
+    rounds = [event for event in events if event["kind"] == "round"]
+    facts = {event["name"]: event["value"] for event in events if event["kind"] == "fact"}
+    at_s, tokens = [burst["at_s"] for burst in bursts], [burst["tokens"] for burst in bursts]
+    text = f"[{sum(tokens)} tokens, first after {metrics.ttft(at_s) * 1000:.1f} ms"
+    if len(bursts) > 1:
+        text += f", {1 / metrics.tpot(at_s, tokens):.1f} tokens/s"
+    lines = [text + "]"]
+    if rounds:
+        accepted, drafted = [event["accepted"] for event in rounds], [event["drafted"] for event in rounds]
+        places = metrics.acceptance_by_position(accepted, max(drafted))
+        shares = f", {metrics.acceptance_rate(drafted, accepted):.0%} of drafts accepted" if any(drafted) else ""
+        by_place = f" (by position {' '.join(f'{place:.0%}' for place in places)})" if places else ""
+        length = metrics.mean_accepted_length(accepted)
+        lines.append(f"[{len(rounds)} rounds, {length:.2f} tokens a round{shares}{by_place}]")
+    times = [facts.get(f"adaptive K, {kind} time per token") for kind in ("predicted", "measured")]
+    if None not in times:
+        said, came = (f"{1 / seconds:.1f}" for seconds in times if seconds)
+        lines.append(
+            f"[K chosen: {facts['adaptive K, mean']:.1f} on average; {said} tokens/s predicted, {came} measured]"
+        )
+    return lines
+
+
+def shares(figures: Mapping[str, tuple[float, str]]) -> list[str]:
+    """One round taken apart, a line for each part: its time and its share of the whole."""
+    times = {name: value for name, (value, unit) in figures.items() if unit == "s"}
+    width = max(map(len, times), default=0)
+    lines = [f"{name:{width}}  {1000 * s:9.4f} ms  {s / times['whole']:6.1%}" for name, s in times.items()]
+    if "kernels" in figures:
+        lines.append(f"{'kernels':{width}}  {figures['kernels'][0]:9.0f}")
+    return [f"[{line}]" for line in lines]
+
+
+def _profile(
+    maker: Decoder, stepper: Stepper, request: Prompt, limits: Limits, count: int
+) -> Mapping[str, tuple[float, str]]:
+    profile = getattr(maker, "profile", None)
+    if profile is None:
+        raise MambabenchError("--profile: this decoder cannot take its rounds apart")
+    figures: Mapping[str, tuple[float, str]] = profile(stepper, [request], limits, count)
+    return figures
+
+
+def _answer(maker: Decoder, stepper: Stepper, request: Prompt, limits: Limits) -> list[dict[str, Any]]:
+    """Prints the answer as it is made, and returns the records."""
+    events: list[dict[str, Any]] = []
+
+    def emit(kind: str, /, **fields: Any) -> None:
+        events.append({"kind": kind, **fields})
+
+    def on_text(row: int, piece: str) -> None:
+        click.echo(piece, nl=False)
+
+    if "on_text" in inspect.signature(maker.generate).parameters:
+        maker.generate(stepper, [request], limits, emit, on_text=on_text)  # type: ignore[call-arg]
+    else:
+        on_text(0, maker.generate(stepper, [request], limits, emit)[0].text)
+    return events
+
+
+def _request(model: Path, prompt: str, stepper: Stepper) -> Prompt:
+    """The prompt behind one leading token, as texts were learnt."""
+    begin = leading_token(stepper.tokenizer)
+    ids = stepper.tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
+    if begin is not None and ids[:1] != [begin]:
+        ids = [begin, *ids]
+    if not ids:
+        raise MambabenchError(f"{model}: the tokenizer has no token to begin a text with; give a --prompt")
+    return Prompt(tuple(ids))
+
+
+def _draft(draft: str, loaded: plugins.Registry) -> dict[str, Any]:
+    if draft in loaded.components("draft"):
+        return {"use": draft}
+    if Path(draft).is_dir():
+        return {"use": "model", "model": draft}
+    hint = plugins.suggest(draft, loaded.components("draft"))
+    raise MambabenchError(f"--draft {draft}: neither the folder of a model nor a draft{hint}")
+
+
+def _artifact(model: Path, scratch: Path, loaded: plugins.Registry) -> Artifact:
     record_file = model / "artifact.json"
     if record_file.is_file():
         record = json.loads(record_file.read_text())["backend"]
         choice = Structurer(loaded).choice("backend", {"use": record["name"], **record["config"]})
-        return plugins.build(choice), model
+        return Artifact(str(model), model, plugins.build(choice))
     if not (model / "config.json").is_file():
         raise MambabenchError(f"{model}: neither an artifact of a store nor a transformers folder (no config.json)")
-    backend = plugins.make(loaded.find("backend", "teacher"))
-    layers = json.loads((model / "config.json").read_text()).get("num_hidden_layers", 0)
-    artifact = scratch / "teacher"
-    backend.convert(model, range(layers), artifact, seed=0)
-    return backend, artifact
+    backend: Backend = plugins.make(loaded.find("backend", "teacher"))
+    backend.convert(model, [], scratch, seed=0)
+    return Artifact(str(model), scratch, backend)
 
 
-def _options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    import tomllib
-
+def _table(pairs: tuple[str, ...]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals:
+        *outer, name = key.strip().split(".")
+        if not equals or not name:
             raise click.BadParameter(f"expected KEY=VALUE, got {pair!r}", param_hint="--option")
+        inside = table
+        for part in outer:
+            inside = inside.setdefault(part, {})
+            if not isinstance(inside, Mapping):
+                raise click.BadParameter(f"{part} has a value already, got {pair!r}", param_hint="--option")
         try:
-            table[key] = tomllib.loads(f"value = {value}")["value"]
+            inside[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            table[key] = value
+            inside[name] = value
     return table
-
-
-def _timing(events: list[dict[str, Any]]) -> str:
-    bursts = [event for event in events if event["kind"] == "burst"]
-    rounds = [event for event in events if event["kind"] == "round"]
-    tokens = sum(burst["tokens"] for burst in bursts)
-    at_s = [burst["at_s"] for burst in bursts]
-    text = f"[{tokens} tokens, first after {ttft(at_s) * 1000:.1f} ms"
-    if len(bursts) > 1:
-        text += f", {1 / tpot(at_s, [burst['tokens'] for burst in bursts]):.1f} tokens/s"
-    if rounds:
-        text += f", {mean_accepted_length([event['accepted'] for event in rounds]):.2f} tokens a round"
-    return text + "]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..interfaces import DataRef, ModelRef
 
@@ -74,9 +74,18 @@ class LosslessnessConfig:
     """Longest prompt; the prompts of a batch differ in length."""
     new_tokens: int = 64
     batch: tuple[int, ...] = (1, 4)
+    dtype: Literal["", "float64", "float32", "bfloat16"] = ""
+    """Of the models. Empty: `float64` on a CPU, what models are measured in elsewhere. Texts are equal in `float64`;
+    below it, two right decoders differ where two tokens are about as likely, and near ties are excused."""
+    temperature: float = 0.0
+    """Above 0 texts are drawn, and what is held against plain decoding is their distribution."""
+    draws: int = 256
+    """How often each prompt is asked then; a part of them at each batch size."""
 
     def __post_init__(self) -> None:
-        _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1)
+        _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1, temperature=0, draws=20)
+        if self.temperature and self.new_tokens < 2:
+            raise ValueError(f"new_tokens is {self.new_tokens}; texts that are drawn need at least 2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +100,11 @@ class SpeedConfig:
     warmup: int = 1
     """Blocks per batch size that are run first and only timed as a whole."""
     temperature: float = 0.0
+    profile: int = 0
+    """Rounds of each arm and batch size that are taken apart when all blocks are measured; their means are facts."""
 
     def __post_init__(self) -> None:
-        _at_least(self, batch=1, prompt_tokens=1, new_tokens=2, pairs=1, warmup=0, temperature=0)
+        _at_least(self, batch=1, prompt_tokens=1, new_tokens=2, pairs=1, warmup=0, temperature=0, profile=0)
 
 
 def _at_least(config: Any, **least: int) -> None:

@@ -16,10 +16,12 @@ from typing import Any, cast
 
 import torch
 
+from .. import metrics
 from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Subject, silent
 from .configs import SpeedConfig
 from .losslessness import decoder_of
 from .texts import check_room, take_prompts
+from .traffic import copy_bandwidth, step_bytes
 
 MAXRSS_BYTES = 1024
 """Linux counts the peak resident memory in KiB."""
@@ -46,7 +48,17 @@ class Speed:
                     block += 1
                     bench.emit("progress", done=block, total=total, unit="blocks")
                 _emit_states(bench, arms, batch)
+                _emit_loops(bench, arms, batch)
+                moved = step_bytes(model, batch, self.config.prompt_tokens + self.config.new_tokens // 2)
+                _emit_size(bench, f"bytes of a step, batch {batch}", moved)
+                self._profile(bench, arms, requests)
+            copied = copy_bandwidth(bench.subject.device)
+            if copied is not None:
+                bench.emit("fact", name="copy bandwidth", value=copied, unit="byte/s", arm="")
             _emit_peaks(bench, {name: arm.peak for name, arm in arms.items()})
+            for name, measured in arms.items():
+                for what, (value, unit) in getattr(measured.model, "facts", dict)().items():
+                    bench.emit("fact", name=what, value=value, unit=unit, arm=name)
 
     def _warm_up(self, bench: Bench, arms: dict[str, Arm], batch: int) -> Iterator[list[Prompt]]:
         """Runs the warm-up blocks of a batch size, then yields the prompts of each block to measure."""
@@ -80,6 +92,9 @@ class Speed:
         if on_gpu:
             torch.cuda.synchronize()
             arm.peak = max(arm.peak, torch.cuda.max_memory_allocated())
+        for answer in answers:
+            distinct, runs = metrics.distinct_ngrams(answer.ids)
+            arm.distinct, arm.runs = arm.distinct + distinct, arm.runs + runs
         short = [len(answer.ids) for answer in answers if len(answer.ids) != self.config.new_tokens]
         if short:
             asked = f"{short[0]} tokens, not the {self.config.new_tokens} asked for"
@@ -94,6 +109,15 @@ class Speed:
         for kind, fields in records:
             bench.emit(kind, **place, **request, **fields)
 
+    def _profile(self, bench: Bench, arms: dict[str, Arm], requests: list[Prompt]) -> None:
+        """Takes rounds of the last block apart."""
+        for name, arm in arms.items() if self.config.profile else ():
+            profile = getattr(decoder_of(arm.subject), "profile", None)
+            figures = profile(arm.model, requests, self._limits(bench), self.config.profile) if profile else {}
+            for what, (value, unit) in figures.items():
+                bench.emit("fact", name=f"round, batch {len(requests)}: {what}", value=value, unit=unit, arm=name)
+            arm.opened.clear()
+
     def _limits(self, bench: Bench) -> Limits:
         return Limits(new_tokens=self.config.new_tokens, temperature=self.config.temperature, seed=bench.seed)
 
@@ -104,22 +128,25 @@ class Arm:
 
     subject: Subject
     model: Stepper
-    opened: set[tuple[int, int, int]]
-    """Batch, context and steps of every state that the decoder took."""
+    opened: set[tuple[Any, ...]]
+    """Batch, context, steps and maybe rollback of every state that the decoder took."""
     peak: int = 0
     """Most device memory that a block took, in bytes."""
+    distinct: int = 0
+    """Different runs of four tokens within the texts of a batch size, and below all runs."""
+    runs: int = 0
 
 
 class _Watched:
     """A model that notes what its states are opened for: only the decoder knows."""
 
-    def __init__(self, model: Stepper, opened: set[tuple[int, int, int]]) -> None:
+    def __init__(self, model: Stepper, opened: set[tuple[Any, ...]]) -> None:
         self._model = model
         self._opened = opened
 
-    def open(self, batch: int, context: int, steps: int) -> Any:
-        self._opened.add((batch, context, steps))
-        return self._model.open(batch, context, steps)
+    def open(self, batch: int, context: int, steps: int, **more: Any) -> Any:
+        self._opened.add((batch, context, steps, *more.values()))
+        return self._model.open(batch, context, steps, **more)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -134,7 +161,7 @@ def load_arms(bench: Bench) -> dict[str, Arm]:
         models["reference"] = (bench.reference, model if same else bench.reference.load())
     arms = {}
     for name, (subject, of) in models.items():
-        opened: set[tuple[int, int, int]] = set()
+        opened: set[tuple[Any, ...]] = set()
         arms[name] = Arm(subject, cast(Stepper, _Watched(of, opened)), opened)
     return arms
 
@@ -147,6 +174,15 @@ def _emit_states(bench: Bench, arms: dict[str, Arm], batch: int) -> None:
         for what, field in (("KV cache", "held_kv_bytes"), ("state", "held_state_bytes")):
             known = [size for cost in costs if (size := getattr(cost, field)) is not None]
             _emit_size(bench, f"{what}, batch {batch}", max(known, default=None), name)
+
+
+def _emit_loops(bench: Bench, arms: dict[str, Arm], batch: int) -> None:
+    """Tells how much each arm's text repeats itself: n-gram drafts feed on that."""
+    for name, arm in arms.items():
+        if arm.runs:
+            share = arm.distinct / arm.runs
+            bench.emit("fact", name=f"distinct 4-grams, batch {batch}", value=share, unit="share", arm=name)
+        arm.distinct = arm.runs = 0
 
 
 def _emit_size(bench: Bench, name: str, size: int | None, arm: str = "") -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..documents import encode_document, read_documents
+from ..documents import Document, encode_document, read_documents
 from ..interfaces import MambabenchError, Stepper, Unsupported
 
 
@@ -25,15 +25,12 @@ def pad(texts: Sequence[Sequence[int]], device: str) -> tuple[Tensor, Tensor]:
 def take_prompts(path: Path, model: Stepper, count: int, lengths: Sequence[int]) -> list[tuple[int, ...]]:
     """The beginnings of `count` documents; their lengths in tokens go round in `lengths`.
 
-    A document that is too short is continued with the next one; data that run out are taken again from the beginning.
-    Raises `MambabenchError` if there is no document.
+    A document that is too short is continued with the next one. Where data run out, long texts go on with later
+    passages, and then all is taken again from the beginning. Raises `MambabenchError` if there is no document.
     """
-    # Only the beginning is needed, and documents can be books; no token is this long on average.
+    # Only this much is needed at a time, and documents can be books; no token is this long on average.
     characters = 64 * (max(lengths) + 4)
-    encoded = (
-        encode_document(dataclasses.replace(document, text=document.text[:characters]), model.tokenizer)[0]
-        for document in read_documents(path)
-    )
+    encoded = (encode_document(document, model.tokenizer)[0] for document in _passages(path, characters, rounds=count))
     needed = [lengths[number % len(lengths)] for number in range(count)]
     source = itertools.cycle(ids for ids in encoded if ids)
     prompts = []
@@ -46,6 +43,20 @@ def take_prompts(path: Path, model: Stepper, count: int, lengths: Sequence[int])
             prompt += part
         prompts.append(tuple(prompt[:length]))
     return prompts
+
+
+def _passages(path: Path, characters: int, rounds: int) -> Iterator[Document]:
+    """The beginning of every document, then what follows of those that are longer texts, and so on."""
+    longer: list[Document] = []
+    for document in read_documents(path):
+        text = document.text
+        yield dataclasses.replace(document, text=text[:characters])
+        if document.ids is None and not document.asks and len(text) > characters:
+            longer.append(dataclasses.replace(document, text=text[characters : rounds * characters]))
+    while longer:
+        for document in longer:
+            yield dataclasses.replace(document, text=document.text[:characters])
+        longer = [dataclasses.replace(of, text=of.text[characters:]) for of in longer if len(of.text) > characters]
 
 
 def check_room(suite: str, model: Stepper, tokens: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..support import Support, installed, kernel, served
 
 MODULE = f"{__package__}.triton"
-WIDEST = 1024
+WIDEST = 8192
 """Of heads: a block of the kernel holds whole ones in registers."""
 
 

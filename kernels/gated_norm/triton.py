@@ -17,8 +17,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..support import begins_early
+
+FEW = 512
+"""Tokens up to which the kernel begins while the one before ends: where that takes longer than the norm."""
 ROWS = 16
+WIDE = 1024
+"""Wider heads are taken a token at a time."""
 WARPS = 4
 PROGRAMS = 2048
 """About as many in backward, heads included: enough to keep the memory of a large GPU busy."""
@@ -44,8 +51,11 @@ def _load(  # type: ignore[no-untyped-def]
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     y_ptr, z_ptr, weight_ptr, bias_ptr, out_ptr, count, y_stride, z_stride, out_stride, WIDTH, eps,
-    ROWS: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     head = tl.program_id(1)
     first = tl.program_id(0) * ROWS
     y, a, rows, inside, there = _load(y_ptr, z_ptr, bias_ptr, first, head, count, y_stride, z_stride, WIDTH, ROWS, P)
@@ -89,6 +99,12 @@ def _backward(  # type: ignore[no-untyped-def]
         tl.store(to_bias_ptr + part, to_bias, mask=columns < WIDTH)
 
 
+def _block(width: int) -> dict[str, int]:
+    """Tokens and padded width of a block, and the warps that hold it."""
+    wide = width > WIDE
+    return {"ROWS": 1 if wide else ROWS, "P": triton.next_power_of_2(width), "num_warps": 8 if wide else WARPS}
+
+
 def _flat(t: Tensor) -> Tensor:
     """[..., C] -> [M, C] with numbers of a row side by side."""
     t = t.reshape(-1, t.shape[-1])
@@ -101,10 +117,12 @@ class GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Tensor:
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        grid = triton.cdiv(y.shape[0], ROWS), y.shape[1] // width
+        block = _block(width)
+        grid = triton.cdiv(y.shape[0], block["ROWS"]), y.shape[1] // width
+        early = begins_early(y.device) and y.shape[0] <= FEW
         _forward[grid](
             y, z, weight, bias, out, y.shape[0], y.stride(0), z.stride(0), out.stride(0), width, eps,
-            ROWS=ROWS, P=triton.next_power_of_2(width), num_warps=WARPS,
+            **block, PDL=early, launch_pdl=early,
         )  # fmt: skip
         ctx.save_for_backward(y, z, weight, bias)
         ctx.width, ctx.eps = width, eps
@@ -115,13 +133,14 @@ class GatedNorm(torch.autograd.Function):
         y, z, weight, bias = ctx.saved_tensors
         grad, (count, channels) = _flat(gradients[0]), y.shape
         heads = channels // ctx.width
-        splits = max(1, min(PROGRAMS // heads, triton.cdiv(count, ROWS)))
+        block = _block(ctx.width)
+        splits = max(1, min(PROGRAMS // heads, triton.cdiv(count, block["ROWS"])))
         to_y, to_z = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, z))
         sums = torch.empty(1 if bias is None else 2, splits, channels, dtype=torch.float32, device=y.device)
         _backward[(splits, heads)](
             y, z, weight, bias, grad, to_y, to_z, sums[0], None if bias is None else sums[1],
             count, y.stride(0), z.stride(0), grad.stride(0), to_y.stride(0), to_z.stride(0), channels, ctx.width,
-            ctx.eps, splits, ROWS=ROWS, P=triton.next_power_of_2(ctx.width), num_warps=WARPS,
+            ctx.eps, splits, **block,
         )  # fmt: skip
         to_weight, *to_bias = sums.sum(1)
         return to_y, to_z, to_weight.to(weight), None if bias is None else to_bias[0].to(bias), None, None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scan.reference import scan_loop
+from ..scan.reference import aligned, scan_loop
 
 
 def visible(replayed: int, count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -64,6 +64,7 @@ def multistep(
     Both kinds are one sequence from the checkpoint S on, of which the new tokens have outputs: with a_t the sum of dt A
     up to token t, y_t = exp(a_t) S C_t + sum_{s <= t} exp(a_t - a_s) dt_s (C_t B_s) x_s + D x_t.
     """
+    x, B, C = aligned(x, B, C, dt.shape[2])
     batch, length, groups, width = x.shape
     count, heads, size = C.shape[1:]
     replayed = length - count

@@ -5,7 +5,7 @@ from torch import Tensor
 from ..support import chosen
 from . import fused, reference
 
-__all__ = ["rotate", "swiglu"]
+__all__ = ["rotate", "swiglu", "swiglu_packed"]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -13,6 +13,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if chosen("swiglu", fused.supports_swiglu(gate, up)):
         return fused.swiglu(gate, up)
     return reference.swiglu(gate, up)
+
+
+def swiglu_packed(both: Tensor) -> Tensor:
+    """silu(gate) * up of gate and up side by side, [..., 2 W] -> [..., W]; without gradients."""
+    if chosen("swiglu_packed", fused.supports_packed(both)):
+        return fused.swiglu_packed(both)
+    return reference.swiglu(*both.chunk(2, dim=-1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,6 +21,20 @@ def supports_swiglu(gate: Tensor, up: Tensor) -> Support:
     return support
 
 
+def supports_packed(both: Tensor) -> Support:
+    """Whether `swiglu_packed` can serve this input."""
+    support = _served(both)
+    if support and (not both.is_contiguous() or torch.is_grad_enabled()):
+        return Support.no("the kernel serves contiguous tensors, and has no backward")
+    return support
+
+
+def swiglu_packed(both: Tensor) -> Tensor:
+    """silu(gate) * up, [..., 2 W] -> [..., W]."""
+    product: Tensor = kernel(MODULE, "swiglu_packed")(both)
+    return product
+
+
 def supports_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Support:
     """Whether `rotate` can serve these inputs."""
     support = _served(x)

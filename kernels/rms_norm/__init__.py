@@ -6,7 +6,7 @@ from torch import Tensor
 from ..support import chosen
 from . import fused, reference
 
-__all__ = ["rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -17,3 +17,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     if chosen("rms_norm", fused.supports(x, weight, dtype)):
         return fused.rms_norm(x, weight, eps, dtype)
     return reference.rms_norm(x, weight, eps, dtype)
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added, and the norm of that sum as it is rounded; without gradients. x and added [..., W], weight [W]."""
+    if chosen("add_rms_norm", fused.supports_add(x, added, weight)):
+        return fused.add_rms_norm(x, added, weight, eps)
+    return reference.add_rms_norm(x, added, weight, eps)

@@ -26,6 +26,24 @@ def supports(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Support:
     return installed("triton")
 
 
+def supports_add(x: Tensor, added: Tensor, weight: Tensor) -> Support:
+    """Whether `add_rms_norm` can serve these inputs."""
+    support = served(x, DTYPES)
+    if not support:
+        return support
+    if not x.dtype == added.dtype == weight.dtype or torch.is_grad_enabled():
+        return Support.no("the kernel adds tensors of one dtype, and has no backward")
+    if not (x.is_contiguous() and added.is_contiguous()) or x.shape[-1] > WIDEST:
+        return Support.no(f"the kernel adds contiguous tensors, not wider than {WIDEST}")
+    return installed("triton")
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Shapes as in the room's `add_rms_norm`."""
+    both: tuple[Tensor, Tensor] = kernel(MODULE, "add_forward")(x, added, weight, eps)
+    return both
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Shapes as in the room's `rms_norm`."""
     normed: Tensor = _Norm.apply(x, weight, eps, dtype)

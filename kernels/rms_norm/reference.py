@@ -12,3 +12,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     torch's one kernel wants them alike."""
     with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(dtype)
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Shapes as in the room's `add_rms_norm`."""
+    total = x + added
+    return total, F.rms_norm(total, weight.shape, weight, eps)

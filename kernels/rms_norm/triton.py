@@ -1,4 +1,4 @@
-"""The norm's two Triton kernels. A program has ROWS rows. In backward it goes over several such blocks and leaves its
+"""The norm's Triton kernels. A program has ROWS rows. In backward it goes over several such blocks and leaves its
 part of the weight's gradient in fp32; these are added up in one order whatever finishes first."""
 
 from __future__ import annotations
@@ -27,6 +27,21 @@ def _forward(  # type: ignore[no-untyped-def]
     scale = 1 / tl.sqrt(tl.sum(v * v, axis=1) / width + eps)
     tl.store(scales + row, scale, mask=row < rows)
     tl.store(out + at, (v * scale[:, None] * w[None, :]).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_forward(x, added, weight, total, out, width, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    at = tl.program_id(0).to(tl.int64) * width + column
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    v += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    v = v.to(total.dtype.element_ty)
+    tl.store(total + at, v, mask=inside)
+    v = v.to(tl.float32)
+    scale = 1 / tl.sqrt(tl.sum(v * v, axis=0) / width + eps)
+    tl.store(out + at, (v * scale * w).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -81,6 +96,17 @@ def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
         x, weight.contiguous(), out, scales, rows, x.shape[-1], eps, ROWS=tile, WIDTH=columns, num_warps=8
     )
     return out, scales
+
+
+def add_forward(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum and its norm. A program has one row, whatever else there is: in decoding there are few."""
+    width, total, out = x.shape[-1], torch.empty_like(x), torch.empty_like(x)
+    columns = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        _add_forward[(x.numel() // width,)](
+            x, added, weight.contiguous(), total, out, width, eps, WIDTH=columns, num_warps=8 if columns > 1024 else 4
+        )
+    return total, out
 
 
 def backward(

@@ -1,9 +1,9 @@
 """The scan of Mamba-2 by mamba-ssm's Triton kernels (Dao and Gu, arXiv 2405.21060), forward and backward.
 
-They have B and C in equal groups, so x and B are repeated to all heads; in backward that is a sum. Sums, decays and
-states are in fp32; what enters a matrix product is rounded to the dtype of the inputs, or to tf32, and so is y. Scores
-and prompts take it too: the logits of a bf16 model are as near to the exact ones as by our own form, and inputs in fp32
-would take twice the memory.
+They have an x for every head, and B and C in equal groups, so x, and B where it has fewer than C, are repeated; in
+backward that is a sum. Sums, decays and states are in fp32; what enters a matrix product is rounded to the dtype of the
+inputs, or to tf32, and so is y. Scores and prompts take it too: the logits of a bf16 model are as near to the exact
+ones as by our own form, and inputs in fp32 would take twice the memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..documents import Documents
 from ..support import Support, installed, kernel, served
 from ..tuning import compile_side_by_side
-from .reference import exact, mask_dt
+from .reference import exact, mask_dt, repeated
 
 MODULE = "mamba_ssm.ops.triton.ssd_combined"
 TUNED = tuple(
@@ -37,14 +37,9 @@ def supports(x: Tensor, C: Tensor) -> Support:
         return support
     if x.dtype == torch.float32 and not may_round():
         return Support.no("the kernel rounds fp32 inputs to tf32, which torch is not set to allow")
-    if C.numel() // C.shape[-1] * max(CHUNK, x.shape[-1], C.shape[-1]) >= 2**31:
+    if C.shape[0] * C.shape[1] * max(x.shape[2], C.shape[2]) * max(CHUNK, x.shape[-1], C.shape[-1]) >= 2**31:
         return Support.no("the kernel counts in int32, which this batch is too large for")
     return installed(MODULE)
-
-
-def _repeated(t: Tensor, repeat: int) -> Tensor:
-    """[B, L, G, P] -> [B, L, G R, P]."""
-    return t if repeat == 1 else t.unsqueeze(3).expand(-1, -1, -1, repeat, -1).flatten(2, 3)
 
 
 @exact
@@ -62,12 +57,11 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in the reference's `scan`. y has x's dtype, the state is fp32."""
     compile_side_by_side(TUNED)
-    repeat = C.shape[2] // x.shape[2]
     y, final = kernel(MODULE, "mamba_chunk_scan_combined")(
-        _repeated(x, repeat),
+        repeated(x, dt.shape[2]),
         mask_dt(dt.float(), lengths),
         A.float(),
-        _repeated(B.to(x.dtype), repeat),
+        repeated(B.to(x.dtype), C.shape[2]),
         C.to(x.dtype),
         CHUNK,
         D=None if D is None else D.float(),

@@ -7,6 +7,7 @@ group g = h // (H / G):
     y_t = S_t C_t + D x_t
 
 x and B have one row per group (a teacher's KV head), which is never repeated in memory; dt, A, C and D are per head.
+x, B and C may each have groups of their own number, which serve equal numbers of heads side by side (`aligned`).
 `scan_loop` is the recurrence written down and the truth of every other version. `scan` is the chunked form: inside a
 chunk a masked matrix product, between chunks the state; memory is linear in the length.
 """
@@ -39,6 +40,17 @@ def mask_dt(dt: Tensor, lengths: Tensor | None) -> Tensor:
     return dt * (positions < lengths[:, None]).unsqueeze(-1)
 
 
+def aligned(x: Tensor, B: Tensor, C: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, L, G, P], B [B, L, G', N] and C [B, L, G'', N] -> the first two in as many groups, C in all heads."""
+    groups = x.shape[2] if x.shape[2] == B.shape[2] else heads
+    return repeated(x, groups), repeated(B, groups), repeated(C, heads)
+
+
+def repeated(t: Tensor, groups: int) -> Tensor:
+    """[B, L, G, P] -> [B, L, groups, P], each as often as it serves."""
+    return t if t.shape[2] == groups else t.repeat_interleave(groups // t.shape[2], dim=2)
+
+
 def scan_loop(
     x: Tensor,
     dt: Tensor,
@@ -52,11 +64,11 @@ def scan_loop(
 ) -> tuple[Tensor, Tensor]:
     """One token at a time. Shapes as in `scan`."""
     kind = compute_dtype(x)
-    batch, length, groups, width = x.shape
-    heads, size = C.shape[2:]
-    repeat = heads // groups
-    x, B = (t.to(kind).repeat_interleave(repeat, dim=2) for t in (x, B))
-    dt, A, C = mask_dt(dt.to(kind), lengths), A.to(kind), C.to(kind)
+    heads = dt.shape[2]
+    x, B, C = (repeated(t.to(kind), heads) for t in (x, B, C))
+    batch, length, _, width = x.shape
+    size = C.shape[3]
+    dt, A = mask_dt(dt.to(kind), lengths), A.to(kind)
     state = x.new_zeros(batch, heads, width, size) if state is None else state.to(kind)
     outputs = []
     for t in range(length):
@@ -123,6 +135,7 @@ def scan(
     Returns y [B, L, H, P] and the final state [B, H, P, N], in fp32 (fp64 for fp64 inputs).
     """
     kind = compute_dtype(x)
+    x, B, C = aligned(x, B, C, dt.shape[2])
     batch, length, groups, width = x.shape
     heads, size = C.shape[2:]
     repeat = heads // groups

@@ -1,5 +1,6 @@
 """A tiny random Llama with a tokenizer, and hybrids of it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
 from mambabench.backends.plugin import Mamba2HybridConfig, TeacherConfig
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ["<s>", "</s>", "<unk>", *(f"w{number}" for number in range(58))]
+NATIVE = {"d_model": 32, "n_layer": 3, "vocab_size": 61, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
+MIXER = {"layer": "Mamba2", "d_state": 12, "headdim": 8, "ngroups": 1}
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +82,45 @@ def artifact(request: pytest.FixtureRequest, llama: Path, half: Path, tmp_path_f
     else:
         Mamba2HybridBackend(Mamba2HybridConfig(chunk=8)).convert(half, [], out, seed=0)
     return out
+
+
+@pytest.fixture
+def make_native(llama: Path, tmp_path: Path) -> Callable[..., tuple[Path, dict[str, torch.Tensor], dict[str, object]]]:
+    """make_native(**ssm_cfg): a folder in mamba-ssm's format with random weights, and a tokenizer."""
+
+    def make(pickled=False, **changes):
+        folder = tmp_path / "native"
+        folder.mkdir()
+        ssm = MIXER | changes
+        (folder / "config.json").write_text(json.dumps({**NATIVE, "ssm_cfg": ssm}))
+        width, inner, conv = NATIVE["d_model"], 2 * NATIVE["d_model"], ssm.get("d_conv", 4)
+        heads, shared = inner // ssm["headdim"], ssm["ngroups"] * ssm["d_state"]
+        torch.manual_seed(0)
+        tensors = {
+            "backbone.embedding.weight": torch.randn(64, width),
+            "backbone.norm_f.weight": torch.rand(width) + 0.5,
+        }
+        for layer in range(NATIVE["n_layer"]):
+            of = {
+                "norm.weight": torch.rand(width) + 0.5,
+                "mixer.in_proj.weight": torch.randn(2 * inner + 2 * shared + heads, width) / 4,
+                "mixer.conv1d.weight": torch.randn(inner + 2 * shared, 1, conv) / 2,
+                "mixer.conv1d.bias": torch.randn(inner + 2 * shared) / 4,
+                "mixer.dt_bias": torch.randn(heads),
+                "mixer.A_log": torch.rand(heads) * 2,
+                "mixer.D": torch.randn(heads),
+                "mixer.norm.weight": torch.rand(inner) + 0.5,
+                "mixer.out_proj.weight": torch.randn(width, inner) / 4,
+            }
+            tensors |= {f"backbone.layers.{layer}.{name}": tensor for name, tensor in of.items()}
+        if pickled:
+            torch.save(
+                {**tensors, "lm_head.weight": tensors["backbone.embedding.weight"]}, folder / "pytorch_model.bin"
+            )
+        else:
+            save_file(tensors, folder / "model.safetensors")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((llama / name).read_bytes())
+        return folder, tensors, ssm
+
+    return make

@@ -97,7 +97,7 @@ def test_a_layer_without_decay_and_gate_is_linear_attention(
         mixer.A_log.fill_(-1e4)
         mixer.D.zero_()
         scanned: list[torch.Tensor] = []
-        mixer._out = lambda y, z: scanned.append(y) or y
+        mixer._gated = lambda y, z: scanned.append(y) or z
         mixer(h, None, None, None, None)
         silu = torch.nn.functional.silu
         q = silu(attention.q_proj(h)).view(7, 4, 8)

@@ -235,7 +235,7 @@ def test_what_enters_the_convolution_is_what_attention_would_have_read(make: Mak
     attention = theirs(folder).model.layers[0].self_attn
     h = torch.randn(2, 5, 32)
     with torch.no_grad():
-        x, b, c = mixer._parts(mixer._split(h)[1])[0].split((18, 18, 18), dim=-1)
+        x, b, c = mixer._parts(mixer._split(mixer.in_proj(h))[1])[0].split((18, 18, 18), dim=-1)
         heads = (2, 5, -1, 6)
         torch.testing.assert_close(x, attention.v_proj(h))
         torch.testing.assert_close(b.view(heads), attention.k_norm(attention.k_proj(h).view(heads)))
@@ -251,7 +251,7 @@ def test_a_scale_of_the_queries_reaches_them(family: str, make: Make, tmp_path: 
         backend.convert(make(family), [1, 2], tmp_path / scale, seed=0)
         mixer = backend.module(tmp_path / scale).model.layers[0].mamba
         with torch.no_grad():
-            queries.append(mixer._parts(mixer._split(torch.ones(1, 3, 32))[1])[0][..., -mixer.inner :])
+            queries.append(mixer._parts(mixer._split(mixer.in_proj(torch.ones(1, 3, 32)))[1])[0][..., -mixer.inner :])
     torch.testing.assert_close(queries[0], queries[1] * mixer.width**0.5)
 
 

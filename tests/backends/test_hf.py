@@ -250,3 +250,23 @@ def test_weights_that_are_no_safetensors_are_refused_at_once(
     with pytest.raises(MambabenchError, match=r"pytorch_model\.bin: backend hf takes safetensors alone"):
         backend.convert(folder, [], tmp_path / "out", 0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_teacher_of_ours_is_the_transformer_that_it_was(llama, teacher_backend, tmp_path, cache):
+    backend = HfBackend(HfConfig(cache=cache))
+    teacher_backend.convert(llama, [], tmp_path / "ours", seed=0)
+    backend.convert(tmp_path / "ours", [], tmp_path / "theirs", seed=0)
+    ids = some_ids(2, 12)
+    theirs = AutoModelForCausalLM.from_pretrained(llama)
+    torch.testing.assert_close(backend.module(tmp_path / "theirs")(ids).logits, theirs(ids).logits)
+    prompts = [Prompt(tuple(row)) for row in ids.tolist()]
+    limits = Limits(new_tokens=9)
+    answers = StandardDecoder().generate(backend.load(tmp_path / "theirs", "cpu", "float64"), prompts, limits, silent)
+    own = StandardDecoder().generate(teacher_backend.load(tmp_path / "ours", "cpu", "float64"), prompts, limits, silent)
+    assert [answer.ids for answer in answers] == [answer.ids for answer in own]
+
+
+def test_a_hybrid_of_ours_is_no_transformer(half, tmp_path):
+    with pytest.raises(Unsupported, match=r"layers \[0, 2\] have no attention"):
+        HfBackend(HfConfig()).convert(half, [], tmp_path / "theirs", seed=0)

@@ -93,7 +93,7 @@ def test_a_layer_without_decay_and_gate_is_linear_attention(width: int, make_lla
         mixer.A_log.fill_(-1e4)
         mixer.D.zero_()
         scanned: list[torch.Tensor] = []
-        mixer._out = lambda y, z: scanned.append(y) or y
+        mixer._gated = lambda y, z: scanned.append(y) or z
         mixer(h, None, None, None, None)
         q = attention.q_proj(h).view(7, 4, -1, size)
         k, v = (p(h).view(7, 2, -1, size).repeat_interleave(2, dim=1) for p in (attention.k_proj, attention.v_proj))

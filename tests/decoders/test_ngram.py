@@ -1,3 +1,4 @@
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.decoders.ngram import NgramDraft
@@ -20,15 +21,24 @@ def by_search(text: list[int], longest: int, shortest: int, k: int) -> list[int]
 
 
 @settings(deadline=None)
-@given(st.lists(texts, min_size=1, max_size=3), st.data(), st.integers(1, 4), st.integers(0, 3), st.integers(1, 5))
-def test_drafts_continue_the_latest_longest_match(prompts, data, shortest, more, k):
+@given(
+    st.lists(texts, min_size=1, max_size=3),
+    st.data(),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(1, 5),
+    st.integers(0, 3),
+)
+def test_drafts_continue_the_latest_longest_match(prompts, data, shortest, more, k, junk):
     draft = NgramDraft(NgramConfig(longest=shortest + more, shortest=shortest))
-    memory = draft.open(MockStepper(), [Prompt(tuple(p)) for p in prompts], Limits(new_tokens=9), k)
+    draft.open(MockStepper(), [Prompt(tuple(p)) for p in prompts], Limits(new_tokens=9), k)
     grown = [list(prompt) for prompt in prompts]
     for _ in range(3):
-        ids, real, q = draft.propose(memory, grown)
+        length = torch.tensor([len(text) for text in grown])
+        ids = torch.tensor([text + [junk] * (40 - len(text)) for text in grown])
+        drafts, real, q = draft.follow(None, ids, length, k)
         assert q is None
-        assert ids.shape == (len(prompts), k)
-        for text, row, count in zip(grown, ids.tolist(), real.tolist(), strict=True):
+        assert drafts.shape == (len(prompts), k)
+        for text, row, count in zip(grown, drafts.tolist(), real.tolist(), strict=True):
             assert row[:count] == by_search(text, shortest + more, shortest, k)
             text.extend(data.draw(st.lists(st.integers(1, 3), max_size=4)))

@@ -3,8 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.decoders.sampling import ACCEPT, DRAFT, TOKEN, draw, pick, probabilities, uniform
+from mambabench.decoders.sampling import pick, probabilities
 from mambabench.harness.interfaces import Limits
+from mambabench.kernels.rounds import ACCEPT, DRAFT, TOKEN, draw, streams, uniform
 from scipy.stats import chi2, kstest
 
 seeds = st.integers(-(2**70), 2**70)
@@ -12,7 +13,7 @@ coarse = st.lists(st.integers(-3, 3), min_size=1, max_size=12)
 
 
 def numbers(seed: int, sequence: list[int], position: list[int], purpose: int = TOKEN) -> list[float]:
-    return uniform(seed, torch.tensor(sequence), torch.tensor(position), purpose).tolist()
+    return uniform(streams(seed, torch.tensor(sequence)), torch.tensor(position), purpose).tolist()
 
 
 @settings(deadline=None)
@@ -25,8 +26,9 @@ def test_a_random_number_depends_on_its_key_alone(seed, sequences, position):
 
 
 def test_random_numbers_are_uniform_and_differ_in_every_part_of_the_key():
-    rows, places = torch.arange(100).unsqueeze(1), torch.arange(100)
-    drawn = torch.stack([uniform(s, rows, places, p) for s in (0, 1) for p in (TOKEN, DRAFT, ACCEPT)]).flatten()
+    rows, places = torch.arange(100), torch.arange(100).expand(100, 100)
+    keys = [(streams(seed, rows), purpose) for seed in (0, 1) for purpose in (TOKEN, DRAFT, ACCEPT)]
+    drawn = torch.stack([uniform(stream, places, purpose) for stream, purpose in keys]).flatten()
     assert len(drawn.unique()) == len(drawn)
     assert kstest(drawn.numpy(), "uniform").pvalue > 1e-3
     neighbours = np.corrcoef(drawn[:-1].numpy(), drawn[1:].numpy())[0, 1]
@@ -61,10 +63,9 @@ def test_filters_are_top_k_then_top_p_with_ties_to_the_lowest_index(logits, temp
 @settings(deadline=None)
 @given(coarse)
 def test_the_greedy_token_is_the_first_of_the_largest(logits):
-    chosen = pick(
-        torch.tensor([logits], dtype=torch.float32), Limits(new_tokens=1), torch.tensor([0]), torch.tensor([0])
-    )
-    assert chosen.tolist() == [logits.index(max(logits))]
+    zero = torch.tensor([0])
+    chosen = pick(torch.tensor([[logits]], dtype=torch.float32), Limits(new_tokens=1), zero, zero)
+    assert chosen.tolist() == [[logits.index(max(logits))]]
 
 
 @settings(deadline=None)
@@ -79,7 +80,8 @@ def test_drawn_tokens_have_their_probabilities(top_k):
     limits = Limits(new_tokens=1, temperature=0.8, top_k=top_k, seed=3)
     logits = torch.tensor([0.3, -1.0, 1.2, 0.0, 0.9])
     count = 20_000
-    drawn = pick(logits.expand(count, 5), limits, torch.arange(count), torch.tensor(7))
+    stream = streams(limits.seed, torch.arange(count))
+    drawn = pick(logits.expand(count, 1, 5), limits, stream, torch.full((count,), 6)).squeeze(1)
     expected = probabilities(logits, limits) * count
     kept = expected > 0
     seen = drawn.bincount(minlength=5)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.plugin import SpeculativeConfig
-from mambabench.decoders.sampling import DRAFT, draw, probabilities, uniform
+from mambabench.decoders.sampling import probabilities
 from mambabench.decoders.speculative import SpeculativeDecoder, speculative
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness import metrics
@@ -20,6 +20,7 @@ from mambabench.harness.conformance_decoders import (
 )
 from mambabench.harness.interfaces import Limits, Prompt, Unsupported
 from mambabench.harness.mockmodel import MockStepper
+from mambabench.kernels.rounds import DRAFT, draw, streams, uniform
 
 prompt_lists = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=9), min_size=1, max_size=4)
 
@@ -66,7 +67,7 @@ class SamplingDraft:
         for place in range(self.k):
             logits = torch.stack([torch.from_numpy(self.model.logits(text)) for text in grown])
             q.append(probabilities(logits, self.limits))
-            tokens = draw(q[-1], uniform(self.limits.seed, state, position + place, DRAFT))
+            tokens = draw(q[-1], uniform(streams(self.limits.seed, state), position + place, DRAFT))
             for text, token in zip(grown, tokens.tolist(), strict=True):
                 text.append(token)
         real = torch.tensor([len(text) % (self.k + 1) if self.short else self.k for text in texts], dtype=torch.int32)

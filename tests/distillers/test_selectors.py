@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mambabench.distillers.plugin import ListConfig, UniformConfig
-from mambabench.distillers.selectors import Listed, Uniform, spread
+from mambabench.distillers.plugin import EndsConfig, ListConfig, UniformConfig
+from mambabench.distillers.selectors import Ends, Listed, Uniform, spread
 from mambabench.harness.interfaces import MambabenchError
 
 
@@ -69,3 +69,8 @@ def test_list_sorts_and_checks_its_layers():
 def test_a_share_outside_of_0_to_1_is_refused(share):
     with pytest.raises(ValueError, match="between 0 and 1"):
         UniformConfig(share=share)
+
+
+@pytest.mark.parametrize(("layers", "count", "kept"), [(32, 2, [0, 31]), (8, 4, [0, 2, 5, 7]), (3, 4, [0, 1, 2])])
+def test_ends_takes_the_first_and_the_last_layer(layers, count, kept):
+    assert Ends(EndsConfig(count=count)).select(job(layers)) == kept

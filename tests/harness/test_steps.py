@@ -128,6 +128,18 @@ def test_a_nested_model_becomes_an_input(planner, plan_text):
     assert keys_by_label(steps)["other/align@seed1"] in step.all_inputs
 
 
+def test_each_model_may_have_a_draft_of_its_own(planner, plan_text):
+    text = plan_text.replace("k = 2", 'draft = { use = "toy-draft", model = "{model}" }')
+    steps = planner.steps(text)
+    keys = keys_by_label(steps)
+    for model in ("half", "other"):
+        step = steps.steps[keys[f"{model}/quick/speed@seed1"]]
+        assert {name: of["step"] for name, of in step.record["models"].items()} == {model: step.inputs["subject"]}
+        assert step.record["decoder"]["config"]["draft"]["model"] == model
+    with pytest.raises(MambabenchError, match=r"decoders\.quick\.draft\.model: unknown model 'of-teacher'"):
+        planner.steps(text.replace("{model}", "of-{model}"))
+
+
 def test_missing_requirements_are_told_by_name(planner, plan_text):
     steps = planner.steps(plan_text.replace('use = "toy-score"', 'use = "toy-needy"'))
     step = steps.steps[keys_by_label(steps)["half/-/score@seed0"]]

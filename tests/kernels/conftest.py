@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,3 +154,29 @@ def standins(monkeypatch: pytest.MonkeyPatch, asked: None) -> list[str]:
         monkeypatch.setitem(sys.modules, name, module)
     CALLS.clear()
     return CALLS
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter learns to round to bf16, to multiply bf16, and that tensor cores cut fp32 off where they
+    take tf32."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    builder, bf16, convert = interpreter.InterpreterBuilder, interpreter.tl.bfloat16, interpreter._convert_float
+    product = builder.create_dot
+
+    def rounded(data, source, target, mode):  # type: ignore[no-untyped-def]
+        if target == bf16:
+            return torch.from_numpy(np.array(data, np.float32)).bfloat16().view(torch.uint16).numpy()
+        if source == bf16:
+            return (np.asarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return convert(data, source, target, mode)
+
+    def dot(self, a, b, d, precision, imprecise):  # type: ignore[no-untyped-def]
+        a, b = (self.cast_impl(t, interpreter.tl.float32) if t.dtype.scalar == bf16 else t for t in (a, b))
+        if precision.name == "TF32":
+            cut = ((t.data.view(np.uint32) & 0xFFFFE000).view(np.float32) for t in (a, b))
+            a, b = (interpreter.TensorHandle(data, interpreter.tl.float32) for data in cut)
+        return product(self, a, b, d, precision, imprecise)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(builder, "create_dot", dot)

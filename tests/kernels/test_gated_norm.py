@@ -62,10 +62,12 @@ def test_the_reference_is_its_formula(shape: dict) -> None:
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("programs", [1, 6, 2048])
-def test_in_the_interpreter_the_kernels_are_the_reference(interpret: Callable[[str], Any], programs: int) -> None:
+@pytest.mark.parametrize(("programs", "wide"), [(1, 1024), (6, 4), (2048, 1024)])
+def test_in_the_interpreter_the_kernels_are_the_reference(
+    interpret: Callable[[str], Any], programs: int, wide: int
+) -> None:
     kernels = interpret(fused.MODULE)
-    kernels.PROGRAMS = programs
+    kernels.PROGRAMS, kernels.WIDE = programs, wide
 
     @given(shapes)
     @settings(max_examples=10, deadline=None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mambabench.kernels.pointwise import fused, reference, rotate, swiglu
+from mambabench.kernels.pointwise import fused, reference, rotate, swiglu, swiglu_packed
 
 
 @pytest.fixture
@@ -35,6 +35,34 @@ def compare(ours, plain, leaves, tolerance):
 def test_the_gate_in_one_pass_is_the_plain_one(interpreted, shape, kind, tolerance):
     gate, up = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(kind) for seed in (0, 1))
     compare(fused.swiglu, reference.swiglu, (gate, up), tolerance)
+
+
+def check_packed(way, shape, kind, device, tolerance):
+    both = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, kind)
+    product = way(both)
+    assert product.dtype == kind
+    exact = reference.swiglu(*both.double().chunk(2, dim=-1))
+    assert product.shape == exact.shape
+    assert (product.double() - exact).norm() <= tolerance * exact.norm()
+
+
+PACKED = [(1, 14), (5, 2, 1024), (3, 2 * 1001), (70, 18)]
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("shape", PACKED)
+def test_the_gate_of_one_product_is_the_plain_one(interpreted, shape, kind, tolerance):
+    check_packed(fused.swiglu_packed, shape, kind, "cpu", tolerance)
+    check_packed(swiglu_packed, shape, kind, "cpu", 2 * tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("shape", [*PACKED, (1, 28672), (160, 28672)])
+def test_on_a_gpu_the_gate_of_one_product_is_the_plain_one(shape, kind, tolerance):
+    with torch.inference_mode():
+        assert fused.supports_packed(torch.zeros(shape, device="cuda", dtype=kind))
+        check_packed(swiglu_packed, shape, kind, "cuda", tolerance)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mambabench.kernels.rms_norm import fused, reference, rms_norm
+from mambabench.kernels.rms_norm import add_rms_norm, fused, reference, rms_norm
 
 EPS = 1e-5
 
@@ -49,6 +49,46 @@ def test_in_the_interpreter_a_frozen_weight_gets_no_gradient(interpreted):
     fused.rms_norm(x.requires_grad_(), weight, EPS, torch.bfloat16).backward(upstream.bfloat16())
     assert x.grad is not None
     assert weight.grad is None
+
+
+def check_sum(way, shape, kind, device, tolerance):
+    """The sum as PyTorch rounds it, and its norm by the formula. The interpreter cuts bf16 off instead."""
+    x, weight, added = inputs(shape, kind, kind, device)
+    added = added.to(kind)
+    total, normed = way(x, added, weight, EPS)
+    assert total.dtype == normed.dtype == kind
+    if way is add_rms_norm or kind == torch.float32:
+        assert torch.equal(total, x + added)
+    assert torch.allclose(total.float(), x.float() + added.float(), rtol=2**-7, atol=0)
+    exact = formula(total.double(), weight.double(), EPS, torch.float64)
+    assert (normed.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (5, 2, 512), (3, 4097)])
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_in_the_interpreter_a_sum_is_normed_as_it_is_rounded(interpreted, shape, kind, tolerance):
+    check_sum(fused.add_rms_norm, shape, kind, "cpu", tolerance)
+    check_sum(add_rms_norm, shape, kind, "cpu", tolerance)
+
+
+def test_a_sum_with_gradients_is_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr("mambabench.kernels.support.on_cuda", lambda _: True)
+    x, weight, added = inputs((2, 8), torch.float32, torch.float32)
+    assert "no backward" in fused.supports_add(x, added, weight).reason
+    with torch.no_grad():
+        assert fused.supports_add(x, added, weight)
+        assert "of one dtype" in fused.supports_add(x, added.double(), weight).reason
+        assert "contiguous" in fused.supports_add(x.T, added.T, weight).reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 4096), (5, 512), (160, 4096), (3, 4097)])
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_on_a_gpu_a_sum_is_normed_as_it_is_rounded(shape, kind, tolerance):
+    with torch.inference_mode():
+        check_sum(add_rms_norm, shape, kind, "cuda", tolerance)
+        x, weight, added = inputs(shape, kind, kind, "cuda")
+        assert fused.supports_add(x, added.to(kind), weight)
 
 
 @pytest.mark.gpu

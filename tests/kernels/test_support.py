@@ -87,6 +87,17 @@ def test_a_kernel_runs_on_the_gpu_of_its_tensors(name, room, inputs, standins, m
     assert current == [torch.bfloat16]
 
 
+def test_the_first_tensor_tells_the_gpu_wherever_it_stands(monkeypatch) -> None:
+    tensor, current = torch.zeros(1), []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda given: current.append(given) or contextlib.nullcontext())
+    assert support.kernel("builtins", "max")(3, 4, key=lambda number: -number) == 3
+    assert current == []
+    assert support.kernel("builtins", "len")((tensor, tensor)) == 2
+    assert support.kernel("builtins", "isinstance")(tensor, torch.Tensor)
+    assert all(given is tensor for given in current)
+    assert len(current) == 2
+
+
 ON_EITHER_GPU = [*ROOMS, ("rms_norm", rms_room, rms_inputs), ("swiglu", pointwise_room, gate_inputs)]
 
 
@@ -210,7 +221,7 @@ def test_what_a_kernel_does_not_know_is_refused(standins) -> None:
     assert "in front of packed" in conv_room.fused.supports(u, weight, bias, u[:, :3], documents).reason
     assert "does not divide 12" in conv_room.fused.supports(*conv_inputs(channels=12)).reason
     assert "in one dtype" in conv_room.fused.supports(u, weight, bias.bfloat16()).reason
-    assert "up to 1024, not 2048" in norm_room.fused.supports(norm_inputs()[0], 2048).reason
+    assert "up to 8192, not 16384" in norm_room.fused.supports(norm_inputs()[0], 16384).reason
     assert scan_room.fused.supports(x[:, :0], x[:, :0]).reason == "there are no tokens"
 
 

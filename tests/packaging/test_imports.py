@@ -15,7 +15,7 @@ CONTRACT = tuple(f"harness.{name}" for name in ("answers", "cache", "documents",
 ALLOWED = {
     "harness": (),
     "backends": (*CONTRACT, "kernels"),
-    "decoders": CONTRACT,
+    "decoders": (*CONTRACT, "kernels"),
     "distillers": CONTRACT,
     "kernels": (),
     "reports": (*CONTRACT, "harness.results", "harness.store", "harness.statistics", "harness.metrics"),

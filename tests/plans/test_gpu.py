@@ -94,6 +94,53 @@ def test_plans_are_accepted_with_their_tokens(given, tmp_path, name):
         assert written["data/pairs"] == 4096 * 64
 
 
+def test_each_hybrid_has_a_draft_that_learns_from_it(given, tmp_path):
+    loaded = registry()
+    steps = expand(read_plan(PLANS / "drafts.toml", loaded, given), loaded, Fingerprints(tmp_path / "cache"), {})
+    by_label = {label: step for step in steps for label in step.labels}
+    for model in ("half", "quarter", "none"):
+        hybrid, draft = by_label[f"{model}/hybrid@seed0"], by_label[f"draft-{model}/follow@seed0"]
+        assert {entry["step"] for entry in draft.record["models"].values()} == {hybrid.key}
+        timed = by_label[f"{model}/own/speed@seed0"]
+        assert {entry["step"] for entry in timed.record["models"].values()} == {draft.key}
+
+
+@pytest.mark.slow
+def test_every_draft_is_shown_with_its_acceptance_and_the_check_of_its_text(tables, given):
+    small = (
+        "stages.*.tokens=900",
+        "stages.*.context=64",
+        "stages.*.batch=2",
+        "suites.perplexity.context=64",
+        "suites.*.prompt_tokens=8",
+        "suites.losslessness.prompts=4",
+        "suites.losslessness.new_tokens=12",
+        "suites.losslessness.batch=[1, 4]",
+        "suites.drawn.prompts=1",
+        "suites.drawn.draws=40",
+        "suites.drawn.new_tokens=3",
+        "suites.drawn.batch=[20]",
+        "suites.speed*.new_tokens=16",
+        "suites.speed*.pairs=1",
+        "suites.speed.profile=2",
+        # The others are as this one.
+        'skip=[{steps="[!h]*/*", why="one is enough"}, {steps="half/[!o]*/*-sampled", why="one is enough"}]',
+    )
+    found = tables("drafts", *given, *small)
+    rows = {
+        (row["model"], row["decoder"], row["temperature"]): row
+        for row in found["speed"]
+        if row["decoder"] not in ("", "plain") and row["accepted length"]
+    }
+    assert {model for model, _, _ in rows} == {"half"}
+    assert [decoder for _, decoder, at in rows if float(at) == 0] == ["lookup", "layers", "own", "adaptive"]
+    assert [decoder for _, decoder, at in rows if float(at) == 1] == ["own"]
+    assert all(row["lossless"] == "yes" and row["speed-up"] and row["distinct 4-grams %"] for row in rows.values())
+    wanted = {"model": "half", "decoder": "own", "suite": "speed"}
+    (own,) = [row for row in found["acceptance"] if wanted.items() <= row.items()]
+    assert own["4th %"]
+
+
 @pytest.mark.slow
 def test_the_ladder_has_a_row_for_each_share_and_what_was_trained(tables, given):
     found = tables("ladder", *given, *SMALL)

@@ -10,6 +10,7 @@ from mambabench.harness.steps import expand
 
 PLANS = Path(__file__).resolve().parents[2] / "plans" / "gpu"
 SMALL = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 48, "vocabulary": 300}
+MAMBA = {"layers": 2, "hidden": 32, "head_dim": 8, "states": 8, "vocabulary": 300}
 LAYERS = {"slice-8b": 4, "shape-8b": 32}
 SMALLER = {
     "slice-8b": {"suites.*.context": [16, 64], "suites.*.tokens": 64, "suites.*.pairs": 2, "suites.*.steps": 2},
@@ -59,3 +60,41 @@ def test_the_whole_shape_takes_its_ten_steps(tables):
     (stage,) = [row for row in cost if row["stage"] == "align"]
     assert float(stage["training steps"]) == 10
     assert float(stage["training tokens"]) == 640
+
+
+def test_the_speed_plan_has_the_named_shapes(tmp_path):
+    loaded = registry()
+    plan = read_plan(PLANS / "speed.toml", loaded, [])
+    made = plan.stages["llama-8b"].config
+    assert (made.layers, made.hidden, made.intermediate, made.vocabulary) == (32, 4096, 14336, 128256)
+    assert (made.heads, made.kv_heads, made.head_dim, made.tied) == (32, 8, 128, None)
+    shapes = {name: plan.stages[f"mamba2-{name}"].config for name in ("2700m", "130m")}
+    assert [(of.layers, of.hidden, of.states, of.head_dim) for of in shapes.values()] == [
+        (64, 2560, 0, 64),
+        (24, 768, 0, 64),
+    ]
+    steps = expand(plan, loaded, Fingerprints(tmp_path), {})
+    assert {need for step in steps for need in step.lacking} <= {"mamba-ssm>=2.2 (not installed)"}
+
+
+@pytest.mark.slow
+def test_every_engine_and_its_peers_have_a_row_of_speed(tables):
+    sizes = {f"stages.llama-8b.{option}": value for option, value in SMALL.items()} | {"stages.llama-8b.layers": 4}
+    for name in ("2700m", "130m"):
+        sizes |= {f"stages.mamba2-{name}.{option}": value for option, value in MAMBA.items()}
+    sizes |= {"data.text.vocabulary": 300, "data.text.length": 24, "data.text.documents": 8}
+    sizes |= {"suites.*.prompt_tokens": 12, "suites.*.new_tokens": 9, "suites.*.pairs": 1, "suites.speed-32.batch": [2]}
+    sizes |= {"suites.speed.profile": 2}
+    whole = tables("speed", *(f"{option}={value}" for option, value in sizes.items()))
+    found = whole["speed"]
+    timed = {(row["model"], row["decoder"], row["batch"]) for row in found if row["TPOT ms"]}
+    llamas = [
+        (model, decoder) for model in ("teacher", "half", "quarter", "none") for decoder in ("plain", "scripted-layers")
+    ]
+    both = [*llamas, ("mamba2", "plain"), ("mamba2", "scripted-small")]
+    peers = {("transformers", "plain", "1"), ("transformers-static", "plain", "1")}
+    assert timed == {(*of, batch) for of in both for batch in ("1", "2")} | peers
+    assert "speed-up" not in found[0], "a scripted text is not lossless"
+    assert all(row["accepted length"] for row in found if row["decoder"].startswith("scripted") and row["TPOT ms"])
+    apart = {(row["model"], row["decoder"]) for row in whole["rounds"]}
+    assert apart >= {(model, decoder) for model, decoder in both if decoder.startswith("scripted")}

@@ -73,7 +73,14 @@ def _model(stores, builder, model, seed, chance, nll, differing, check):
         records={"burst": timed, "round": rounds},
         use="speed",
         traits=("pair", "alone"),
-        facts=[{"name": "weights", "value": 2_000_000, "unit": "byte"}],
+        facts=[
+            {"name": "weights", "value": 2_000_000, "unit": "byte"},
+            {"name": "bytes of a step, batch 1", "value": 4e6, "unit": "byte"},
+            {"name": "adaptive K, predicted time per token", "value": 0.001, "unit": "s", "arm": "subject"},
+            {"name": "adaptive K, measured time per token", "value": 0.00125, "unit": "s", "arm": "subject"},
+            {"name": "copy bandwidth", "value": 4e9, "unit": "byte/s"},
+            {"name": "distinct 4-grams, batch 1", "value": 0.25, "unit": "share", "arm": "subject"},
+        ],
     )
 
 

@@ -32,6 +32,26 @@ class Timed:
         label = f"teacher/lookup/{suite}@seed{seed}"
         self.builder.step(label, records=records, use="losslessness", traits=("pair",), **options)
 
+    def near_ties(self, excused, usual, beyond=0, tokens=1_000, of=500, **options):
+        """A check below float64, in which no text is equal."""
+        counts = {
+            ("batch 1", "equal"): (0, 1),
+            ("batch 1", "excused"): (excused, tokens),
+            ("batch 1", "beyond_noise"): (beyond, tokens),
+            ("plain", "excused"): (usual, of),
+            ("plain", "beyond_noise"): (0, of),
+        }
+        (like,) = self.stores.samples(self.rng, "batch 1", items=1)
+        samples = [
+            {**like, "task": task, "metric": metric, "value": float(value), "weight": float(weight)}
+            for (task, metric), (value, weight) in counts.items()
+        ]
+        facts = [{"name": "noise", "value": 0.125, "unit": "logit", "arm": ""}]
+        label = "teacher/lookup/losslessness@seed0"
+        self.builder.step(
+            label, records={"sample": samples}, use="losslessness", traits=("pair",), facts=facts, **options
+        )
+
 
 @pytest.fixture
 def timed(stores, tmp_path, frames_of):
@@ -41,9 +61,9 @@ def timed(stores, tmp_path, frames_of):
         made["it"] = Timed(stores, tmp_path / "store", **options)
         return made["it"]
 
-    def found():
-        speed = frames_of(made["it"].builder.write())["speed"]
-        (row,) = speed[speed["decoder"] == "lookup"].to_dict("records")
+    def found(table="speed"):
+        frame = frames_of(made["it"].builder.write())[table]
+        (row,) = frame[frame["decoder"] == "lookup"].to_dict("records")
         return row
 
     return start, found
@@ -127,3 +147,57 @@ def test_one_differing_text_of_any_check_is_red(timed):
         store.check(seed, differing=seed)
     assert found()["lossless"] == "no: 1 of 8 texts differ"
     assert not is_green(found())
+
+
+@pytest.mark.parametrize(
+    ("excused", "usual", "beyond", "verdict"),
+    [
+        (15, 5, 0, "yes"),
+        (0, 0, 0, "yes"),
+        (15, 5, 1, "no: 1 of 1000 tokens are beyond the noise"),
+        (16, 5, 0, "unchecked: too few near ties to tell (16 of 1000, 5 of 500)"),
+        (60, 5, 0, "no: 60 of 1000 tokens excused, in the reference's text 5 of 500"),
+    ],
+)
+def test_below_float64_near_ties_decide_and_no_more_of_them_than_the_reference_needs(
+    timed, excused, usual, beyond, verdict
+):
+    start, found = timed
+    store = start()
+    store.speed()
+    store.near_ties(excused, usual, beyond)
+    assert found()["lossless"] == verdict
+    assert is_green(found()) == (verdict == "yes")
+    row = found("losslessness")
+    assert (row["lossless"], row["noise"], row["beyond noise"]) == (verdict, 0.125, beyond)
+    assert (row["excused %"], row["reference's %"]) == (excused / 10, usual / 5)
+
+
+def test_a_check_in_float64_beside_one_below_it_must_be_green_too(timed):
+    start, found = timed
+    store = start()
+    store.speed()
+    store.near_ties(5, 5)
+    store.check(differing=1, suite="exactly")
+    assert found()["lossless"] == "no: 1 of 4 texts differ"
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "verdict"),
+    [
+        (1, 95.0, "yes"),
+        (1, 180.0, "no: sampled text is unlike the reference's (p = 2e-06)"),
+        (0.5, 95.0, "unchecked: sampled"),
+    ],
+)
+def test_sampled_text_is_green_by_what_was_drawn_at_its_temperature(timed, at, value, verdict):
+    start, found = timed
+    store = start()
+    store.speed(temperature=1.0)
+    store.check()
+    (like,) = store.stores.samples(store.rng, f"temperature {at:g}", items=1)
+    drawn = {**like, "metric": "chi_square_tokens", "value": value, "weight": 100.0}
+    label = "teacher/lookup/drawn@seed0"
+    store.builder.step(label, records={"sample": [drawn]}, use="losslessness", traits=("pair",))
+    assert found()["lossless"] == verdict
+    assert is_green(found()) == (verdict == "yes")

@@ -116,6 +116,11 @@ def test_speed_is_that_of_the_definitions(make, frames_of):
     assert lookup["speed-up"].value == pytest.approx(plain["TPOT ms"] / lookup["TPOT ms"])
     assert lookup["speed-up"].low < lookup["speed-up"].value < lookup["speed-up"].high
     assert lookup["weights MB"] == 2.0
+    assert lookup["distinct 4-grams %"] == 25
+    assert math.isnan(number(plain["distinct 4-grams %"]))
+    assert plain["bandwidth %"] == pytest.approx(100 * (4e6 / 4e9) / (plain["TPOT ms"] / 1e3))
+    assert math.isnan(number(lookup["bandwidth %"]))
+    assert (lookup["of predicted"], number(plain["of predicted"])) == (0.8, pytest.approx(math.nan, nan_ok=True))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ import dataclasses
 import pandas
 import pytest
 import torch
+from mambabench.decoders.ngram import NgramDraft
+from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.harness import metrics
 from mambabench.harness.interfaces import Answer, Cost, MambabenchError
 from mambabench.harness.mockmodel import MockStepper
@@ -67,7 +69,21 @@ def test_facts_name_warm_up_sizes_and_memory(records):
     facts = {(r["name"], r.get("arm", "")): r for r in records if r["kind"] == "fact"}
     assert facts["warm-up, batch 2", "reference"]["unit"] == "s"
     assert facts["weights", ""]["value"] == 16 * 8
+    assert facts["bytes of a step, batch 2", ""]["value"] == 8 * 8 + 8 * 2 * (5 + 4) + 8 * 2
     assert facts["peak memory of the process", ""]["value"] > 2**20
+
+
+def test_facts_tell_how_much_the_text_of_each_arm_loops(measure, lookup, plain):
+    looping = measure(Speed(CONFIG), TEXTS, lookup, plain, make=lambda: MockStepper(habit=1.0))
+    other = measure(Speed(CONFIG), TEXTS, lookup, plain, make=lambda: MockStepper(habit=0.0))
+    shares = [
+        {(r["name"], r["arm"]): r["value"] for r in records if r["kind"] == "fact" and r["unit"] == "share"}
+        for records in (looping, other)
+    ]
+    for (name, arm), share in shares[0].items():
+        assert name in ("distinct 4-grams, batch 1", "distinct 4-grams, batch 2")
+        assert share == shares[0][name, "reference" if arm == "subject" else "subject"]
+        assert 1 / 6 <= share < shares[1][name, arm] <= 1
 
 
 @pytest.mark.parametrize("warmup", [0, 1])
@@ -95,7 +111,8 @@ def test_a_backend_that_does_not_know_what_it_holds_has_no_sizes(measure, plain)
 
     records = measure(Speed(CONFIG), TEXTS, plain, make=Unknown)
     names = {r["name"] for r in records if r["kind"] == "fact"}
-    assert names == {"warm-up, batch 1", "warm-up, batch 2", "peak memory of the process"}
+    whats = ("warm-up", "distinct 4-grams", "bytes of a step")
+    assert names == {f"{what}, batch {batch}" for what in whats for batch in (1, 2)} | {"peak memory of the process"}
 
 
 def test_without_a_reference_there_is_one_arm_and_threads_come_back(measure, plain):
@@ -118,3 +135,32 @@ def test_a_decoder_that_stops_early_is_an_error(measure, plain):
 
     with pytest.raises(MambabenchError, match="yielded 1 tokens, not the 9"):
         measure(Speed(CONFIG), TEXTS, Short(), plain)
+
+
+def test_a_round_of_each_arm_and_batch_is_taken_apart(measure, lookup, plain):
+    config = dataclasses.replace(CONFIG, profile=3)
+    facts = of(measure(Speed(config), TEXTS, lookup, plain), "fact")
+    told = facts[facts["name"].str.startswith("round, batch")]
+    assert set(told["arm"]) == {"subject", "reference"}
+    for batch in (1, 2):
+        mine = told[told["name"].str.startswith(f"round, batch {batch}: ")].set_index(["arm", "name"])["value"]
+        whole, target = (mine.xs(f"round, batch {batch}: {what}", level="name") for what in ("whole", "target kernels"))
+        assert (target > 0).all()
+        assert (whole > target).all()
+
+
+def test_the_memory_of_snapshots_stands_beside_that_of_replay(measure):
+    class Keeping(MockStepper):
+        traits = frozenset({"rollback", "snapshots"})
+
+        def open(self, batch, context, steps, rollback="replay"):
+            return super().open(batch, context, steps)
+
+        def cost(self, batch, context, steps, rollback="replay"):
+            cost = super().cost(batch, context, steps)
+            return dataclasses.replace(cost, held_state_bytes=7 if rollback == "snapshot" else 3)
+
+    ways = (SpeculativeDecoder(NgramDraft(), 2, rollback=rollback) for rollback in ("snapshot", "replay"))
+    facts = of(measure(Speed(CONFIG), TEXTS, *ways, make=Keeping), "fact").set_index(["name", "arm"])["value"]
+    assert facts["state, batch 2", "subject"] == 7
+    assert facts["state, batch 2", "reference"] == 3

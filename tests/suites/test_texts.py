@@ -19,10 +19,18 @@ def write(tmp_path):
 
 def test_prompts_are_beginnings_of_documents_in_turn(write):
     model = MockStepper()
-    texts = ["abcdefg" * 100, "gfedcba", "bbbbbbb"]
+    texts = ["abcdefg", "gfedcba", "bbbbbbb"]
     prompts = take_prompts(write(*texts), model, 5, (4, 3))
     whole = [encode_document(Document(text), model.tokenizer)[0] for text in texts]
     assert prompts == [tuple(whole[i % 3][: 4 - i % 2]) for i in range(5)]
+
+
+def test_long_documents_go_on_with_later_passages_before_anything_is_taken_again(write):
+    model, size = MockStepper(), 64 * (4 + 4)
+    text = "a" * size + "b" * size + "c" * 3
+    prompts = take_prompts(write(text, "ggggg"), model, 6, (4,))
+    wanted = ["aaa", "ggg", "bbb", "ccc", "aaa", "ggg"]
+    assert prompts == [tuple(encode_document(Document(of), model.tokenizer)[0]) for of in wanted]
 
 
 def test_a_short_document_is_continued_with_the_next(write):

@@ -1,0 +1,126 @@
+"""CUDA graphs of the stepping engine: what a call launches is recorded once and started as a whole from then on.
+
+A decoding step of a small batch is hundreds of kernels of a few microseconds, which the host could not launch as fast
+as they run. A recorded call reads its tokens and positions from buffers of its own, so that one recording serves all
+that a shape can be called with. A decoder records whole rounds (`interfaces.Recording`), of which calls become a part.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "MAMBABENCH_GRAPHS"
+"""`off` in this environment variable has every kernel launched by itself, to find faults."""
+
+Work = Callable[[Tensor, Tensor], Tensor]
+"""ids [B, T] and start [B] -> logits [B, T, V], without a look at what is on the device."""
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether calls on this device are recorded."""
+    return device.type == "cuda" and os.environ.get(VARIABLE) != "off"
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether the caller is recording a graph of its own, of which this call becomes a part."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class _Unrecorded:
+    """How many blocks of `Graphs.unrecorded` are open."""
+
+    count = 0
+
+
+def alone(tensor: Tensor) -> bool:
+    """Whether a call must start no graph of its own."""
+    return _Unrecorded.count > 0 or capturing(tensor)
+
+
+@dataclass(slots=True)
+class _Call:
+    ids: Tensor
+    start: Tensor
+    logits: Tensor | None = None
+    replay: Callable[[], None] | None = None
+    """None before the second call."""
+
+
+class Recorder:
+    """Records for all states of a model. The graphs share the memory of what lies between their kernels, since they
+    never run at the same time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        """Spent recording."""
+        self._pool: Any = None
+
+    def record(self, work: Work, ids: Tensor, start: Tensor) -> tuple[Callable[[], None], Tensor]:
+        """What starts the recorded call, and its logits, which every start overwrites."""
+        found: list[Tensor] = []
+        with torch.cuda.device_of(ids):
+            replay = self.capture(lambda: found.append(work(ids, start)))
+        return replay, found[0]
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What starts the work, on the device that is the current one, again."""
+        began = time.perf_counter()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            work()
+        self.count += 1
+        self.seconds += time.perf_counter() - began
+        return graph.replay
+
+
+class Graphs:
+    """The recorded calls on one state's memory, by tokens a row and whether they settle, and what decoders recorded.
+
+    The first call of a kind runs as it is, which loads and tunes its kernels; the second is recorded.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._calls: dict[tuple[int, bool], _Call] = {}
+        self.kept: dict[Hashable, Any] = {}
+        """The callers': it lives as long as the memory."""
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Calls are launched kernel by kernel meanwhile, whatever the model."""
+        _Unrecorded.count += 1
+        try:
+            yield
+        finally:
+            _Unrecorded.count -= 1
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Records work with calls on this memory among it, which has run `unrecorded` before."""
+        return self._recorder.capture(work)
+
+    def run(self, work: Work, ids: Tensor, start: Tensor, settle: bool) -> Tensor:
+        """Logits [B, T, V] of `work`, the caller's to keep."""
+        kind = ids.shape[1], settle
+        call = self._calls.get(kind)
+        if call is None:
+            call = _Call(ids.clone(), start.clone())
+            logits = work(call.ids, call.start)
+            self._calls[kind] = call
+            return logits
+        call.ids.copy_(ids)
+        call.start.copy_(start)
+        if call.replay is None or call.logits is None:
+            call.replay, call.logits = self._recorder.record(work, call.ids, call.start)
+        call.replay()
+        return call.logits.clone()

@@ -1,0 +1,160 @@
+"""Plays rounds on a batch: opens what they need, records them as a whole where the model can, and has the host read one
+round while the device plays the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..harness.interfaces import DeviceDraft, Draft, Limits, Prompt, Recording, Rollback, Stepper, Unsupported
+from .adaptive import Chooser
+from .batch import Batch
+from .results import Results, Round
+from .rounds import Board, append, draft_round, drafting, plain_round, scripted_round
+from .sampling import pick
+from .texts import Texts
+
+BLOCK = 256
+"""Positions by which texts grow that outlive a request."""
+BOARDS = 4
+"""Kept on a state's memory."""
+
+
+class Rounds:
+    """The rounds of one request. `steps`: most tokens of a call; `look`: rounds that are read at once; `steady` and
+    `script` as `SpeculativeDecoder` has them."""
+
+    def __init__(
+        self,
+        model: Stepper,
+        prompts: Sequence[Prompt],
+        limits: Limits,
+        steps: int = 1,
+        look: int = 1,
+        draft: Draft | DeviceDraft | None = None,
+        steady: bool = True,
+        script: float | None = None,
+        rollback: Rollback = "replay",
+    ) -> None:
+        self.model, self.prompts, self.limits, self.steps = model, prompts, limits, steps
+        self.draft, self.steady, self.script = draft, steady, script
+        self.k = steps - 1
+        self.longest = max(len(prompt.ids) for prompt in prompts)
+        if rollback != "replay" and "snapshots" not in model.traits:
+            raise Unsupported(f"rollback = {rollback!r} needs a backend that keeps snapshots (trait `snapshots`)")
+        chosen = {} if rollback == "replay" else {"rollback": rollback}
+        self.state = model.open(len(prompts), self.longest + limits.new_tokens, steps, **chosen)
+        self._recording: Recording | None = getattr(model, "recording", _none)(self.state)
+        self.board = self._board(look)
+        self.board.texts.begin(prompts, limits)
+        self.board.results.begin()
+        self._play: Callable[[int], None] = partial(plain_round, model, self.state, self.board, limits)
+
+    def prefill(self) -> Round:
+        """Runs the prompts, and gives each row its first token."""
+        texts = self.board.texts
+        logits = self.model.prefill(texts.ids[:, : self.longest].contiguous(), texts.length.int(), self.state)
+        append(self.board, pick(logits.unsqueeze(1), self.limits, texts.stream, texts.length - 1))
+        self.board.results.sent()
+        return self.board.results.read(1)[0]
+
+    def open_draft(self) -> None:
+        """Before the first round of a decoder that drafts."""
+        board, draft = self.board, self.draft
+        assert draft is not None
+        again = getattr(draft, "again", _never)
+        if board.memory is None or not again(board.memory[0], self.prompts, self.limits):
+            board.recorded.clear()
+            board.memory = None
+            on_device = hasattr(draft, "follow")
+            more = on_device and self.steady and self.script is None and self.limits.temperature > 0
+            opened = draft.open(self.model, self.prompts, self.limits, self.steps if more else self.steps - 1)
+            board.memory = (opened,)
+        follow = drafting(draft, board.memory[0])
+        if not getattr(draft, "records", _never)(board.memory[0]):
+            self._recording = None
+        given = self.model, self.state, board, self.limits, follow
+        if self.script is None:
+            self._play = partial(draft_round, *given, self.steady)
+        else:
+            self._play = partial(scripted_round, *given, self.script)
+
+    def play(self, k: int) -> None:
+        """Starts a round of k drafts. The first of its kind runs as it is, the second is recorded."""
+        recorded = self.board.recorded
+        if self._recording is None:
+            self._play(k)
+        elif k not in recorded:
+            with self._recording.unrecorded():
+                self._play(k)
+            recorded[k] = None
+        else:
+            start = recorded[k] or self._recording.record(partial(self._play, k))
+            recorded[k] = start
+            start()
+        self.board.results.sent()
+
+    def recorded_anew(self, k: int) -> Callable[[], None]:
+        """What starts a round of k drafts as it is now."""
+        work = partial(self._play, k)
+        if self._recording is None:
+            return work
+        with self._recording.unrecorded():
+            work()
+        return self._recording.record(work)
+
+    def try_out(self, k: int) -> None:
+        """A round that changes no text and that nobody reads."""
+        with self.board.texts.held():
+            self.play(k)
+        self.board.results.drop()
+
+    def _board(self, look: int) -> Board:
+        """What an earlier request of the same kind left, or a new one."""
+        limits, room = self.limits, self.longest + self.limits.new_tokens + self.steps
+        if self._recording is not None:
+            room = -(-room // BLOCK) * BLOCK
+        kept = {} if self._recording is None else self._recording.kept
+        sampling = limits.temperature, limits.top_k, limits.top_p
+        key = (id(self.draft), self.steps, self.steady, self.script, look, room, limits.stop_tokens, sampling)
+        if key not in kept:
+            batch, device = len(self.prompts), self.model.device
+            texts = Texts(batch, room, limits.stop_tokens, device)
+            while len(kept) >= BOARDS:
+                del kept[next(iter(kept))]
+            none = torch.zeros(batch, dtype=torch.int32, device=device)
+            kept[key] = Board(texts, Results(batch, self.steps - 1, 2 * look, device), none, self.draft)
+        return kept[key]
+
+
+def run(batch: Batch, rounds: Rounds, look: int, chooser: Chooser | None = None) -> None:
+    """Plays until all texts have ended, `look` rounds between two looks of the host.
+
+    On a GPU the next rounds are on their way while the host reads: unless the texts may have ended by then, but for
+    stop tokens and strings, where a round for nothing costs less than the device's waiting at every round.
+    """
+    k = rounds.k
+    ahead = 1 if rounds.board.results.apart else 0
+    flying: deque[list[int]] = deque()
+    while batch.running:
+        while not flying or (len(flying) <= ahead and batch.missing > sum(each + 1 for ks in flying for each in ks)):
+            ks = [k] * min(look, batch.missing - sum(map(len, flying)))
+            for each in ks:
+                rounds.play(each)
+            flying.append(ks)
+        ks = flying.popleft()
+        accepted = batch.look(rounds.board.results.read(len(ks)), drafts=rounds.draft is not None)
+        if chooser is not None:
+            k = chooser.next(accepted, ks[0])
+
+
+def _none(state: Any) -> None:
+    """What a model answers whose calls nobody can record."""
+
+
+def _never(*given: Any) -> bool:
+    return False

@@ -1,0 +1,67 @@
+"""Which form of a kernel of this room is the fastest for given sizes: all are timed on scratch memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+from .ring import Plan
+
+F = TypeVar("F")
+Run = Callable[[F, Tensor, Tensor, Tensor, bool], object]
+"""A call in a form on a checkpoint, with start and saved; the last says that the kernel is only compiled."""
+
+MEASURED = 1 << 20
+"""Bytes of a checkpoint from which on forms are timed."""
+COLD = 128 << 20
+"""Bytes of checkpoints that do not fit in a cache."""
+THREADS = 16
+
+
+def measurable(state: Tensor) -> bool:
+    """Whether memory is large enough for a form to matter, and can be measured now."""
+    return state.nbytes >= MEASURED and state.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def compiled(forms: Sequence[F], state: Tensor, run: Run[F]) -> None:
+    """Compiles what may run, side by side."""
+    cursor = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
+    with ThreadPoolExecutor(THREADS) as pool, triton.AsyncCompileMode(pool):
+        for form in forms:
+            run(form, state, cursor, cursor, True)
+
+
+def fastest(forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats: int = 16) -> F:
+    """The form in which `run` takes the least time on checkpoints like `state`.
+
+    Their rows are at every stage between two writes of the checkpoint, and they take turns, so that they are not found
+    in the cache.
+    """
+    checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
+    saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
+    start = 1 + (torch.arange(state.shape[0], device=state.device) % plan.replay).int()
+    compiled(forms, state, run)
+
+    def milliseconds(form: F) -> float:
+        """Of the best of three graphs, which the host does not slow down."""
+        run(form, checkpoints[0], start, saved, False)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for i in range(repeats):
+                run(form, checkpoints[i % len(checkpoints)], start, saved, False)
+        times = []
+        for _ in range(3):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            graph.replay()
+            after.record()
+            after.synchronize()
+            times.append(before.elapsed_time(after))
+        return min(times)
+
+    return min(forms, key=milliseconds)

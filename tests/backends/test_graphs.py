@@ -1,0 +1,226 @@
+"""Calls that are recorded keep the stepping contract, on memory that is handed on from request to request.
+
+Without a GPU a stand-in runs the recorded work again, on the same buffers, wherever a graph would be started.
+"""
+
+import gc
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mambabench import MambabenchError
+from mambabench.backends import graphs
+from mambabench.backends.hybrid import TeacherBackend
+from mambabench.backends.plugin import TeacherConfig
+from mambabench.backends.stepper import BLOCK, HybridStepper
+from mambabench.harness.conformance import check_backend
+from mambabench.kernels import decode_attention as room
+from mambabench.kernels.support import Support
+
+
+class Recorded(TeacherBackend):
+    """Loads models whose calls are recorded, whatever the device."""
+
+    def __init__(self) -> None:
+        super().__init__(TeacherConfig())
+
+    def load(self, artifact: Path, device: str, dtype: str) -> HybridStepper:
+        model = super().load(artifact, device, dtype)
+        return HybridStepper(model.model, model.tokenizer, graphs=True)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of ids of every start of a recorded call, by the stand-in."""
+    found: list[torch.Size] = []
+
+    def record(self, work, ids, start):
+        self.count += 1
+        # As with a graph: nothing runs yet, nobody's handle is held, and whoever has the memory later is served too.
+        given = inspect.getclosurevars(work).nonlocals
+        model, state, settle = given["self"], replace(given["state"]), given["settle"]
+        logits = torch.zeros(*ids.shape, model.vocab_size, dtype=state.exact)
+
+        def replay() -> None:
+            found.append(ids.shape)
+            logits.copy_(model._run(ids, start, state, settle))
+
+        return replay, logits
+
+    monkeypatch.setattr(graphs.Recorder, "record", record)
+    return found
+
+
+def ints(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def test_recorded_calls_keep_the_stepping_contract(artifact: Path, replays: list[torch.Size]) -> None:
+    check_backend(Recorded(), artifact, rounds=60, seed=5)
+    assert len({shape[1] for shape in replays}) > 2
+
+
+def test_in_the_interpreter_the_kernel_keeps_it_too(
+    half: Path, interpret: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With attention of decoding by the kernel."""
+    module = interpret(room.fused.MODULE)
+    ran = []
+
+    def kernel(_: str, name: str) -> Callable[..., torch.Tensor]:
+        ran.append(name)
+        return getattr(module, name)
+
+    monkeypatch.setattr(room.fused, "kernel", kernel)
+    monkeypatch.setattr(room.fused, "supports", lambda *_: Support.yes())
+    backend = TeacherBackend(TeacherConfig())
+    check_backend(backend, half, rounds=3, batch=2, steps=3, context=8, dtype="float32", tolerance=1e-4)
+    assert set(ran) == {"decode_attention"}
+
+
+def test_a_kind_of_call_is_recorded_once_for_all_requests(half: Path, replays: list[torch.Size]) -> None:
+    model = Recorded().load(half, "cpu", "float32")
+    for request in range(3):
+        state = model.open(2, 20 + request, 4)
+        model.prefill(torch.ones(2, 3, dtype=torch.int64), ints(3, 2), state)
+        for step in range(4):
+            model.advance(torch.ones(2, 1, dtype=torch.int64), ints(3 + step, 2 + step), state)
+        del state
+    assert model.facts()["graphs"] == (1, "")
+    assert len(replays) == 11
+    other = model.open(2, BLOCK + 20, 4)
+    model.prefill(torch.ones(2, 3, dtype=torch.int64), ints(3, 2), other)
+    for settle in (True, True, False, False):
+        model.advance(torch.ones(2, 1, dtype=torch.int64), ints(3, 2), other, settle)
+    assert model.facts()["graphs"] == (3, "")
+
+
+def test_memory_is_handed_on_only_when_nobody_has_it_and_then_it_is_empty(half: Path) -> None:
+    model = Recorded().load(half, "cpu", "float32")
+    first, second = model.open(2, 20, 4), model.open(2, 20, 4)
+    assert first.end.data_ptr() != second.end.data_ptr()
+    model.prefill(torch.ones(2, 3, dtype=torch.int64), ints(3, 2), first)
+    assert any(bool(tensor.any()) for tensor in first.tensors())
+    place = first.end.data_ptr()
+    del first
+    gc.collect()
+    assert model.open(3, 20, 4).end.data_ptr() != place
+    third = model.open(2, 100, 4)
+    assert third.end.data_ptr() == place
+    assert not any(bool(tensor.any()) for tensor in third.tensors())
+
+
+def test_kept_memory_makes_room_for_new(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Recorded().load(half, "cpu", "float32")
+    del model.open(2, 20, 4).graphs
+    stepper = importlib.import_module("mambabench.backends.stepper")
+    whole, tries = stepper.open_state, []
+
+    def full(*given):
+        tries.append(given)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return whole(*given)
+
+    monkeypatch.setattr(stepper, "open_state", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert len(model.open(3, 20, 4).end) == 3
+    assert len(tries) == 2
+
+
+def test_without_kept_memory_a_full_device_is_an_error(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Recorded().load(half, "cpu", "float32")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("mambabench.backends.stepper.open_state", full)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        model.open(3, 20, 4)
+
+
+def test_the_contract_is_checked_where_the_host_can_look(half: Path, replays: list[torch.Size]) -> None:
+    model = Recorded().load(half, "cpu", "float32")
+    state = model.open(1, 20, 4)
+    model.prefill(torch.ones(1, 3, dtype=torch.int64), ints(3), state)
+    for _ in range(3):
+        model.advance(torch.ones(1, 2, dtype=torch.int64), ints(3), state)
+    with pytest.raises(MambabenchError, match="start 2 of row 0 is not between its settled position 3 and its end 5"):
+        model.advance(torch.ones(1, 2, dtype=torch.int64), ints(2), state)
+
+
+def test_logits_of_a_recorded_call_are_the_callers_to_keep(half: Path, replays: list[torch.Size]) -> None:
+    model = Recorded().load(half, "cpu", "float32")
+    state = model.open(1, 20, 4)
+    model.prefill(torch.ones(1, 3, dtype=torch.int64), ints(3), state)
+    ids = torch.arange(5).view(5, 1, 1)
+    held = [model.advance(tokens, ints(3), state) for tokens in ids]
+    kept = [logits.clone() for logits in held]
+    model.advance(ids[0], ints(3), state)
+    assert all(torch.equal(one, two) for one, two in zip(held, kept, strict=True))
+    assert not torch.equal(held[3], held[4])
+
+
+@pytest.mark.parametrize(
+    ("variable", "device", "want"), [("", "cuda", True), ("off", "cuda", False), ("", "cpu", False)]
+)
+def test_graphs_are_for_gpus_and_can_be_turned_off(
+    variable: str, device: str, want: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(graphs.VARIABLE, variable)
+    assert graphs.wanted(torch.device(device)) is want
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize("way", ["", "off"], ids=["graphs", "eager"])
+def test_on_a_gpu_both_ways_keep_the_stepping_contract(
+    way: str, dtype: str, tolerance: float, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(graphs.VARIABLE, way)
+    check_backend("teacher", artifact, rounds=150, device="cuda:0", dtype=dtype, tolerance=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_a_graph_is_what_its_kernels_are(half: Path, dtype: str) -> None:
+    """The same calls by graphs and without, position by position, over accepted and rejected drafts."""
+    eager = TeacherBackend(TeacherConfig()).load(half, "cuda:0", dtype)
+    models = (
+        HybridStepper(eager.model, eager.tokenizer, graphs=True),
+        HybridStepper(eager.model, eager.tokenizer, graphs=False),
+    )
+    dice = torch.Generator().manual_seed(0)
+    states = [model.open(3, 60, 5) for model in models]
+    prompts = torch.randint(models[0].vocab_size, (3, 7), generator=dice).cuda()
+    for model, state in zip(models, states, strict=True):
+        model.prefill(prompts, ints(7, 4, 1).cuda(), state)
+    start = ints(7, 4, 1)
+    for _ in range(10):
+        ids = torch.randint(models[0].vocab_size, (3, 5), generator=dice).cuda()
+        one, two = (m.advance(ids, start.cuda(), s) for m, s in zip(models, states, strict=True))
+        assert (one - two).abs().max() <= 1e-3 * two.abs().max()
+        start += torch.randint(1, 6, (3,), generator=dice, dtype=torch.int32)
+    assert models[0].facts()["graphs"] == (1, "")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_callers_graph_takes_a_call_in(half: Path) -> None:
+    model = TeacherBackend(TeacherConfig()).load(half, "cuda:0", "bfloat16")
+    state = model.open(2, 40, 1)
+    model.prefill(torch.ones(2, 3, dtype=torch.int64).cuda(), ints(3, 2).cuda(), state)
+    ids, start = torch.ones(2, 1, dtype=torch.int64).cuda(), ints(3, 2).cuda()
+    want = [model.advance(ids, start + step, state).argmax(-1) for step in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        chosen = model.advance(ids, start, state).argmax(-1)
+        start += 1
+    model.prefill(torch.ones(2, 3, dtype=torch.int64).cuda(), ints(3, 2).cuda(), state)
+    for step in range(3):
+        graph.replay()
+        assert torch.equal(chosen, want[step])

@@ -1,0 +1,419 @@
+"""Times the decoding step of Mamba layers over a ring beside mamba-ssm's kernels, on one GPU:
+
+    python tests/bench/bench_multistep.py [--batch 1 16 64] [--tokens 9] [--shape NAME …] [--json FILE]
+
+One process times all arms, each as a CUDA graph whose calls go over enough copies of all buffers that none is in the
+L2 cache. Every row has K drafts, of which 0 to K are accepted with equal chances, and stands somewhere between two
+writes of its checkpoint: what a call replays and writes is simulated for as many rounds as a graph has calls. Before
+a form is timed, what it makes is held against fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mambabench.kernels.multistep import forms, triton1, triton2
+from mambabench.kernels.multistep.ring import Plan, Ring, plain_ring_multistep
+from mambabench.kernels.multistep.selective_ring import Channels, Projected, plain_selective_ring_multistep
+from torch import Tensor
+
+SHAPES = {"Mamba2-2.7B": (80, 80, 1, 1, 64, 128), "the paper's, 8B": (32, 8, 8, 32, 128, 128)}
+"""H, groups of x, B and C, P, N."""
+SELECTIVE = {"Mamba-2.8B": (5120, 5120, 1, 1, 5120, 1), "the paper's Mamba-1, 8B": (4096, 1024, 64, 256, 128, 4)}
+"""Channels, those of x, groups of B and C, channels side by side that share no x, channels that share one; N = 16."""
+STATES = 16
+COLD = 400 << 20
+"""Bytes that the buffers of a graph have together, at least."""
+CALLS = 64
+TAPS = 4
+
+
+def graph_us(calls: list[Callable[[], object]], repeats: int = 15) -> float:
+    """Median microseconds of one of `calls`, which a graph makes one after the other."""
+    for call in calls[:3]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) * 1000 / len(calls))
+    return statistics.median(times[2:])
+
+
+def rotated(calls: Callable[[int], Callable[[], object]], copies: int) -> list[Callable[[], object]]:
+    """At least CALLS calls, the i-th on the buffers i mod `copies`."""
+    made = [calls(i) for i in range(copies)]
+    return [made[i % copies] for i in range(max(CALLS, copies))]
+
+
+def bandwidths() -> tuple[float, float]:
+    """GB/s of a copy, reads and writes counted, and of reading alone."""
+    one, two = (torch.zeros(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    whole, other, out = one.view(torch.float32), two.view(torch.float32), torch.zeros((), device="cuda")
+    copy = 2 * one.nbytes / graph_us([lambda: torch.add(whole, 0, out=other)] * 4) / 1e3
+    return copy, one.nbytes / graph_us([lambda: torch.sum(whole, 0, out=out)] * 4) / 1e3
+
+
+def cursors(plan: Plan, batch: int, rounds: int) -> list[tuple[Tensor, Tensor]]:
+    """start and saved of successive rounds, long after the first."""
+    dice = torch.Generator().manual_seed(0)
+    start = torch.zeros(batch, dtype=torch.int32)
+    saved, made = start, []
+    for _ in range(50 + rounds):
+        saved = torch.where(plan.due(start, saved), start, saved)
+        start = start + torch.randint(1, plan.count + 1, (batch,), generator=dice, dtype=torch.int32)
+        made.append((start, saved))
+    return made[50:]
+
+
+class Layer:
+    """Buffers of one copy of a layer."""
+
+    def __init__(self, shape: tuple[int, ...], batch: int, plan: Plan) -> None:
+        heads, x_groups, b_groups, c_groups, width, size = shape
+        slots, self.shape, self.batch, self.count = plan.replay + plan.steps, shape, batch, plan.count
+        sizes = [(x_groups, width), (b_groups, size)]
+        kept = sum(groups * w for groups, w in sizes)
+        self.channels = kept + c_groups * size
+        self.whole = torch.randn(batch, slots, kept, device="cuda").bfloat16()
+        self.C = torch.randn(batch, plan.count, c_groups, size, device="cuda").bfloat16()
+        parts = self.whole.split([groups * w for groups, w in sizes], dim=2)
+        views = (part.unflatten(2, pair) for part, pair in zip(parts, sizes, strict=True))
+        self.ring = Ring(*views, 0.1 * torch.rand(batch, slots, heads, device="cuda"))
+        self.A, self.D = -torch.rand(heads, device="cuda") - 0.5, torch.ones(heads, device="cuda")
+        self.state = torch.randn(batch, heads, width, size, device="cuda")
+
+    def copies(self) -> int:
+        return max(2, -(-COLD // self.state.nbytes))
+
+
+def layers(shape: tuple[int, ...], batch: int, plan: Plan) -> list[Layer]:
+    first = Layer(shape, batch, plan)
+    return [first, *(Layer(shape, batch, plan) for _ in range(first.copies() - 1))]
+
+
+def moved_bytes(layer: Layer, replayed: float, written: float) -> float:
+    """Of one call: the checkpoint read, and written in a part of the rows; x, B, dt of all tokens; C and y of new."""
+    heads, x_groups, b_groups, c_groups, width, size = layer.shape
+    tokens = replayed + layer.count
+    activations = tokens * (2 * (x_groups * width + b_groups * size) + 4 * heads)
+    new = 2 * layer.count * (c_groups * size + heads * width)
+    return layer.state.nbytes * (1 + written) + layer.batch * (activations + new)
+
+
+def exactly(t: Tensor) -> Tensor:
+    """A copy in fp64 on the CPU."""
+    return t.to("cpu", torch.float64, copy=True)
+
+
+def check(layer: Layer, plan: Plan, form: Any, pieces: int, start: Tensor, saved: Tensor) -> str:
+    """Empty if y and the state are as near to fp64 as they should be."""
+    one = slice(0, 1)
+    given, C = Ring(*(t[one] for t in layer.ring.parts())), layer.C[one]
+    state, at = layer.state[one].clone(), (start[one], saved[one])
+    y = triton2.ring_multistep(given, C, layer.A, layer.D, state, *at, plan, form, pieces)
+    exact = Ring(*(exactly(t) for t in given.parts()))
+    others = [exactly(t) for t in (C, layer.A, layer.D, layer.state[one])]
+    want = plain_ring_multistep(exact, *others, *(t.cpu() for t in at), plan)
+    errors = [float((exactly(a) - b).norm() / b.norm()) for a, b in ((y, want), (state, others[-1]))]
+    return (
+        "" if errors[0] < 2.0**-8 and errors[1] < 4e-7 else f"y is off by {errors[0]:.1e}, the state by {errors[1]:.1e}"
+    )
+
+
+def compile_all(layer: Layer, plan: Plan, arms: list[tuple[Any, int]]) -> None:
+    """Side by side."""
+
+    def run(arm: tuple[Any, int], state: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
+        given = layer.ring, layer.C, layer.A, layer.D, state, start, saved, plan
+        return triton2.ring_multistep(*given, *arm, warmup=warmup)
+
+    forms.compiled(arms, layer.state, run)
+
+
+def time_ours(made: list[Layer], plan: Plan, rounds: list[tuple[Tensor, Tensor]], form: Any, pieces: int) -> float:
+    """Microseconds of a call, the mean over the rounds."""
+
+    def call(i: int) -> Callable[[], object]:
+        layer, (start, saved) = made[i % len(made)], rounds[i]
+        given = layer.ring, layer.C, layer.A, layer.D, layer.state, start, saved, plan, form, pieces
+        return lambda: triton2.ring_multistep(*given)
+
+    return graph_us([call(i) for i in range(len(rounds))])
+
+
+def time_convolution(made: list[Layer], start: Tensor) -> float:
+    """Microseconds of the convolution in front of the step."""
+
+    def call(i: int) -> Callable[[], object]:
+        layer, heads = made[i], made[i].shape[0]
+        width = layer.channels + heads
+        u = torch.randn(layer.batch, layer.count, width, device="cuda").bfloat16()
+        window = torch.zeros(layer.batch, layer.count + TAPS - 1, width, device="cuda", dtype=u.dtype)
+        weight, bias = torch.randn(layer.channels, TAPS, device="cuda"), torch.zeros(layer.channels, device="cuda")
+        given = u, weight, bias, layer.A, window, layer.whole, layer.ring.dt, start, True
+        return lambda: triton2.convolve(*given)
+
+    return graph_us(rotated(call, len(made)))
+
+
+def time_update(made: list[Layer]) -> float:
+    """Microseconds of mamba-ssm's single-token update."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    def call(i: int) -> Callable[[], object]:
+        layer = made[i]
+        heads, x_groups, b_groups, c_groups, width, size = layer.shape
+        groups = max(b_groups, c_groups)
+        x = layer.ring.x[:, 0].repeat_interleave(heads // x_groups, 1).contiguous()
+        B = layer.ring.B[:, 0].repeat_interleave(groups // b_groups, 1).contiguous()
+        C = layer.C[:, 0].repeat_interleave(groups // c_groups, 1).contiguous()
+        dt = torch.randn(layer.batch, heads, device="cuda").bfloat16().unsqueeze(-1).expand(-1, -1, width)
+        A = layer.A.view(-1, 1, 1).expand(-1, width, size)
+        D, bias = (t.unsqueeze(-1).expand(-1, width) for t in (layer.D, layer.A))
+        given = layer.state, x, dt, A, B, C, D, None, bias, True
+        return lambda: selective_state_update(*given)
+
+    return graph_us(rotated(call, len(made)))
+
+
+def time_scan(made: list[Layer]) -> float:
+    """Microseconds of mamba-ssm's chunk scan over the new tokens, from a state to a state; its best chunk length."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    def time(chunk: int) -> float:
+        def call(i: int) -> Callable[[], object]:
+            layer = made[i]
+            heads, x_groups, b_groups, c_groups, _, _ = layer.shape
+            groups = max(b_groups, c_groups)
+            x = layer.ring.x[:, : layer.count].repeat_interleave(heads // x_groups, 2).contiguous()
+            B = layer.ring.B[:, : layer.count].repeat_interleave(groups // b_groups, 2).contiguous()
+            C = layer.C.repeat_interleave(groups // c_groups, 2).contiguous()
+            dt = layer.ring.dt[:, : layer.count].contiguous()
+            more = {"D": layer.D, "initial_states": layer.state, "return_final_states": True}
+            return lambda: mamba_chunk_scan_combined(x, dt, layer.A, B, C, chunk, **more)
+
+        return graph_us(rotated(call, len(made)))
+
+    return min(time(chunk) for chunk in (16, 64, 256))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--tokens", type=int, default=9, help="K + 1")
+    parser.add_argument("--replay", type=int, nargs="+", default=[], help="default: K + 1, 16, 24, 48")
+    parser.add_argument("--shape", choices=[*SHAPES, *SELECTIVE], nargs="+", default=[*SHAPES, *SELECTIVE])
+    parser.add_argument("--pieces", type=int, nargs="+", default=[1, 2], help="of the checkpoint where it meets C")
+    parser.add_argument("--form", type=int, help="only the form of this number")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--late", action="store_true", help="no kernel begins before the one before has ended")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.late:
+        triton1.begins_early = triton2.begins_early = lambda device: False
+    copy, read = bandwidths()
+    print(f"{torch.cuda.get_device_name()}: copy {copy:,.0f} GB/s, read {read:,.0f} GB/s")
+    rows = []
+    for name in args.shape:
+        for batch in args.batch:
+            rows += (measure if name in SHAPES else measure_selective)(name, batch, args, copy)
+    if args.json:
+        args.json.write_text(json.dumps({"copy": copy, "read": read, "rows": rows}, indent=1))
+
+
+def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> list[dict[str, Any]]:
+    """All arms of one shape and batch, printed as they come."""
+    count, shape, found = args.tokens, SHAPES[name], []
+    peers = {"update": 0.0, "scan": 0.0}
+    if not args.no_peers:
+        made = layers(shape, batch, Plan(count, count, count, True))
+        peers = {"update": time_update(made), "scan": time_scan(made)}
+        del made
+    print(f"\n{name}, batch {batch}, {count} tokens: update {peers['update']:.1f} us, scan {peers['scan']:.1f} us")
+    for replay in args.replay or [count, 16, 24, 48]:
+        plan = Plan(count, count, replay, True)
+        made = layers(shape, batch, plan)
+        rounds = [(a.cuda(), b.cuda()) for a, b in cursors(plan, batch, max(CALLS, len(made)))]
+        replayed = statistics.fmean(float((start - saved).float().mean()) for start, saved in rounds)
+        written = statistics.fmean(float(plan.due(*pair).float().mean()) for pair in rounds)
+        bytes_moved = moved_bytes(made[0], replayed, written)
+        first = made[0]
+        tried = triton2.forms_for(first.ring, first.state, plan)
+        tried = tried if args.form is None else [tried[args.form]]
+        compile_all(first, plan, list(itertools.product(tried, args.pieces)))
+        convolution = time_convolution(made, rounds[0][0])
+        for pieces in args.pieces:
+            times = {}
+            for form in tried:
+                wrong = check(first, plan, form, pieces, *rounds[0])
+                if wrong:
+                    print(f"  replay {replay}, {form}, {pieces} pieces: {wrong}")
+                else:
+                    times[form] = time_ours(made, plan, rounds, form, pieces)
+            if not times:
+                continue
+            best = min(times, key=times.__getitem__)
+            time = times[best]
+            found.append(
+                {
+                    "shape": name, "batch": batch, "tokens": count, "replay": replay, "pieces": pieces, **peers,
+                    "us": time, "form": best, "forms": {str(tuple(f)): t for f, t in times.items()},
+                    "bytes": bytes_moved, "floor_us": bytes_moved / copy / 1e3, "convolution": convolution,
+                    "replayed": replayed, "written": written,
+                }
+            )  # fmt: skip
+            against = ", ".join(f"{time / t:.2f} {peer}s" for peer, t in peers.items() if t)
+            print(
+                f"  replay {replay:2} ({replayed:4.1f} replayed, {written:.0%} written), "
+                f"{'tf32' if pieces == 1 else f'{pieces} bf16'}: {time:6.1f} us, {against}; "
+                f"{bytes_moved / 1e6:.1f} MB at {bytes_moved / time / 1e3 / copy:.0%} of the copy bandwidth; "
+                f"{tuple(best)}; convolution {convolution:.1f} us",
+                flush=True,
+            )
+            print("      " + ", ".join(f"{tuple(f)} {t:.1f}" for f, t in times.items()))
+        del made
+    return found
+
+
+class Selective:
+    """Buffers of one copy of a Mamba-1 layer."""
+
+    def __init__(self, shape: tuple[int, ...], batch: int, plan: Plan) -> None:
+        channels, sources, groups, c_groups, span, repeat = shape
+        self.shape, self.batch, self.count = shape, batch, plan.count
+        slots, widths = plan.replay + plan.steps + TAPS - 1, (sources, groups * STATES, channels)
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(sizes, device="cuda")
+
+        self.ring = normal(batch, slots, sum(widths)).bfloat16()
+        given = normal(batch, plan.count, sum(widths) + c_groups * STATES + channels).bfloat16()
+        x, B, dt, C, z = given.split((*widths, c_groups * STATES, channels), dim=2)
+        self.new = Projected(x, B, C, dt, z)
+        decay, ones, steps = -normal(channels, STATES).exp(), torch.ones(channels, device="cuda"), normal(channels) - 3
+        taps = normal(channels, TAPS), normal(channels)
+        self.layer = Channels(decay, ones, steps, *taps, silu=True, repeat=repeat, span=span)
+        self.state = normal(batch, channels, STATES)
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        layer = self.layer
+        return layer.A, layer.D, layer.dt_bias, layer.weight, layer.bias
+
+    def copies(self) -> int:
+        return max(2, -(-COLD // (self.state.nbytes + self.ring.nbytes + self.layer.A.nbytes)))
+
+    def run(self, plan: Plan, form: Any, state: Tensor, start: Tensor, saved: Tensor, warmup: bool = False) -> Tensor:
+        given = self.new, self.layer, self.ring, state, start, saved, plan, form
+        return triton1.selective_ring_multistep(*given, warmup=warmup)
+
+    def moved_bytes(self, replayed: float, written: float) -> float:
+        """Of one call: parameters and checkpoint read, this written in a part of the rows; what the ring keeps of all
+        tokens read, of new ones written too; C, z and y of new ones."""
+        kept = 2 * self.ring.shape[2] * (replayed + 2 * self.count)
+        new = 2 * self.count * (self.new.C.shape[2] + 2 * self.shape[0])
+        fixed = sum(t.nbytes for t in self.parameters())
+        return fixed + self.state.nbytes * (1 + written) + self.batch * (kept + new)
+
+
+def check_selective(made: Selective, plan: Plan, form: Any, start: Tensor, saved: Tensor) -> str:
+    """Empty if y and the state are as near to fp64 as they should be."""
+    new, layer, at = Projected(*(t[:1] for t in made.new.parts())), made.layer, (start[:1], saved[:1])
+    state, ring = made.state[:1].clone(), made.ring[:1].clone()
+    exact = Projected(*(exactly(t) for t in new.parts()))
+    exact_layer = Channels(*(exactly(t) for t in made.parameters()), silu=True, repeat=layer.repeat, span=layer.span)
+    exact_ring, exact_state = exactly(ring), exactly(state)
+    y = triton1.selective_ring_multistep(new, layer, ring, state, *at, plan, form)
+    want = plain_selective_ring_multistep(exact, exact_layer, exact_ring, exact_state, *(t.cpu() for t in at), plan)
+    errors = [float((exactly(a) - b).norm() / b.norm()) for a, b in ((y, want), (state, exact_state))]
+    return (
+        "" if errors[0] < 2.0**-8 and errors[1] < 1e-6 else f"y is off by {errors[0]:.1e}, the state by {errors[1]:.1e}"
+    )
+
+
+def time_selective_update(made: list[Selective], convolved: bool) -> float:
+    """Microseconds of mamba-ssm's single-token update with its gate; of causal-conv1d's update in front of it."""
+    from causal_conv1d import causal_conv1d_update
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    def call(i: int) -> Callable[[], object]:
+        layer, new = made[i].layer, made[i].new
+        channels, _, _, c_groups, _, _ = made[i].shape
+        wide = made[i].batch, c_groups, channels // c_groups
+        x, z, dt = (torch.randn(made[i].batch, channels, device="cuda").bfloat16() for _ in range(3))
+        if convolved:
+            window = torch.zeros(made[i].batch, channels, TAPS - 1, device="cuda", dtype=x.dtype)
+            taps = layer.weight.bfloat16(), layer.bias.bfloat16()
+            return lambda: causal_conv1d_update(x, window, *taps, "silu")
+        C = new.C[:, 0].reshape(wide[0], c_groups, STATES).contiguous()
+        heads = [t.view(wide) for t in (x, dt, z)]
+        A, state = layer.A.view(*wide[1:], STATES), made[i].state.view(*wide, STATES)
+        D, bias = (t.view(wide[1:]) for t in (layer.D, layer.dt_bias))
+        given = state, heads[0], heads[1], A, C, C, D, heads[2], bias, True
+        return lambda: selective_state_update(*given)
+
+    return graph_us(rotated(call, len(made)))
+
+
+def measure_selective(name: str, batch: int, args: argparse.Namespace, copy: float) -> list[dict[str, Any]]:
+    """All arms of one shape and batch, printed as they come."""
+    count, shape, found, peers = args.tokens, SELECTIVE[name], [], {"update": 0.0, "conv": 0.0}
+    for replay in args.replay or [count, 16]:
+        plan = Plan(count, count, replay, True)
+        first = Selective(shape, batch, plan)
+        made = [first, *(Selective(shape, batch, plan) for _ in range(first.copies() - 1))]
+        if not found and not args.no_peers:
+            peers = {"update": time_selective_update(made, False), "conv": time_selective_update(made, True)}
+        if not found:
+            print(f"\n{name}, batch {batch}: update {peers['update']:.1f} us, its convolution {peers['conv']:.1f} us")
+        rounds = [(a.cuda(), b.cuda()) for a, b in cursors(plan, batch, max(CALLS, len(made)))]
+        replayed = statistics.fmean(float((start - saved).float().mean()) for start, saved in rounds)
+        written = statistics.fmean(float(plan.due(*pair).float().mean()) for pair in rounds)
+        tried = triton1.forms_for(first.state)
+        forms.compiled(tried, first.state, functools.partial(first.run, plan))
+        times = {}
+        for form in tried if args.form is None else [tried[args.form]]:
+            wrong = check_selective(first, plan, form, *rounds[0])
+            if wrong:
+                print(f"  replay {replay}, {form}: {wrong}")
+                continue
+            turns = zip(itertools.cycle(made), rounds)
+            times[form] = graph_us([functools.partial(one.run, plan, form, one.state, *pair) for one, pair in turns])
+        if not times:
+            continue
+        time, bytes_moved = min(times.values()), first.moved_bytes(replayed, written)
+        found.append(
+            {
+                "shape": name, "batch": batch, "tokens": count, "replay": replay, **peers, "us": time,
+                "forms": {str(tuple(f)): t for f, t in times.items()}, "bytes": bytes_moved,
+                "floor_us": bytes_moved / copy / 1e3, "replayed": replayed, "written": written,
+            }
+        )  # fmt: skip
+        against = f"{time / peers['update']:.2f} updates, " if peers["update"] else ""
+        print(
+            f"  replay {replay:2} ({replayed:4.1f} replayed, {written:.0%} written): {time:6.1f} us with convolution "
+            f"and gate, {against}{bytes_moved / 1e6:.1f} MB, {bytes_moved / time / 1e3 / copy:.0%} of copy speed",
+            flush=True,
+        )
+        print("      " + ", ".join(f"{tuple(f)} {t:.1f}" for f, t in times.items()))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mambabench.decoders.adaptive import Chooser, CostTable
+from mambabench.decoders.ngram import NgramDraft
+from mambabench.decoders.speculative import SpeculativeDecoder
+from mambabench.harness.conformance_decoders import answer_with_records, check_decoder, check_records
+from mambabench.harness.interfaces import Limits, Prompt
+from mambabench.harness.mockmodel import MockStepper
+
+
+def settled(chance, costs, rounds=200):
+    """The K that is chosen where exactly this share of drafts stands at each position."""
+    chooser = Chooser(costs, window=10)
+    for number in range(rounds):
+        place = (number % 10 + 0.5) / 10
+        stood = next((count for count in range(chooser.k) if place > chance ** (count + 1)), chooser.k)
+        chooser.next([[stood]])
+    return chooser
+
+
+@pytest.mark.parametrize(
+    ("chance", "costs", "best"),
+    [
+        (0.95, [1.1, 1.2, 1.3, 1.4, 1.5, 1.6], 6),
+        (0.05, [1.1, 1.2, 1.3, 1.4, 1.5, 1.6], 1),
+        (0.95, [1.0, 2.0, 3.0, 4.0], 1),
+        (0.95, [1.1, 1.2, 9.0, 9.1], 2),
+    ],
+)
+def test_the_k_of_the_least_time_per_token_is_chosen(chance, costs, best):
+    assert settled(chance, costs).k == best
+
+
+def test_expected_tokens_are_those_that_came():
+    chooser = Chooser([1.0, 1.1, 1.2], window=1000)
+    accepted = [3, 1, 0, 2, 3, 3, 0, 1] * 125
+    chooser.next([[count] for count in accepted])
+    assert chooser.tokens(3) == pytest.approx(1 + sum(accepted) / len(accepted), rel=0.01)
+
+
+def test_the_prediction_stands_beside_the_measurement():
+    facts = []
+    chooser = settled(0.5, [1.0, 1.1, 1.2])
+    chooser.report(lambda kind, /, **fields: facts.append((fields["name"], fields["value"])))
+    told = dict(facts)
+    assert [told[f"cost of a round, K = {k}"] for k in (1, 2, 3)] == [1.0, 1.1, 1.2]
+    predicted, measured = (told[f"adaptive K, {kind} tokens of a round"] for kind in ("predicted", "measured"))
+    assert predicted == pytest.approx(measured, rel=0.1)
+    assert told["adaptive K, predicted time per token"] == pytest.approx(
+        told["adaptive K, predicted time of a round"] / predicted
+    )
+
+
+def test_a_request_of_one_window_has_nothing_to_compare():
+    facts = []
+    chooser = Chooser([1.0], window=10)
+    chooser.next([[1]])
+    chooser.report(lambda kind, /, **fields: facts.append(fields["name"]))
+    assert facts == ["cost of a round, K = 1"]
+
+
+def test_costs_are_measured_once_for_a_batch_size_of_a_model():
+    played = []
+    costs, model, limits = CostTable(), MockStepper(), Limits(new_tokens=1)
+    first = costs.of(model, 2, limits, 3, played.append)
+    assert len(first) == 3
+    assert set(played) == {1, 2, 3}
+    count = len(played)
+    assert costs.of(model, 2, limits, 3, played.append) == first
+    assert len(played) == count
+    costs.of(model, 1, limits, 3, played.append)
+    assert len(played) == 2 * count
+    costs.of(MockStepper(), 2, limits, 3, played.append)
+    assert len(played) == 3 * count
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=9), min_size=1, max_size=3),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 9),
+)
+def test_text_is_the_same_with_a_k_that_changes(prompts, k, window, look, seed):
+    model, limits = MockStepper(seed=seed), Limits(new_tokens=25, stop_tokens=(0,))
+    requests = [Prompt(tuple(ids), row) for row, ids in enumerate(prompts)]
+    wanted, _ = answer_with_records(SpeculativeDecoder(NgramDraft(), k), model, requests, limits)
+    decoder = SpeculativeDecoder(NgramDraft(), k, window=window, look=look)
+    answers, records = answer_with_records(decoder, model, requests, limits)
+    assert answers == wanted
+    check_records(records, answers)
+    assert all(r["drafted"] <= k for r in records if r["kind"] == "round")
+
+
+def test_an_adaptive_decoder_conforms():
+    check_decoder(SpeculativeDecoder(NgramDraft(), 2, window=2))

@@ -1,0 +1,149 @@
+"""Drafts in a plan: another model of it by its name, and layers of the model itself."""
+
+import json
+
+import pytest
+import torch
+from mambabench.harness.cli import main
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["<s>", "</s>", "<unk>", *(f"w{number}" for number in range(30))]
+PLAN = """
+schema = 1
+name = "drafts"
+[teacher]
+path = "teacher"
+[data]
+text = "text.txt"
+[models.pure]
+use = "mamba2-hybrid"
+keep = 0
+[decoders.plain]
+use = "standard"
+[decoders.drafted]
+use = "speculative"
+draft = { use = "model", model = "pure" }
+k = 3
+adapt = true
+window = 2
+look = 2
+[decoders.layers]
+use = "speculative"
+draft = { use = "layers", count = 2 }
+[suites.same]
+use = "losslessness"
+data = "text"
+prompts = 4
+prompt_tokens = 8
+new_tokens = 16
+batch = [1, 3]
+[suites.speed]
+use = "speed"
+data = "text"
+prompt_tokens = 8
+new_tokens = 24
+pairs = 2
+[[skip]]
+steps = "*/layers/speed"
+why = "one arm is enough"
+[[skip]]
+steps = "pure/*/speed"
+why = "one model is enough"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random teacher that repeats itself, a text, and the plan."""
+    folder = tmp_path_factory.mktemp("drafts")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(
+        **sizes,
+        vocab_size=len(WORDS),
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "teacher")
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "teacher")
+    texts = [" ".join(f"w{(7 * line + 3 * place) % 30}" for place in range(20)) for line in range(12)]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    (folder / "plan.toml").write_text(PLAN, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_plan_drafts_with_its_models_and_their_layers(folder, mambabench):
+    done = mambabench("run", folder / "plan.toml", "--store", folder / "store")
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = {}
+    for outcome in (folder / "store" / "steps").glob("*/outcome.json"):
+        labels = json.loads(outcome.with_name("step.json").read_text())["labels"]
+        measured |= dict.fromkeys(labels, json.loads(outcome.read_text()))
+    same = [outcome for label, outcome in measured.items() if "/same@" in label]
+    assert len(same) == 4
+    assert {outcome["state"] for outcome in measured.values()} == {"ok"}
+    told = {fact["name"] for fact in measured["teacher/drafted/speed@seed0"]["facts"]}
+    assert {f"adaptive K, {kind} time per token" for kind in ("predicted", "measured")} <= told
+    own = {fact["name"]: fact["value"] for fact in measured["pure/drafted/same@seed0"]["facts"]}
+    assert own["rounds that reject a draft token"] == 0, "a model that drafts for itself is always right"
+
+
+def test_a_draft_of_an_unknown_model_is_refused_while_planning(folder, mambabench):
+    done = mambabench("plan", folder / "plan.toml", "--set", "decoders.drafted.draft.model=pur")
+    assert done.returncode == 1
+    assert "decoders.drafted.draft.model: unknown model 'pur'; did you mean 'pure'?" in done.stderr
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """`run(*arguments)` in this process, where the model stack is loaded already: exit code, output, errors."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as done:
+            main([str(argument) for argument in arguments])
+        return done.value.code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), ["tokens/s"]),
+        (("--draft", "ngram", "--k", "2"), ["tokens a round"]),
+        (("--draft", "teacher", "--k", "2"), ["3.00 tokens a round, 100% of drafts accepted (by position 100% 100%)"]),
+        (("--draft", "layers", "--option", "draft.count=1", "--option", "adapt=true", "--k", "2"), ["measured"]),
+    ],
+)
+def test_generate_streams_text_and_tells_of_acceptance(folder, run, options, said):
+    options = [folder / "teacher" if option == "teacher" else option for option in options]
+    common = ("generate", folder / "teacher", "--prompt", "w1 w2", "--new-tokens", 31, "--dtype", "float64")
+    _, plain, _ = run(*common)
+    code, text, timing = run(*common, *options)
+    assert (code, text) == (0, plain)
+    assert text.startswith("w1 w2 w")
+    assert "31 tokens, first after" in timing
+    assert all(words in timing for words in said), timing
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--draft", "ngrm"), "--draft ngrm: neither the folder of a model nor a draft; did you mean 'ngram'?"),
+        (("--option", "window=0", "--k", "2"), "window is 0; it must be at least 1"),
+        (("--draft", "layers", "--option", "draft.layers=[9]"), "there is no layer 9 in a model of 4"),
+        (("--gpus", "99"), "device 'cuda:0': torch finds no such device here"),
+    ],
+)
+def test_what_generate_cannot_do_is_one_line(folder, run, options, line):
+    code, _, told = run("generate", folder / "teacher", *options)
+    assert code == 1
+    assert line in told

@@ -1,0 +1,80 @@
+"""Rounds on the device: the text of the CPU, and no wait for the host."""
+
+import pytest
+import torch
+from mambabench.backends.config import HybridConfig
+from mambabench.backends.graphs import VARIABLE
+from mambabench.backends.model import HybridForCausalLM
+from mambabench.backends.stepper import HybridStepper
+from mambabench.decoders.ngram import NgramDraft
+from mambabench.decoders.play import Rounds
+from mambabench.decoders.plugin import LayersConfig, StandardConfig
+from mambabench.decoders.speculative import SpeculativeDecoder
+from mambabench.decoders.standard import StandardDecoder
+from mambabench.decoders.stepping import LayersDraft
+from mambabench.harness.interfaces import Limits, Prompt, silent
+from mambabench.harness.mockmodel import MockTokenizer
+
+pytestmark = pytest.mark.gpu
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PROMPTS = [Prompt(tuple(range(1, 2 + 3 * row)), row) for row in range(4)]
+
+
+def hybrid(device: str, dtype: torch.dtype) -> HybridStepper:
+    torch.manual_seed(0)
+    model = HybridForCausalLM(
+        HybridConfig(
+            vocab_size=len(LETTERS) + 1,
+            hidden_size=64,
+            intermediate_size=96,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            mixers=["attention", "mamba2", "attention", "mamba2"],
+        )
+    )
+    return HybridStepper(model.to(device, dtype), MockTokenizer(LETTERS))
+
+
+def drafts():
+    return {"none": None, "ngram": NgramDraft(), "layers": LayersDraft(LayersConfig())}
+
+
+@pytest.mark.parametrize("draft", drafts())
+@pytest.mark.parametrize("limits", [{}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9}])
+def test_the_text_is_that_of_the_cpu(draft, limits):
+    limits = Limits(new_tokens=40, stop_tokens=(3,), **limits)
+
+    def decoder(look):
+        of = drafts()[draft]
+        return StandardDecoder(StandardConfig(look=look)) if of is None else SpeculativeDecoder(of, 3, look=look)
+
+    here = decoder(1).generate(hybrid("cpu", torch.float64), PROMPTS, limits, silent)
+    there = decoder(4).generate(hybrid("cuda", torch.float64), PROMPTS, limits, silent)
+    assert there == here
+
+
+@pytest.mark.parametrize("draft", drafts())
+@pytest.mark.parametrize("limits", [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9}])
+@pytest.mark.parametrize("way", ["", "off"], ids=["recorded", "eager"])
+def test_a_round_does_not_wait_for_the_host(draft, limits, way, monkeypatch):
+    monkeypatch.setenv(VARIABLE, way)
+    model, of = hybrid("cuda", torch.bfloat16), drafts()[draft]
+    limits = Limits(new_tokens=60, stop_tokens=(3,), **limits)
+    rounds = Rounds(model, PROMPTS, limits, 4 if of else 1, draft=of, look=6)
+    rounds.prefill()
+    if of is not None:
+        rounds.open_draft()
+    for _ in range(3):
+        rounds.play(3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            rounds.play(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(rounds.board.results.read(6)) == 6
+    assert bool(rounds.board.recorded) == (way != "off")

@@ -1,0 +1,31 @@
+import pytest
+from mambabench.decoders.plugin import ScriptedConfig
+from mambabench.decoders.scripted import acceptance, scripted
+from mambabench.harness.conformance_decoders import answer_with_records, check_decoder, check_records
+from mambabench.harness.interfaces import Limits, Prompt
+from mambabench.harness.metrics import mean_accepted_length
+from mambabench.harness.mockmodel import MockStepper
+
+
+@pytest.mark.parametrize(("k", "tokens"), [(4, 3.0), (4, 3.9), (1, 1.5), (8, 2.0)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rounds_have_the_tokens_that_were_asked_for(k, tokens, temperature):
+    decoder = scripted(ScriptedConfig(k=k, tokens=tokens, look=3))
+    prompts = [Prompt((1, 2), row) for row in range(40)]
+    limits = Limits(new_tokens=200, temperature=temperature)
+    answers, records = answer_with_records(decoder, MockStepper(), prompts, limits)
+    check_records(records, answers)
+    accepted = [r["accepted"] for r in records if r["kind"] == "round"]
+    assert mean_accepted_length(accepted) == pytest.approx(tokens, rel=0.05)
+    assert {r["drafted"] for r in records if r["kind"] == "round"} == {k}
+
+
+def test_limits_and_records_are_kept_though_the_text_means_nothing():
+    check_decoder(scripted(ScriptedConfig()), lossless=False)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_rate_gives_the_tokens(k):
+    for tokens in (1.01, (k + 2) / 2, k + 0.99):
+        rate = acceptance(tokens, k)
+        assert sum(rate**place for place in range(k + 1)) == pytest.approx(tokens)
