@@ -126,8 +126,8 @@ class HfStepper(OwnLoop):
     def generate(self, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
         """Continues all prompts as one left-padded batch. Each step is a burst of one token a row.
 
-        Above temperature 0 the random numbers are torch's, seeded by the limits' seed: the text depends on what else
-        is in the batch.
+        Above temperature 0 the random numbers are torch's, seeded by the limits' seed and the first prompt's sequence:
+        the text depends on what else is in the batch.
         """
         if not prompts:
             return []
@@ -141,7 +141,7 @@ class HfStepper(OwnLoop):
         rows = _Rows(len(prompts), max(lengths), limits, self.tokenizer, emit)
         devices = [torch.device(self.device)] if self.device.startswith("cuda") else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(limits.seed)
+            torch.manual_seed(self.seed(prompts, limits))
             self.model.generate(
                 ids.to(self.device),
                 attention_mask=mask.to(self.device),
@@ -169,11 +169,10 @@ class HfStepper(OwnLoop):
         return Scores(logprob, greedy, gap)
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
-        """The weights, each read once and 2 FLOPs a token; what the model's own cache holds is not known here."""
-        held = {p.data_ptr(): p for p in self.model.parameters()}
-        size = sum(p.nbytes for p in held.values())
-        flops = 2 * batch * steps * sum(p.numel() for p in held.values())
-        return Cost(weight_bytes=size, kv_bytes=0, state_bytes=0, flops=flops, held_weight_bytes=size)
+        """`weights_cost`."""
+        head: Any = self.model.get_output_embeddings()
+        embedding: Any = self.model.get_input_embeddings()
+        return self.weights_cost(self.model, embedding.weight, None if head is None else head.weight, batch * steps)
 
 
 class _Rows(StoppingCriteria):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..harness.interfaces import Limits, MambabenchError, Prompt, Unsupported
+from ..harness.interfaces import Cost, Limits, MambabenchError, Prompt, Unsupported
+from ..kernels.rounds import streams
 
 
 class OwnLoop:
@@ -41,3 +43,21 @@ class OwnLoop:
         if max(lengths) + limits.new_tokens > self.max_context:
             asked = f"{max(lengths)} + {limits.new_tokens}"
             raise MambabenchError(f"generate: {asked} tokens do not fit in the context of {self.max_context}")
+
+    def seed(self, prompts: Sequence[Prompt], limits: Limits) -> int:
+        """For torch's generator: one of its own for each batch, or a prompt that is asked again draws the same."""
+        return int(streams(limits.seed, torch.tensor(prompts[0].sequence)))
+
+    def weights_cost(self, model: nn.Module, embedding: Tensor, head: Tensor | None, tokens: int) -> Cost:
+        """The weights, each read once and 2 FLOPs a token, without an embedding of which a step reads a few rows; what
+        the model's own cache holds is not known."""
+        held = {p.data_ptr(): p for p in model.parameters()}
+        tied = head is not None and head.data_ptr() == embedding.data_ptr()
+        read = [p for at, p in held.items() if tied or at != embedding.data_ptr()]
+        return Cost(
+            weight_bytes=sum(p.nbytes for p in read),
+            kv_bytes=0,
+            state_bytes=0,
+            flops=2 * tokens * sum(p.numel() for p in read),
+            held_weight_bytes=sum(p.nbytes for p in held.values()),
+        )

@@ -138,17 +138,18 @@ class MambaSsmStepper(OwnLoop):
         if len({len(prompt.ids) for prompt in prompts}) > 1:
             raise Unsupported("backend mamba-ssm: its generate takes prompts of one length at a time")
         ids = torch.tensor([prompt.ids for prompt in prompts], device=self.device)
-        first_s, new = self._timed(ids, 1, limits)
+        seed = self.seed(prompts, limits)
+        first_s, new = self._timed(ids, 1, limits, seed)
         rows = range(len(prompts))
         for row in rows:
             emit("burst", row=row, burst=0, at_s=first_s, tokens=1)
         if limits.new_tokens > 1:
-            all_s, new = self._timed(ids, limits.new_tokens, limits)
+            all_s, new = self._timed(ids, limits.new_tokens, limits, seed)
             for row in rows:
                 emit("burst", row=row, burst=1, at_s=all_s, tokens=limits.new_tokens - 1)
         return [make_answer(self._until_end(row, limits), limits, self.tokenizer) for row in new.tolist()]
 
-    def _timed(self, ids: Tensor, count: int, limits: Limits) -> tuple[float, Tensor]:
+    def _timed(self, ids: Tensor, count: int, limits: Limits, seed: int) -> tuple[float, Tensor]:
         """Seconds, and the new tokens int64 [B, count]."""
         filters: dict[str, Any] = {"top_k": 1}
         if limits.temperature > 0:
@@ -156,7 +157,7 @@ class MambaSsmStepper(OwnLoop):
             filters = {"top_k": limits.top_k, "top_p": top_p, "temperature": limits.temperature}
         on_gpu = self.device.startswith("cuda")
         with torch.random.fork_rng([torch.device(self.device)] if on_gpu else []):
-            torch.manual_seed(limits.seed)
+            torch.manual_seed(seed)
             began = time.perf_counter()
             whole = self.model.generate(ids, max_length=ids.shape[1] + count, cg=on_gpu, **filters)
             if on_gpu:
@@ -184,8 +185,6 @@ class MambaSsmStepper(OwnLoop):
         return Scores(logprob, greedy, gap)
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
-        """The weights, each read once and 2 FLOPs a token; what its own cache holds is not known here."""
-        held = {p.data_ptr(): p for p in self.model.parameters()}
-        size, numbers = sum(p.nbytes for p in held.values()), sum(p.numel() for p in held.values())
-        flops = 2 * batch * steps * numbers
-        return Cost(weight_bytes=size, kv_bytes=0, state_bytes=0, flops=flops, held_weight_bytes=size)
+        """`weights_cost`."""
+        embedding = self.model.backbone.embedding.weight
+        return self.weights_cost(self.model, embedding, self.model.lm_head.weight, batch * steps)

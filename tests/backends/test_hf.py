@@ -174,6 +174,25 @@ def test_sampling_depends_on_the_seed_and_leaves_torch_alone(folders: dict[str, 
     assert sampled(0, top_p=1e-6) == greedy
 
 
+def test_a_prompt_that_is_asked_again_under_another_number_draws_another_text(
+    folders: dict[str, Path], backend: HfBackend
+) -> None:
+    model, limits = backend.load(folders["llama"], "cpu", "float32"), Limits(new_tokens=16, temperature=1.0)
+    one, other = (model.generate([Prompt((3, 4), sequence)], limits, silent)[0].ids for sequence in (0, 1))
+    assert one != other
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_reads_all_weights_but_an_embedding_that_is_no_head(
+    name: str, folders: dict[str, Path], backend: HfBackend
+) -> None:
+    model = backend.load(folders[name], "cpu", "float32")
+    cost, whole = model.cost(2, 8, 1), 4 * backend.describe(folders[name])["parameters"]
+    table = 0 if model.model.config.tie_word_embeddings else 4 * 61 * 32
+    assert (cost.weight_bytes, cost.held_weight_bytes) == (whole - table, whole)
+    assert cost.flops == 2 * 2 * (whole - table) // 4
+
+
 def test_what_needs_steps_is_unsupported_and_says_why(folders: dict[str, Path], backend: HfBackend) -> None:
     model = backend.load(folders["llama"], "cpu", "float32")
     with pytest.raises(Unsupported, match=r"needs a backend that can roll back \(trait `rollback`\)"):
