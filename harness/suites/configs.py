@@ -80,12 +80,18 @@ class LosslessnessConfig:
     temperature: float = 0.0
     """Above 0 texts are drawn, and what is held against plain decoding is their distribution."""
     draws: int = 256
-    """How often each prompt is asked then; a part of them at each batch size."""
+    """How often each prompt is asked then, at least 10 times for each new token behind the first; a part of them at
+    each batch size."""
 
     def __post_init__(self) -> None:
         _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1, temperature=0, draws=20)
         if self.temperature and self.new_tokens < 2:
             raise ValueError(f"new_tokens is {self.new_tokens}; texts that are drawn need at least 2")
+        if self.temperature and self.draws < (least := 10 * (self.new_tokens - 1)):
+            # A text gives one token to compare, and rarer ones share a cell: nothing would be left to compare.
+            raise ValueError(
+                f"draws is {self.draws}; texts of {self.new_tokens} new_tokens need at least {least}, or fewer new_tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

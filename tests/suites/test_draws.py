@@ -23,6 +23,12 @@ def probability(records, metric):
     return gammaincc(sum(r["weight"] for r in drawn) / 2, sum(r["value"] for r in drawn) / 2)
 
 
+def test_draws_that_leave_no_token_to_compare_are_refused():
+    with pytest.raises(ValueError, match="draws is 256; texts of 64 new_tokens need at least 630"):
+        LosslessnessConfig(data="text", temperature=1.0)
+    assert LosslessnessConfig(data="text", temperature=1.0, draws=630).draws == 630
+
+
 def test_speculation_draws_from_the_distribution_of_plain_decoding(measure, lookup, plain):
     records = measure(Losslessness(CONFIG), TEXTS, lookup, plain)
     assert min(probability(records, metric) for metric in ("tokens", "likelihood")) > 1e-3
