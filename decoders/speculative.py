@@ -8,6 +8,7 @@ With a draft that samples, rejection sampling keeps the distribution (`sampling.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..harness.interfaces import (
     Answer,
@@ -80,7 +81,8 @@ class SpeculativeDecoder:
             return []
         if "rollback" not in model.traits:
             raise Unsupported("speculative decoding needs a backend that can roll back (trait `rollback`)")
-        batch = Batch(model, prompts, limits, emit, on_text)
+        told = emit if self.script is None else _scripted(emit, self.script)
+        batch = Batch(model, prompts, limits, told, on_text)
         rounds = self.rounds(model, prompts, limits)
         batch.begin(rounds.prefill())
         if not batch.running:
@@ -105,3 +107,12 @@ class SpeculativeDecoder:
     ) -> dict[str, tuple[float, str]]:
         """`harness.interfaces.Decoder`: one round, of the most drafts, taken apart."""
         return breakdown(self, model, prompts, limits, count)
+
+
+def _scripted(emit: Emit, rate: float) -> Emit:
+    """Says of each round that its verdict was chance."""
+
+    def marked(kind: str, /, **fields: Any) -> None:
+        emit(kind, **fields, **({"scripted": rate} if kind == "round" else {}))
+
+    return marked

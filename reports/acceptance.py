@@ -32,7 +32,8 @@ class Acceptance:
     note = (
         "Over all rounds, short drafts included: the mean accepted length is 1 + the sum of the acceptance per "
         "position. Accepting and rejecting: shares of rounds in which at least one drafted token is accepted, or "
-        "rejected; a round that drafts nothing does neither."
+        "rejected; a round that drafts nothing does neither. Scripted: drafts stood by chance at this rate, whatever "
+        "the model said."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -54,6 +55,7 @@ class Acceptance:
                     "k": int(figures["k"]),
                     "rounds": int(figures["rounds"]),
                     "accepted length": accepted_length(groups[who]),
+                    "scripted %": scripted(groups[who]),
                     **dict(_positions(figures["by_position"])),
                     "accepting %": percent(figures["share_accepting"]),
                     "rejecting %": percent(figures["share_rejecting"]),
@@ -63,7 +65,7 @@ class Acceptance:
             return None
         longest = max((int(row.get("k", 0)) for row in rows), default=0)
         positions = [name for name, _ in _positions([0.0] * longest)]
-        figures = ["accepted length", "k", *positions, "rounds", "accepting %", "rejecting %"]
+        figures = ["scripted %", "accepted length", "k", *positions, "rounds", "accepting %", "rejecting %"]
         frame = table_of(with_teachers(results, rows, cells), [*WHO, "state", *figures])
         return drop_empty(only_failures(frame), figures)
 
@@ -91,6 +93,12 @@ def accepted_length(rounds: pd.DataFrame) -> st.Estimate:
     """Tokens per round; the rounds of one text are a cluster."""
     texts = rounds["key"].astype(str) + ":" + rounds["block"].astype(str) + ":" + rounds["row"].astype(str)
     return st.ratio(rounds["accepted"] + 1, [1.0] * len(rounds), texts.to_numpy(dtype=str))
+
+
+def scripted(rounds: pd.DataFrame) -> float | None:
+    """The chance at which drafts stood, in percent; None where the model judged them."""
+    rates = rounds["scripted"].dropna() if "scripted" in rounds else ()
+    return 100 * float(rates.mean()) if len(rates) else None
 
 
 def _positions(shares: list[float]) -> Iterator[tuple[str, float]]:

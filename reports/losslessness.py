@@ -11,6 +11,7 @@ import pandas as pd
 from ..harness import statistics as st
 from ..harness.metrics import acceptance_frame
 from ..harness.results import Results
+from .acceptance import scripted
 from .options import NoOptions
 from .rows import (
     WHO,
@@ -50,7 +51,7 @@ class Losslessness:
         "Sampled text: the probability that two samples of one distribution are as unlike (chi-square of tokens and "
         f"of how likely texts are), at least {UNLIKELY:g}. Beside that: tokens that one parallel run over the text "
         "would choose as well, distinct runs of four tokens, and the shares of rounds that accept, or reject, a "
-        "drafted token."
+        "drafted token; scripted where that was chance at this rate."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -64,6 +65,7 @@ class Losslessness:
         states = failures(cells, WHO)
         samples, rounds = (of_suites(frame, suites) for frame in (results.samples, results.rounds))
         groups = dict(iter(samples.groupby(WHO, sort=False)))
+        played = dict(iter(rounds.groupby(WHO, sort=False)))
         shares = acceptance_frame(rounds, by=WHO).set_index(WHO).to_dict("index") if len(rounds) else {}
         rows: list[dict[str, Any]] = []
         for who in in_plan_order(results, [*groups, *states]):
@@ -86,6 +88,7 @@ class Losslessness:
                     "drawn p": drawn_p(mine),
                     "parallel argmax %": _share(mine, "parallel_argmax"),
                     "distinct 4-grams %": _share(mine, "distinct_4grams"),
+                    "scripted %": scripted(played[who]) if who in played else None,
                     "accepted length": of.get("mean_accepted_length"),
                     "k": of.get("k"),
                     "accepting %": percent(of.get("share_accepting")),
@@ -94,7 +97,7 @@ class Losslessness:
             rows.append(row)
         texts = ["lossless", "texts", "equal", "tokens", "noise", "beyond noise", "excused %", "reference's %"]
         texts += ["drawn p", "parallel argmax %", "distinct 4-grams %"]
-        drafts = ["accepted length", "k", "accepting %", "rejecting %"]
+        drafts = ["scripted %", "accepted length", "k", "accepting %", "rejecting %"]
         frame = table_of(with_teachers(results, rows, cells), [*WHO, "state", *texts, *drafts])
         if frame["suite"].nunique() <= 1:
             frame = frame.drop(columns="suite")

@@ -9,7 +9,7 @@ import pandas as pd
 from ..harness import statistics as st
 from ..harness.metrics import REQUEST, block_frame
 from ..harness.results import Results
-from .acceptance import accepted_length
+from .acceptance import accepted_length, scripted
 from .losslessness import Check
 from .options import NoOptions
 from .rows import (
@@ -29,7 +29,17 @@ from .rows import (
 LEVEL = 0.95
 MEGA = 1e6
 FIGURES = (
-    *("TPOT ms", "speed-up", "lossless", "tokens/s", "accepted length", "TTFT ms", "reference TPOT ms", "k"),
+    *(
+        "TPOT ms",
+        "speed-up",
+        "lossless",
+        "tokens/s",
+        "scripted %",
+        "accepted length",
+        "TTFT ms",
+        "reference TPOT ms",
+        "k",
+    ),
     *("of predicted", "bandwidth %", "distinct 4-grams %"),
     *("weights MB", "KV MB", "state MB", "peak MB", "blocks"),
 )
@@ -45,10 +55,11 @@ class Speed:
         "Speed-up: reference TPOT / TPOT, both of the same process and prompts, with a "
         f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where text of that "
         "temperature was checked to be the reference decoder's, for every seed and on the same kind of device. "
-        "Accepted length: tokens per round, the bonus token included. Distinct 4-grams: of the runs of four tokens in "
-        "a text, those that are different; text that loops has few. Bandwidth: the bytes that a plain step must move, "
-        "over TPOT and the bandwidth of a copy measured beside it. Of predicted: the speed of adaptive rounds over "
-        "that which their acceptance and costs predicted."
+        "Accepted length: tokens per round, the bonus token included. Scripted: drafts stood by chance at this rate, "
+        "whatever the model said, so the speed is that of drafts as good. Distinct 4-grams: of the runs of four tokens "
+        "in a text, those that are different; text that loops has few. Bandwidth: the bytes that a plain step must "
+        "move, over TPOT and the bandwidth of a copy measured beside it. Of predicted: the speed of adaptive rounds "
+        "over that which their acceptance and costs predicted."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -183,5 +194,6 @@ def _accepted_lengths(results: Results, requests: list[str]) -> dict[tuple[Any, 
         return {}
     found = {}
     for of, group in rounds.groupby(["model", "decoder", *requests], sort=False, dropna=False):
-        found[of] = {"accepted length": accepted_length(group), "k": int(group["drafted"].max())}
+        lengths = {"accepted length": accepted_length(group), "k": int(group["drafted"].max())}
+        found[of] = {**lengths, "scripted %": scripted(group)}
     return found

@@ -77,7 +77,9 @@ def generate(
             chosen = _draft(draft, loaded)
             if chosen["use"] == "model":
                 models[chosen["model"]] = _artifact(Path(draft), Path(scratch) / "draft", loaded)
-            table["draft"] = {**table.get("draft", {}), **chosen}
+            if not isinstance(options_of := table.get("draft", {}), Mapping):
+                raise MambabenchError(f"--option draft={options_of} and --draft {draft}: say one of them")
+            table["draft"] = {**options_of, **chosen}
         maker: Decoder = plugins.build(Structurer(loaded).choice("decoder", table))
         if isinstance(maker, Binds):
             maker.bind(models)
@@ -118,7 +120,8 @@ def summary(events: list[dict[str, Any]]) -> list[str]:
         shares = f", {metrics.acceptance_rate(drafted, accepted):.0%} of drafts accepted" if any(drafted) else ""
         by_place = f" (by position {' '.join(f'{place:.0%}' for place in places)})" if places else ""
         length = metrics.mean_accepted_length(accepted)
-        lines.append(f"[{len(rounds)} rounds, {length:.2f} tokens a round{shares}{by_place}]")
+        script = ", by a script" if "scripted" in rounds[0] else ""
+        lines.append(f"[{len(rounds)} rounds, {length:.2f} tokens a round{shares}{by_place}{script}]")
     times = [facts.get(f"adaptive K, {kind} time per token") for kind in ("predicted", "measured")]
     if None not in times:
         said, came = (f"{1 / seconds:.1f}" for seconds in times if seconds)

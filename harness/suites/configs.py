@@ -90,7 +90,7 @@ class LosslessnessConfig:
         if self.temperature and self.draws < (least := 10 * (self.new_tokens - 1)):
             # A text gives one token to compare, and rarer ones share a cell: nothing would be left to compare.
             raise ValueError(
-                f"draws is {self.draws}; texts of {self.new_tokens} new_tokens need at least {least}, or fewer new_tokens"
+                f"draws is {self.draws}; texts of {self.new_tokens} new_tokens need at least {least}, or be shorter"
             )
 
 

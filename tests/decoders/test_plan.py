@@ -140,6 +140,7 @@ def test_generate_streams_text_and_tells_of_acceptance(folder, run, options, sai
         (("--draft", "ngrm"), "--draft ngrm: neither the folder of a model nor a draft; did you mean 'ngram'?"),
         (("--option", "window=0", "--k", "2"), "window is 0; it must be at least 1"),
         (("--draft", "layers", "--option", "draft.layers=[9]"), "there is no layer 9 in a model of 4"),
+        (("--draft", "layers", "--option", "draft=ngram"), "--option draft=ngram and --draft layers: say one of them"),
         (("--gpus", "99"), "device 'cuda:0': torch finds no such device here"),
     ],
 )

@@ -18,6 +18,7 @@ def test_rounds_have_the_tokens_that_were_asked_for(k, tokens, temperature):
     accepted = [r["accepted"] for r in records if r["kind"] == "round"]
     assert mean_accepted_length(accepted) == pytest.approx(tokens, rel=0.05)
     assert {r["drafted"] for r in records if r["kind"] == "round"} == {k}
+    assert {r["scripted"] for r in records if r["kind"] == "round"} == {acceptance(tokens, k)}
 
 
 def test_limits_and_records_are_kept_though_the_text_means_nothing():

@@ -61,9 +61,12 @@ def timed(stores, tmp_path, frames_of):
         made["it"] = Timed(stores, tmp_path / "store", **options)
         return made["it"]
 
-    def found(table="speed"):
+    def found(table="speed", every=False):
         frame = frames_of(made["it"].builder.write())[table]
-        (row,) = frame[frame["decoder"] == "lookup"].to_dict("records")
+        rows = frame[frame["decoder"] == "lookup"].to_dict("records")
+        if every:
+            return rows
+        (row,) = rows
         return row
 
     return start, found
@@ -128,6 +131,22 @@ def test_sampled_text_was_not_checked(timed):
     store.check()
     assert not is_green(found())
     assert found()["lossless"] == "unchecked: sampled"
+
+
+@pytest.mark.parametrize("table", ["speed", "acceptance", "losslessness"])
+def test_scripted_acceptance_is_labelled_wherever_it_is_printed(timed, stores, table):
+    start, found = timed
+    store = start()
+    for suite, use in (("speed", "speed"), ("losslessness", "losslessness")):
+        timings, rounds = stores.bursts(store.rng, {"subject": 0.0015, "reference": 0.002}, accepted=0.6)
+        records = {"burst": timings, "round": [{**row, "scripted": 0.75} for row in rounds]}
+        if suite == "losslessness":
+            equal = [{**row, "metric": "equal", "value": 0.0} for row in stores.samples(store.rng, "batch 1", items=4)]
+            records = {"sample": equal, "round": records["round"]}
+        traits = ("pair", "alone") if suite == "speed" else ("pair",)
+        store.builder.step(f"teacher/lookup/{suite}@seed0", records=records, use=use, traits=traits)
+    row = next(row for row in found(table, every=True) if row["accepted length"])
+    assert row["scripted %"] == 75
 
 
 def test_a_check_that_compared_no_text_is_none(timed):
