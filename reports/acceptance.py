@@ -97,8 +97,9 @@ def accepted_length(rounds: pd.DataFrame) -> st.Estimate:
 
 def scripted(rounds: pd.DataFrame) -> float | None:
     """The chance at which drafts stood, in percent; None where the model judged them."""
-    rates = rounds["scripted"].dropna() if "scripted" in rounds else ()
-    return 100 * float(rates.mean()) if len(rates) else None
+    if "scripted" not in rounds or rounds["scripted"].isna().all():
+        return None
+    return 100 * float(rounds["scripted"].mean())
 
 
 def _positions(shares: list[float]) -> Iterator[tuple[str, float]]:

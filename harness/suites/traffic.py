@@ -11,9 +11,11 @@ SIZE = 1 << 30
 COPIES = 8
 
 
-def step_bytes(model: Stepper, batch: int, context: int) -> int:
-    """Least bytes of one plain step: weights, live caches, states read and written. Of a model with a loop of its own
-    only what its backend knows."""
+def step_bytes(model: Stepper, batch: int, context: int) -> int | None:
+    """Least bytes of one plain step: weights, live caches, states read and written. None for a model with a loop of its
+    own, of whose caches and states nothing is known."""
+    if "generate" in model.traits:
+        return None
     cost = model.cost(batch, context, 1)
     return cost.weight_bytes + cost.kv_bytes + cost.state_bytes
 

@@ -115,6 +115,18 @@ def test_a_backend_that_does_not_know_what_it_holds_has_no_sizes(measure, plain)
     assert names == {f"{what}, batch {batch}" for what in whats for batch in (1, 2)} | {"peak memory of the process"}
 
 
+def test_of_a_model_with_a_loop_of_its_own_no_bytes_of_a_step_are_told(measure, plain):
+    class Own(MockStepper):
+        traits = frozenset({"generate"})
+
+        def generate(self, prompts, limits, emit):
+            return plain.generate(MockStepper(), prompts, limits, emit)
+
+    told = {r["name"] for r in measure(Speed(CONFIG), TEXTS, plain, make=Own) if r["kind"] == "fact"}
+    assert "weights" in told
+    assert not any("bytes of a step" in name for name in told)
+
+
 def test_without_a_reference_there_is_one_arm_and_threads_come_back(measure, plain):
     before = torch.get_num_threads()
     records = measure(Speed(CONFIG), TEXTS, plain)
