@@ -285,9 +285,10 @@ class Kept:
         except torch.OutOfMemoryError:
             if not self._free:
                 raise
-            self.clear()
-            torch.cuda.empty_cache()
-            return make()
+        # Not before here: while the error is handled, its traceback holds what was made before it.
+        self.clear()
+        torch.cuda.empty_cache()
+        return make()
 
     def _give_back(self, state: State) -> None:
         self._free = [*self._free, state][-self._most :]
