@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,29 +57,41 @@ class _Call:
 
 class Recorder:
     """Records for all states of a model. The graphs share the memory of what lies between their kernels, since they
-    never run at the same time."""
+    never run at the same time.
 
-    def __init__(self) -> None:
+    cuBLAS's memory is a stream's, and torch gives it back with any graph that was recorded on that stream. So nobody
+    else records on a recorder's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.count = 0
         self.seconds = 0.0
         """Spent recording."""
+        self._device = device
+        self._stream: Any = None
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        """Those that there still are."""
 
     def record(self, work: Work, ids: Tensor, start: Tensor) -> tuple[Callable[[], None], Tensor]:
         """What starts the recorded call, and its logits, which every start overwrites."""
         found: list[Tensor] = []
-        with torch.cuda.device_of(ids):
-            replay = self.capture(lambda: found.append(work(ids, start)))
+        replay = self.capture(lambda: found.append(work(ids, start)))
         return replay, found[0]
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What starts the work, on the device that is the current one, again."""
+        """What starts the work again."""
         began = time.perf_counter()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            work()
+        with torch.cuda.device(self._device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            if not self._graphs:
+                # One whose graphs have all gone cannot be joined: torch asserts that somebody uses it.
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                work()
+        self._graphs.add(graph)
         self.count += 1
         self.seconds += time.perf_counter() - began
         return graph.replay

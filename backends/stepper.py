@@ -51,7 +51,7 @@ class HybridStepper:
         self.debug = debug
         """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
         self.graphs = wanted(weight.device) if graphs is None else graphs
-        self._recorder, self._kept = Recorder(), Kept()
+        self._recorder, self._kept = Recorder(weight.device), Kept()
         self._windows = [self.config.windows[index] for index in self.config.attention_layers]
         self._layers = list(model.model.layers)
         for layer in self._layers:

@@ -52,7 +52,7 @@ class Results:
     def sent(self) -> None:
         """Told once a round is on its way."""
         if self._events:
-            self._events[self._sent % len(self._events)].record()
+            self._events[self._sent % len(self._events)].record(torch.cuda.current_stream(self.ring.slots.device))
         self._sent += 1
 
     def drop(self) -> None:

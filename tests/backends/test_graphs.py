@@ -3,10 +3,13 @@
 Without a GPU a stand-in runs the recorded work again, on the same buffers, wherever a graph would be started.
 """
 
+import contextlib
 import gc
 import importlib
 import inspect
-from collections.abc import Callable
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,7 +124,9 @@ def test_kept_memory_makes_room_for_new(half: Path, monkeypatch: pytest.MonkeyPa
     whole, tries = stepper.open_state, []
 
     def full(*given):
-        tries.append(given)
+        assert not any(begun() is not None for begun in tries), "what the first try had made is still held"
+        begun = torch.zeros(1)
+        tries.append(weakref.ref(begun))
         if len(tries) == 1:
             raise torch.OutOfMemoryError("no room")
         return whole(*given)
@@ -173,6 +178,48 @@ def test_graphs_are_for_gpus_and_can_be_turned_off(
 ) -> None:
     monkeypatch.setenv(graphs.VARIABLE, variable)
     assert graphs.wanted(torch.device(device)) is want
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, object]]:
+    """Pool and stream of every capture, by stand-ins for torch's."""
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    found, numbers = [], itertools.count()
+
+    @contextlib.contextmanager
+    def graph(_: Graph, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        found.append((pool, stream))
+        yield
+
+    stands = {"CUDAGraph": Graph, "graph": graph, "device": lambda _: contextlib.nullcontext()}
+    stands |= {name: lambda: next(numbers) for name in ("Stream", "graph_pool_handle")}
+    for name, stand in stands.items():
+        monkeypatch.setattr(torch.cuda, name, stand)
+    return found
+
+
+def test_graphs_share_memory_only_with_graphs_that_there_still_are(captures: list[tuple[object, object]]) -> None:
+    recorder = graphs.Recorder(torch.device("cuda"))
+    held = [recorder.capture(lambda: None) for _ in range(3)]
+    assert len({pool for pool, _ in captures}) == 1
+    held.pop()
+    held.append(recorder.capture(lambda: None))
+    assert len({pool for pool, _ in captures}) == 1
+    held.clear()
+    recorder.capture(lambda: None)
+    assert len({pool for pool, _ in captures}) == 2
+
+
+def test_models_record_on_streams_of_their_own(captures: list[tuple[object, object]]) -> None:
+    for recorder in [graphs.Recorder(torch.device("cuda")) for _ in range(2)]:
+        for _ in range(2):
+            recorder.capture(lambda: None)
+    streams = [stream for _, stream in captures]
+    assert streams[0] == streams[1] != streams[2] == streams[3]
 
 
 @pytest.mark.gpu
