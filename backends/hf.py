@@ -40,8 +40,6 @@ UNBOUNDED = 1 << 20
 ATTENTION = re.compile(r"\.(\d+)\.(?:\w+\.)*?(?:\w*attn|\w*attention|mixer\.(?:q|qkv)_proj)\.")
 """In a tensor's name: the layer that has attention."""
 NOT_TAKEN = re.compile(r"\.(bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|py)$|^artifact\.json$|^\.")
-SCORED = 1 << 26
-"""Logits that `score` holds at a time, if one text has not more."""
 
 
 class HfBackend:
@@ -152,21 +150,9 @@ class HfStepper(OwnLoop):
 
     @torch.inference_mode()
     def score(self, ids: Tensor, lengths: Tensor) -> Scores:
-        """Scores ids [B, L] by the model's forward, a few rows at a time; padding is at the right and never read."""
-        targets = ids[:, 1:]
+        """`scored`."""
         kind = torch.float64 if self.model.dtype == torch.float64 else torch.float32
-        logprob = torch.zeros(targets.shape, dtype=kind, device=ids.device)
-        gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
-        count = max(1, SCORED // (self.vocab_size * max(ids.shape[1], 1)))
-        for first in range(0, ids.shape[0] if targets.shape[1] else 0, count):
-            part = slice(first, first + count)
-            logits = self.model(input_ids=ids[part, :-1], use_cache=False).logits.to(kind)
-            chosen = logits.gather(-1, targets[part, :, None])
-            logprob[part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            best = logits.argmax(-1, keepdim=True)
-            gap[part] = (logits.gather(-1, best) - chosen).squeeze(-1)
-            greedy[part] = best.squeeze(-1) == targets[part]
-        return Scores(logprob, greedy, gap)
+        return self.scored(lambda part: self.model(input_ids=part, use_cache=False).logits, ids, kind)
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         """`weights_cost`."""

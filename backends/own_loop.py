@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..harness.interfaces import Cost, Limits, MambabenchError, Prompt, Unsupported
+from ..harness.interfaces import Cost, Limits, MambabenchError, Prompt, Scores, Unsupported
 from ..kernels.rounds import streams
+
+SCORED = 1 << 26
+"""Logits that `scored` holds at a time, if one text has not more."""
 
 
 class OwnLoop:
@@ -17,6 +20,7 @@ class OwnLoop:
 
     traits = frozenset({"generate"})
     refusal = "this backend decodes with its own loop"
+    vocab_size: int
     max_context: int
 
     def open(self, batch: int, context: int, steps: int) -> Any:
@@ -47,6 +51,21 @@ class OwnLoop:
     def seed(self, prompts: Sequence[Prompt], limits: Limits) -> int:
         """For torch's generator: one of its own for each batch, or a prompt that is asked again draws the same."""
         return int(streams(limits.seed, torch.tensor(prompts[0].sequence)))
+
+    def scored(self, logits_of: Callable[[Tensor], Tensor], ids: Tensor, kind: torch.dtype) -> Scores:
+        """Scores ids [B, L] by the model's forward, a few rows at a time; padding is at the right and never read."""
+        targets = ids[:, 1:]
+        logprob = torch.zeros(targets.shape, dtype=kind, device=ids.device)
+        gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
+        count = max(1, SCORED // (self.vocab_size * max(ids.shape[1], 1)))
+        for first in range(0, ids.shape[0] if targets.shape[1] else 0, count):
+            part = slice(first, first + count)
+            logits = logits_of(ids[part, :-1]).to(kind)
+            chosen, best = logits.gather(-1, targets[part, :, None]), logits.argmax(-1, keepdim=True)
+            logprob[part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+            gap[part] = (logits.gather(-1, best) - chosen).squeeze(-1)
+            greedy[part] = best.squeeze(-1) == targets[part]
+        return Scores(logprob, greedy, gap)
 
     def weights_cost(self, model: nn.Module, embedding: Tensor, head: Tensor | None, tokens: int) -> Cost:
         """The weights, each read once and 2 FLOPs a token, without an embedding of which a step reads a few rows; what

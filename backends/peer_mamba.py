@@ -27,8 +27,6 @@ from .plugin import MambaSsmConfig
 from .weights import Weights, shards
 
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
-SCORED = 1 << 26
-"""Logits that `score` holds at a time, if one text has not more."""
 
 
 class MambaSsmBackend:
@@ -170,19 +168,8 @@ class MambaSsmStepper(OwnLoop):
 
     @torch.inference_mode()
     def score(self, ids: Tensor, lengths: Tensor) -> Scores:
-        """Scores ids [B, L] by the model's forward, a few rows at a time; padding is at the right and never read."""
-        targets = ids[:, 1:]
-        logprob = torch.zeros(targets.shape, dtype=torch.float32, device=ids.device)
-        gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
-        count = max(1, SCORED // (self.vocab_size * max(ids.shape[1], 1)))
-        for first in range(0, ids.shape[0] if targets.shape[1] else 0, count):
-            part = slice(first, first + count)
-            logits = self.model(ids[part, :-1]).logits.float()
-            chosen, best = logits.gather(-1, targets[part, :, None]), logits.argmax(-1, keepdim=True)
-            logprob[part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            gap[part] = (logits.gather(-1, best) - chosen).squeeze(-1)
-            greedy[part] = best.squeeze(-1) == targets[part]
-        return Scores(logprob, greedy, gap)
+        """`scored`."""
+        return self.scored(lambda part: self.model(part).logits, ids, torch.float32)
 
     def cost(self, batch: int, context: int, steps: int) -> Cost:
         """`weights_cost`."""
