@@ -29,7 +29,8 @@ class Rounds:
     note = (
         "One round of decoding taken apart; shares are of its whole time. Picks: sampling, verdicts and bookkeeping. "
         "Between: what passes between kernels where the next round is always waiting. Host: what a round takes more "
-        "in an answer. Without a GPU a part's time is all that passes in it. Means over seeds."
+        "in an answer. Without a GPU a part's time is all that passes in it. Means over seeds. A "
+        "decoder that names other parts has no row."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -45,6 +46,8 @@ class Rounds:
             mine = groups[who].assign(batch=groups[who]["batch"].astype(int))
             for batch, of in mine.groupby("batch"):
                 means = of.assign(value=of["value"].astype(float)).groupby("what")["value"].mean()
+                if not {"whole", *PARTS.values()} <= set(means.index):
+                    continue
                 whole = means["whole"]
                 shares = {name: 100 * means[part] / whole for name, part in PARTS.items()}
                 row = {**dict(zip(WHO, who, strict=True)), "batch": batch, "round ms": 1000 * whole, **shares}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import tempfile
 import tomllib
@@ -135,7 +136,8 @@ def shares(figures: Mapping[str, tuple[float, str]]) -> list[str]:
     """One round taken apart, a line for each part: its time and its share of the whole."""
     times = {name: value for name, (value, unit) in figures.items() if unit == "s"}
     width = max(map(len, times), default=0)
-    lines = [f"{name:{width}}  {1000 * s:9.4f} ms  {s / times['whole']:6.1%}" for name, s in times.items()]
+    whole = times.get("whole", math.nan)
+    lines = [f"{name:{width}}  {1000 * s:9.4f} ms  {s / whole:6.1%}" for name, s in times.items()]
     if "kernels" in figures:
         lines.append(f"{'kernels':{width}}  {figures['kernels'][0]:9.0f}")
     return [f"[{line}]" for line in lines]

@@ -41,5 +41,11 @@ def test_without_a_gpu_no_kernels_are_counted(stores, tmp_path):
     assert "kernels" not in frame(stores, tmp_path, plain_0=facts(1, 1.0))
 
 
+def test_a_decoder_that_names_other_parts_has_no_row(stores, tmp_path):
+    own = [{"name": "round, batch 1: my part", "value": 1.0, "arm": "subject"}]
+    table = frame(stores, tmp_path, own_0=own, lookup_0=facts(1, 1.0))
+    assert table["decoder"].tolist() == ["lookup"]
+
+
 def test_where_nothing_was_taken_apart_there_is_no_table(stores, tmp_path):
     assert frame(stores, tmp_path, plain_0=[]) is None
