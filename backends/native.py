@@ -69,8 +69,11 @@ def read_raw(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> HybridConfig:
-    """The config of such a folder. Raises Unsupported, naming the key, for what is not served."""
+    """The config of such a folder. Raises Unsupported, naming the key, for what is not served, and MambabenchError for
+    what describes no model."""
     path, raw = folder / "config.json", read_raw(folder)
+    if not isinstance(raw.get("ssm_cfg") or {}, dict):
+        raise MambabenchError(f"{path}: ssm_cfg is {raw['ssm_cfg']!r}; it must be a table of the layers' options")
     ssm = dict(raw.get("ssm_cfg") or {})
     if ssm.pop("layer", "Mamba1") != LAYER:
         raise Unsupported(f"{path}: ssm_cfg.layer is not {LAYER}; other layers run with backend mamba-ssm alone")
@@ -81,14 +84,15 @@ def read_config(folder: Path) -> HybridConfig:
     for name in ssm:
         if name not in (*OF_LAYERS, *SIZES, *DRAWN):
             raise Unsupported(f"{path}: ssm_cfg.{name} is not served; known are {', '.join(SIZES)}")
-    size = {name: int(ssm.get(name, default)) for name, default in SIZES.items()}
-    inner = size["expand"] * int(raw["d_model"])
+    size = {name: _whole(path, f"ssm_cfg.{name}", ssm.get(name, default)) for name, default in SIZES.items()}
+    hidden, layers = (_whole(path, name, raw[name]) for name in ("d_model", "n_layer"))
+    inner = size["expand"] * hidden
     if inner % size["headdim"]:
         raise Unsupported(f"{path}: ssm_cfg.headdim is {size['headdim']}, which does not divide {inner} channels")
     heads = inner // size["headdim"]
     return HybridConfig(
         vocab_size=raw["vocab_size"],
-        hidden_size=int(raw["d_model"]),
+        hidden_size=hidden,
         intermediate_size=0,
         num_attention_heads=heads,
         head_dim=size["headdim"],
@@ -98,13 +102,19 @@ def read_config(folder: Path) -> HybridConfig:
         bos_token_id=None,
         eos_token_id=None,
         tie_word_embeddings=bool(raw.get("tie_embeddings", True)),
-        mixers=["mamba2"] * int(raw["n_layer"]),
+        mixers=["mamba2"] * layers,
         d_conv=size["d_conv"],
         mamba_heads=heads,
         mamba_head_dim=size["headdim"],
         mamba_states=size["d_state"],
         mamba_groups=size["ngroups"],
     )
+
+
+def _whole(path: Path, name: str, value: object) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise MambabenchError(f"{path}: {name} is {value!r}; it must be a whole number of at least 1")
+    return value
 
 
 def raw_of(config: HybridConfig, where: Path) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Models of mamba-ssm: its checkpoints, and its layers by our engine."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from mambabench.backends import state as states
 from mambabench.backends.native import export, read_config
 from mambabench.harness.conformance import check_backend
-from mambabench.harness.interfaces import Unsupported
+from mambabench.harness.interfaces import MambabenchError, Unsupported
 from mambabench.kernels.support import Support
 from safetensors.torch import load_file
 
@@ -109,6 +111,22 @@ def test_every_number_comes_back_as_it_was(make, teacher_backend, tmp_path, pick
 def test_what_is_not_served_is_refused_by_its_key(make, teacher_backend, tmp_path, changes, named):
     with pytest.raises(Unsupported, match=named):
         teacher_backend.convert(make(**changes)[0], [], tmp_path / "ours", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"n_layer": "4"}, "n_layer is '4'; it must be a whole number of at least 1"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}, r"ssm_cfg\.headdim is 0; it must be a whole number"),
+        ({"ssm_cfg": ["Mamba2"]}, "ssm_cfg is .*; it must be a table"),
+    ],
+)
+def test_a_size_that_is_none_is_one_line_with_its_key(make, changes, line):
+    folder = make()[0]
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(MambabenchError, match=line):
+        read_config(folder)
 
 
 def test_hybrids_and_models_of_mamba_ssm_do_not_become_each_other(half, make, hybrid_backend, tmp_path):
