@@ -29,15 +29,18 @@ class Rounds:
     note = (
         "One round of decoding taken apart; shares are of its whole time. Picks: sampling, verdicts and bookkeeping. "
         "Between: what passes between kernels where the next round is always waiting. Host: what a round takes more "
-        "in an answer. Without a GPU a part's time is all that passes in it. Means over seeds. A "
-        "decoder that names other parts has no row."
+        "in an answer. Without a GPU a part's time is all that passes in it. Means over seeds, "
+        "and of the plan's first decoder over all that it was measured beside. A decoder that names other parts has no "
+        "row."
     )
 
     def __init__(self, config: NoOptions) -> None:
         self.config = config
 
     def frame(self, results: Results) -> pd.DataFrame | None:
-        facts = results.facts[results.facts["arm"] == "subject"]
+        facts = results.facts[results.facts["arm"].isin(["subject", "reference"])]
+        first = results.decoders[0] if results.decoders else ""
+        facts = facts.assign(decoder=facts["decoder"].where(facts["arm"] == "subject", first))
         named = facts["name"].str.extract(FACT).set_axis(["batch", "what"], axis=1)
         facts = facts.assign(**named).dropna(subset="what")
         rows: list[dict[str, Any]] = []

@@ -8,13 +8,13 @@ from mambabench.reports.rounds import Rounds
 PARTS = {"draft kernels": 1.0, "target kernels": 6.0, "picks and bookkeeping": 0.5, "between kernels": 2.0}
 
 
-def facts(batch, scale, kernels=None):
+def facts(batch, scale, kernels=None, arm="subject"):
     told = {**PARTS, "waiting for the host": 0.5, "whole": 10.0}
     named = [{"name": f"round, batch {batch}: {what}", "value": scale * ms / 1e3} for what, ms in told.items()]
     named.append({"name": f"round, batch {batch}: not in draft or target, share", "value": 0.3})
     if kernels is not None:
         named.append({"name": f"round, batch {batch}: kernels", "value": kernels})
-    return [{**fact, "arm": arm} for fact in named for arm in ("subject", "reference")]
+    return [{**fact, "arm": arm} for fact in named]
 
 
 def frame(stores, folder, **told):
@@ -35,6 +35,13 @@ def test_shares_are_of_the_whole_round(stores, tmp_path):
     for name, share in zip(("draft %", "target %", "picks %", "between %", "host %"), (10, 60, 5, 20, 5), strict=True):
         assert table[name].tolist() == pytest.approx([share] * 3)
     assert table["not draft or target %"].tolist() == pytest.approx([30] * 3)
+
+
+def test_rounds_of_the_reference_are_the_first_decoder_s(stores, tmp_path):
+    told = [[*facts(1, 1.0), *facts(1, scale, arm="reference")] for scale in (0.25, 0.75)]
+    table = frame(stores, tmp_path, lookup_0=told[0], lookup_1=told[1])
+    assert table[["decoder", "batch"]].values.tolist() == [["plain", 1], ["lookup", 1]]
+    assert table["round ms"].tolist() == pytest.approx([5, 10])
 
 
 def test_without_a_gpu_no_kernels_are_counted(stores, tmp_path):
