@@ -271,3 +271,40 @@ def test_on_a_gpu_a_callers_graph_takes_a_call_in(half: Path) -> None:
     for step in range(3):
         graph.replay()
         assert torch.equal(chosen, want[step])
+
+
+def texts(model: HybridStepper, device: str) -> list[torch.Tensor]:
+    """Logits of five calls, the first as it is, the second recorded."""
+    state = model.open(2, 40, 1)
+    model.prefill(torch.ones(2, 3, dtype=torch.int64, device=device), ints(3, 2).to(device), state)
+    ids = torch.ones(2, 1, dtype=torch.int64, device=device)
+    return [model.advance(ids, ints(3, 2).to(device) + step, state) for step in range(5)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_graphs_outlive_those_of_other_models_and_can_be_made_anew(half: Path, dtype: str) -> None:
+    models = [TeacherBackend(TeacherConfig()).load(half, "cuda:0", dtype) for _ in range(2)]
+    _, wanted = (texts(model, "cuda:0") for model in models)
+    models.pop(0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = torch.full((64 << 20,), torch.nan, device="cuda:0")
+    for kept in (True, False):
+        if not kept:
+            models[0]._kept.clear()
+            gc.collect()
+        again = texts(models[0], "cuda:0")
+        assert all(torch.equal(one, two) for one, two in zip(wanted, again, strict=True))
+    assert models[0].facts()["graphs"] == (2, "")
+    assert held.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one_calls_are_recorded_too(half: Path) -> None:
+    here, there = (
+        texts(TeacherBackend(TeacherConfig()).load(half, f"cuda:{number}", "float32"), f"cuda:{number}")
+        for number in range(2)
+    )
+    assert all(torch.equal(one.cpu(), two.cpu()) for one, two in zip(here, there, strict=True))
