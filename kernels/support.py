@@ -111,6 +111,13 @@ def begins_early(device: torch.device) -> bool:
 
 
 @functools.cache
+def timing_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are recorded that are timed. torch's own stream for that is on the GPU that recorded first, and
+    whoever records on it has the memory of cuBLAS in common with these, which are given up."""
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
 def installed(module: str) -> Support:
     """Whether `module` imports. Asked only once everything else is right: the packages take seconds to import."""
     package = module.partition(".")[0]

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..support import timing_stream
 from . import reference
 from .reference import Projection, Stream
 from .triton import APART, FORMS, Form, launch, normed, summed, tile_of
@@ -165,8 +166,8 @@ def compile_forms(call: Callable[[Form, bool], object], forms: Sequence[Form]) -
 def milliseconds(calls: Sequence[Callable[[], object]], repeats: int = 3) -> float:
     """Of `calls` one after the other in a graph, which the host does not slow down; the best of some."""
     calls[0]()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    graph, stream = torch.cuda.CUDAGraph(), timing_stream(torch.device("cuda", torch.cuda.current_device()))
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for call in calls:
             call()
     times = []

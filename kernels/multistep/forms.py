@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..support import timing_stream
 from .ring import Plan
 
 F = TypeVar("F")
@@ -51,7 +52,7 @@ def fastest(forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats:
         """Of the best of three graphs, which the host does not slow down."""
         run(form, checkpoints[0], start, saved, False)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=timing_stream(state.device), capture_error_mode="thread_local"):
             for i in range(repeats):
                 run(form, checkpoints[i % len(checkpoints)], start, saved, False)
         times = []

@@ -244,3 +244,13 @@ def test_nothing_is_imported_on_cpu() -> None:
         selective_scan(x[..., 0], x[..., 1], -torch.rand(2, 4), x, x)
         assert not {"mamba_ssm", "causal_conv1d"} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_each_gpu_has_one_stream_for_graphs_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
+    support.timing_stream.cache_clear()
+    devices = [torch.device("cuda", number) for number in (0, 1, 0)]
+    assert [support.timing_stream(device) for device in devices] == [1, 2, 1]
+    assert made == devices[:2]
+    support.timing_stream.cache_clear()
