@@ -49,8 +49,12 @@ def fastest(forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats:
     compiled(forms, state, run)
 
     def milliseconds(form: F) -> float:
-        """Of the best of three graphs, which the host does not slow down."""
-        run(form, checkpoints[0], start, saved, False)
+        """Of the best of three graphs, which the host does not slow down; no end of them where it does not fit on the
+        device."""
+        try:
+            run(form, checkpoints[0], start, saved, False)
+        except triton.TritonError:
+            return float("inf")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=timing_stream(state.device), capture_error_mode="thread_local"):
             for i in range(repeats):
