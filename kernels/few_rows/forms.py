@@ -7,7 +7,6 @@ not depend on what else is in a call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..support import timing_stream
+from ..tuning import graph_ms, side_by_side
 from . import reference
 from .reference import Projection, Stream
 from .triton import APART, FORMS, Form, launch, normed, summed, tile_of
@@ -26,7 +25,6 @@ COLD = 160 << 20
 """Bytes of weights that do not fit in a cache."""
 CALLS = 8
 """In a graph that is timed."""
-THREADS = 16
 MARGIN = 1.015
 """A form that is listed before others is taken though they are faster by this: so that processes agree."""
 
@@ -158,24 +156,11 @@ def _copy(given: Projection) -> Projection:
 
 def compile_forms(call: Callable[[Form, bool], object], forms: Sequence[Form]) -> None:
     """Side by side. `call` makes a call with a form, or only compiles it."""
-    with ThreadPoolExecutor(THREADS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with side_by_side(ignore_errors=True):
         for form in forms:
             call(form, True)
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], repeats: int = 3) -> float:
-    """Of `calls` one after the other in a graph, which the host does not slow down; the best of some."""
-    calls[0]()
-    graph, stream = torch.cuda.CUDAGraph(), timing_stream(torch.device("cuda", torch.cuda.current_device()))
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        graph.replay()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after))
-    return min(times)
+def milliseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Of `calls` one after the other; the best of three times."""
+    return min(graph_ms(calls, repeats=3))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-from ..support import timing_stream
+from ..tuning import graph_ms, side_by_side
 from .ring import Plan
 
 F = TypeVar("F")
@@ -21,7 +21,6 @@ MEASURED = 1 << 20
 """Bytes of a checkpoint from which on forms are timed."""
 COLD = 128 << 20
 """Bytes of checkpoints that do not fit in a cache."""
-THREADS = 16
 
 
 def measurable(state: Tensor) -> bool:
@@ -32,7 +31,7 @@ def measurable(state: Tensor) -> bool:
 def compiled(forms: Sequence[F], state: Tensor, run: Run[F]) -> None:
     """Compiles what may run, side by side."""
     cursor = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
-    with ThreadPoolExecutor(THREADS) as pool, triton.AsyncCompileMode(pool):
+    with side_by_side(ignore_errors=False):
         for form in forms:
             run(form, state, cursor, cursor, True)
 
@@ -49,24 +48,11 @@ def fastest(forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats:
     compiled(forms, state, run)
 
     def milliseconds(form: F) -> float:
-        """Of the best of three graphs, which the host does not slow down; no end of them where it does not fit on the
-        device."""
+        """Of the best of three graphs; no end of them where the form does not fit on the device."""
+        turns = [partial(run, form, checkpoints[i % len(checkpoints)], start, saved, False) for i in range(repeats)]
         try:
-            run(form, checkpoints[0], start, saved, False)
+            return min(graph_ms(turns, repeats=3))
         except triton.TritonError:
             return float("inf")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=timing_stream(state.device), capture_error_mode="thread_local"):
-            for i in range(repeats):
-                run(form, checkpoints[i % len(checkpoints)], start, saved, False)
-        times = []
-        for _ in range(3):
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            graph.replay()
-            after.record()
-            after.synchronize()
-            times.append(before.elapsed_time(after))
-        return min(times)
 
     return min(forms, key=milliseconds)

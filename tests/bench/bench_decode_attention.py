@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from mambabench.kernels.decode_attention import reference
 from mambabench.kernels.decode_attention import triton as room
+from mambabench.kernels.tuning import graph_ms
 from torch import Tensor
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
@@ -35,22 +36,7 @@ TOLERANCE = 0.01
 
 def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 12) -> float:
     """Median microseconds of one of `calls`, which a graph makes one after the other."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        graph.replay()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) * 1000 / len(calls))
-    return statistics.median(times[2:])
+    return statistics.median(graph_ms(calls, repeats)[2:]) * 1000 / len(calls)
 
 
 def bandwidth() -> float:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from mambabench.kernels.decode_attention.triton import decode_attention
 from mambabench.kernels.few_rows import triton as room
 from mambabench.kernels.pointwise.triton import swiglu_packed
 from mambabench.kernels.rms_norm.triton import add_forward
+from mambabench.kernels.tuning import graph_ms, side_by_side
 from torch import Tensor
 
 COLD = 300 << 20
@@ -64,22 +63,7 @@ SHAPES = {
 
 def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 7) -> float:
     """Median microseconds of one of `calls`, which a graph makes one after the other."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        graph.replay()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) * 1000 / len(calls))
-    return statistics.median(times[2:])
+    return statistics.median(graph_ms(calls, repeats)[2:]) * 1000 / len(calls)
 
 
 def bandwidth() -> float:
@@ -165,8 +149,7 @@ class Case:
 
 def compile_forms(wanted: Sequence[tuple[Case, room.Form, int]], bare: Sequence[room.Form] = ()) -> None:
     """Side by side; those in `bare` also without the norm."""
-    threads = min(16, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with side_by_side(ignore_errors=True):
         for case, form, count in wanted:
             case.call(case.weights[0], count, form, case.squares(count), warmup=True)
             if form in bare:

@@ -23,6 +23,7 @@ import torch
 from mambabench.kernels.multistep import forms, triton1, triton2
 from mambabench.kernels.multistep.ring import Plan, Ring, plain_ring_multistep
 from mambabench.kernels.multistep.selective_ring import Channels, Projected, plain_selective_ring_multistep
+from mambabench.kernels.tuning import graph_ms
 from torch import Tensor
 
 SHAPES = {"Mamba2-2.7B": (80, 80, 1, 1, 64, 128), "the paper's, 8B": (32, 8, 8, 32, 128, 128)}
@@ -38,22 +39,7 @@ TAPS = 4
 
 def graph_us(calls: list[Callable[[], object]], repeats: int = 15) -> float:
     """Median microseconds of one of `calls`, which a graph makes one after the other."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        graph.replay()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) * 1000 / len(calls))
-    return statistics.median(times[2:])
+    return statistics.median(graph_ms(calls, repeats)[2:]) * 1000 / len(calls)
 
 
 def rotated(calls: Callable[[int], Callable[[], object]], copies: int) -> list[Callable[[], object]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mambabench.kernels.tuning import compile_side_by_side
+import torch
+from mambabench.kernels.tuning import compile_side_by_side, graph_ms
 
 triton = pytest.importorskip("triton")
 FORMS = 3
@@ -104,3 +105,12 @@ def test_a_kernel_that_prunes_its_forms_itself_is_left_alone(tuner: Any) -> None
     tuner.early_config_prune = own
     compile_side_by_side(("tuned_kernels",))
     assert tuner.early_config_prune is own
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_graph_is_timed_each_time_that_it_is_started() -> None:
+    made = torch.zeros(1 << 20, device="cuda")
+    times = graph_ms([lambda: made.add_(1)] * 4, repeats=5)
+    assert len(times) == 5
+    assert min(times) > 0
+    assert float(made[0]) == 3 + 4 * 5
