@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,18 +101,34 @@ class SpeedConfig:
     data: DataRef
     batch: tuple[int, ...] = (1,)
     prompt_tokens: int = 32
+    lengths: tuple[int, ...] = ()
+    """Several in place of `prompt_tokens`, each with each batch size."""
+    batch_tokens: int = 0
+    """Most tokens of all prompts of a batch: larger batches of longer prompts are left out. 0 takes all."""
     new_tokens: int = 64
     """At least 2: with one there is no time per further token."""
     pairs: int = 8
-    """Blocks per batch size; in each, every arm answers the same prompts once."""
+    """Blocks per batch size and length; in each, every arm answers the same prompts once."""
     warmup: int = 1
-    """Blocks per batch size that are run first and only timed as a whole."""
+    """Blocks per batch size and length that are run first and only timed as a whole."""
     temperature: float = 0.0
     profile: int = 0
     """Rounds of each arm and batch size that are taken apart when all blocks are measured; their means are facts."""
 
     def __post_init__(self) -> None:
-        _at_least(self, batch=1, prompt_tokens=1, new_tokens=2, pairs=1, warmup=0, temperature=0, profile=0)
+        _at_least(self, batch=1, prompt_tokens=1, batch_tokens=0, new_tokens=2, pairs=1, warmup=0)
+        _at_least(self, temperature=0, profile=0)
+        if self.lengths:
+            _at_least(self, lengths=1)
+        if not self.requests:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; no batch of prompts has so few tokens")
+
+    @property
+    def requests(self) -> tuple[tuple[int, int], ...]:
+        """Batch sizes with lengths of prompts, in the order in which they are measured."""
+        pairs = itertools.product(self.lengths or (self.prompt_tokens,), self.batch)
+        most = self.batch_tokens or math.inf
+        return tuple((batch, length) for length, batch in pairs if batch * length <= most)
 
 
 def _at_least(config: Any, **least: int) -> None:

@@ -6,12 +6,13 @@ kept; harness/metrics.py makes figures of them. Stop tokens are ignored: every a
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Subjec
 from .configs import SpeedConfig
 from .losslessness import decoder_of
 from .texts import check_room, take_prompts
-from .traffic import copy_bandwidth, step_bytes
+from .traffic import bandwidths, step_bytes
 
 MAXRSS_BYTES = 1024
 """Linux counts the peak resident memory in KiB."""
@@ -35,36 +36,42 @@ class Speed:
         with _quiet(bench.subject.device):
             arms = load_arms(bench)
             model = arms["subject"].model
-            total = self.config.pairs * len(self.config.batch)
+            config = self.config
+            total = config.pairs * len(config.requests)
             bench.emit("progress", done=0, total=total, unit="blocks")
-            check_room("speed", model, self.config.prompt_tokens + self.config.new_tokens)
+            check_room("speed", model, max(prompt for _, prompt in config.requests) + config.new_tokens)
             _emit_size(bench, "weights", model.cost(1, 1, 1).held_weight_bytes)
             block = 0
-            for batch in self.config.batch:
-                for requests in self._warm_up(bench, arms, batch):
+            for batch, prompt in config.requests:
+                what = self._name(batch, prompt)
+                for requests in self._warm_up(bench, arms, batch, prompt):
                     order = list(arms) if block % 2 == 0 else list(arms)[::-1]
                     for place, arm in enumerate(order):
                         self._measure(bench, arms[arm], requests, {"arm": arm, "block": block, "order": place})
                     block += 1
                     bench.emit("progress", done=block, total=total, unit="blocks")
-                _emit_states(bench, arms, batch)
-                _emit_loops(bench, arms, batch)
-                moved = step_bytes(model, batch, self.config.prompt_tokens + self.config.new_tokens // 2)
-                _emit_size(bench, f"bytes of a step, batch {batch}", moved)
+                _emit_states(bench, arms, what)
+                _emit_loops(bench, arms, what)
+                moved = step_bytes(model, batch, prompt + config.new_tokens // 2)
+                _emit_size(bench, f"bytes of a step, {what}", moved)
+                self._costs(bench, arms, batch, prompt)
                 self._profile(bench, arms, requests)
-            copied = copy_bandwidth(bench.subject.device)
-            if copied is not None:
-                bench.emit("fact", name="copy bandwidth", value=copied, unit="byte/s", arm="")
             _emit_peaks(bench, {name: arm.peak for name, arm in arms.items()})
             for name, measured in arms.items():
                 for what, (value, unit) in getattr(measured.model, "facts", dict)().items():
                     bench.emit("fact", name=what, value=value, unit=unit, arm=name)
+            # Last, since what it takes is no memory of decoding.
+            for what, speed in bandwidths(bench.subject.device).items():
+                bench.emit("fact", name=f"{what} bandwidth", value=speed, unit="byte/s", arm="")
 
-    def _warm_up(self, bench: Bench, arms: dict[str, Arm], batch: int) -> Iterator[list[Prompt]]:
-        """Runs the warm-up blocks of a batch size, then yields the prompts of each block to measure."""
+    def _name(self, batch: int, prompt: int) -> str:
+        """How facts call the requests that they are about."""
+        return f"batch {batch}" + (f", prompt {prompt}" if self.config.lengths else "")
+
+    def _warm_up(self, bench: Bench, arms: dict[str, Arm], batch: int, prompt: int) -> Iterator[list[Prompt]]:
+        """Runs the warm-up blocks of a batch size and length, then yields the prompts of each block to measure."""
         count = self.config.warmup + self.config.pairs
-        lengths = [self.config.prompt_tokens]
-        texts = take_prompts(bench.data[self.config.data], arms["subject"].model, count * batch, lengths)
+        texts = take_prompts(bench.data[self.config.data], arms["subject"].model, count * batch, [prompt])
         prompts = [Prompt(ids, number) for number, ids in enumerate(texts)]
         blocks = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
         for name, arm in arms.items():
@@ -72,7 +79,7 @@ class Speed:
             for requests in blocks[: self.config.warmup]:
                 decoder_of(arm.subject).generate(arm.model, requests, self._limits(bench), silent)
             seconds = time.perf_counter() - began
-            bench.emit("fact", name=f"warm-up, batch {batch}", value=seconds, unit="s", arm=name)
+            bench.emit("fact", name=f"warm-up, {self._name(batch, prompt)}", value=seconds, unit="s", arm=name)
         gc.collect()
         gc.freeze()
         yield from blocks[self.config.warmup :]
@@ -101,21 +108,43 @@ class Speed:
             raise MambabenchError(f"speed: decoder {arm.subject.decoder_name!r} yielded {asked}")
         request = {
             "batch": len(requests),
-            "prompt_tokens": self.config.prompt_tokens,
+            "prompt_tokens": len(requests[0].ids),
             "new_tokens": self.config.new_tokens,
             "temperature": self.config.temperature,
             "content": self.config.data,
         }
         for kind, fields in records:
-            bench.emit(kind, **place, **request, **fields)
+            if kind == "fact":
+                arm.told.setdefault((fields["name"], fields.get("unit", "")), []).append(fields["value"])
+            else:
+                bench.emit(kind, **place, **request, **fields)
+
+    def _costs(self, bench: Bench, arms: dict[str, Arm], batch: int, prompt: int) -> None:
+        """Tells what rounds cost in the middle of an answer, and the means of what the decoders told of the blocks."""
+        half, what_of = self.config.new_tokens // 2, self._name(batch, prompt)
+        limits = dataclasses.replace(self._limits(bench), new_tokens=self.config.new_tokens - half)
+        lengths = [prompt + half]
+        texts = take_prompts(bench.data[self.config.data], arms["subject"].model, batch, lengths)
+        prompts = [Prompt(ids, number) for number, ids in enumerate(texts)]
+        for name, arm in arms.items():
+            for (what, unit), values in arm.told.items():
+                value = sum(values) / len(values)
+                bench.emit("fact", name=f"{what}, {what_of}", value=value, unit=unit, arm=name)
+            arm.told.clear()
+            costs = getattr(decoder_of(arm.subject), "costs", None)
+            for k, seconds in costs(arm.model, prompts, limits).items() if costs else ():
+                fact = {"name": f"cost of a round, K = {k}, {what_of}", "value": seconds, "unit": "s"}
+                bench.emit("fact", **fact, arm=name)
+            arm.opened.clear()
 
     def _profile(self, bench: Bench, arms: dict[str, Arm], requests: list[Prompt]) -> None:
         """Takes rounds of the last block apart."""
+        at = self._name(len(requests), len(requests[0].ids))
         for name, arm in arms.items() if self.config.profile else ():
             profile = getattr(decoder_of(arm.subject), "profile", None)
             figures = profile(arm.model, requests, self._limits(bench), self.config.profile) if profile else {}
             for what, (value, unit) in figures.items():
-                bench.emit("fact", name=f"round, batch {len(requests)}: {what}", value=value, unit=unit, arm=name)
+                bench.emit("fact", name=f"round, {at}: {what}", value=value, unit=unit, arm=name)
             arm.opened.clear()
 
     def _limits(self, bench: Bench) -> Limits:
@@ -135,6 +164,8 @@ class Arm:
     distinct: int = 0
     """Different runs of four tokens within the texts of a batch size, and below all runs."""
     runs: int = 0
+    told: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    """Facts of the blocks of a batch size, by name and unit."""
 
 
 class _Watched:
@@ -166,22 +197,22 @@ def load_arms(bench: Bench) -> dict[str, Arm]:
     return arms
 
 
-def _emit_states(bench: Bench, arms: dict[str, Arm], batch: int) -> None:
-    """Tells the largest state that each arm opened for a batch size."""
+def _emit_states(bench: Bench, arms: dict[str, Arm], of: str) -> None:
+    """Tells the largest state that each arm opened for requests of a kind."""
     for name, arm in arms.items():
         costs = [arm.model.cost(*opened) for opened in arm.opened]
         arm.opened.clear()
-        for what, field in (("KV cache", "held_kv_bytes"), ("state", "held_state_bytes")):
-            known = [size for cost in costs if (size := getattr(cost, field)) is not None]
-            _emit_size(bench, f"{what}, batch {batch}", max(known, default=None), name)
+        for what, of_cost in (("KV cache", "held_kv_bytes"), ("state", "held_state_bytes")):
+            known = [size for cost in costs if (size := getattr(cost, of_cost)) is not None]
+            _emit_size(bench, f"{what}, {of}", max(known, default=None), name)
 
 
-def _emit_loops(bench: Bench, arms: dict[str, Arm], batch: int) -> None:
+def _emit_loops(bench: Bench, arms: dict[str, Arm], of: str) -> None:
     """Tells how much each arm's text repeats itself: n-gram drafts feed on that."""
     for name, arm in arms.items():
         if arm.runs:
             share = arm.distinct / arm.runs
-            bench.emit("fact", name=f"distinct 4-grams, batch {batch}", value=share, unit="share", arm=name)
+            bench.emit("fact", name=f"distinct 4-grams, {of}", value=share, unit="share", arm=name)
         arm.distinct = arm.runs = 0
 
 

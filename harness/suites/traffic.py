@@ -1,14 +1,20 @@
-"""How near a step of decoding comes to what memory allows: the bytes that it must move, and how fast a copy is."""
+"""How near a step of decoding comes to what memory allows: the bytes that it must move, and how fast memory is copied,
+and how fast it is read where next to nothing is written. Steps read weights and caches and write little."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 import torch
 
 from ..interfaces import Stepper
 
-SIZE = 1 << 30
-"""Bytes of a buffer that is copied: far more than caches hold."""
-COPIES = 8
+SIZES = {"cuda": 1 << 31, "cpu": 1 << 27}
+"""Bytes of the buffer by kind of device, far more than caches hold. Half of it is copied onto the other half."""
+ROW = 1 << 12
+"""Numbers of which a sum, a maximum or a product is left."""
+WARM, PASSES = 2, 8
 
 
 def step_bytes(model: Stepper, batch: int, context: int) -> int | None:
@@ -20,19 +26,38 @@ def step_bytes(model: Stepper, batch: int, context: int) -> int | None:
     return cost.weight_bytes + cost.kv_bytes + cost.state_bytes
 
 
-def copy_bandwidth(device: str) -> float | None:
-    """Bytes a second of a copy by a kernel on a GPU, reads and writes counted; None on a CPU, whose memory is shared,
-    and where there is no room for it."""
+def bandwidths(device: str) -> dict[str, float]:
+    """Bytes a second of a `copy`, reads and writes counted, and of the fastest of a few ways to `read` only; on a CPU
+    of one process among others, with as many threads as torch has. Nothing where a GPU has no room for it."""
+    size = SIZES[torch.device(device).type]
+    if device.startswith("cuda") and torch.cuda.mem_get_info(device)[0] < size + size // 2:
+        return {}
+    buffer = torch.zeros(size // 4, device=device)
+    one, two = buffer.chunk(2)
+    rows, vector = buffer.view(-1, ROW), torch.ones(ROW, device=device)
+    copying = _seconds(device, lambda: torch.add(one, 0, out=two))
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: buffer.sum(),
+        lambda: rows.sum(dim=1),
+        lambda: rows.amax(dim=1),
+        lambda: rows.mv(vector),
+    )
+    return {"copy": size / copying, "read": size / min(_seconds(device, way) for way in ways)}
+
+
+def _seconds(device: str, work: Callable[[], object]) -> float:
+    """Of one of several passes."""
+    for _ in range(WARM):
+        work()
     if not device.startswith("cuda"):
-        return None
-    if torch.cuda.mem_get_info(device)[0] < 3 * SIZE:
-        return None
-    one, two = (torch.zeros(SIZE // 4, device=device) for _ in range(2))
+        before = time.perf_counter()
+        for _ in range(PASSES):
+            work()
+        return (time.perf_counter() - before) / PASSES
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for place in range(COPIES + 2):
-        if place == 2:
-            began.record()
-        torch.add(one, 0, out=two)
+    began.record()
+    for _ in range(PASSES):
+        work()
     ended.record()
     torch.cuda.synchronize()
-    return COPIES * 2 * SIZE / (began.elapsed_time(ended) / 1e3)
+    return began.elapsed_time(ended) / 1e3 / PASSES

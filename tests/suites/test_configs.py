@@ -6,7 +6,8 @@ LEAST = {
     "lm-eval": {"batch": 1, "limit": 0},
     "perplexity": {"context": 2, "batch": 1, "limit": 0},
     "losslessness": {"prompts": 1, "prompt_tokens": 1, "new_tokens": 1, "batch": [1]},
-    "speed": {"batch": [1], "prompt_tokens": 1, "new_tokens": 2, "pairs": 1, "warmup": 0, "temperature": 0},
+    "speed": {"batch": [1], "prompt_tokens": 1, "lengths": [1], "batch_tokens": 0, "new_tokens": 2, "pairs": 1}
+    | {"warmup": 0, "temperature": 0},
 }
 CASES = [(suite, name, low) for suite, options in LEAST.items() for name, low in options.items()]
 
@@ -31,3 +32,11 @@ def test_an_option_below_its_least_value_is_refused_before_anything_runs(suite, 
 def test_a_list_that_must_hold_something_may_not_be_empty(suite, name):
     with pytest.raises(ConfigError, match=name):
         choose(suite, **{name: []})
+
+
+def test_large_batches_of_long_prompts_are_left_out_but_not_all():
+    options = {"batch": [1, 4], "lengths": [16, 64]}
+    assert choose("speed", **options).requests == ((1, 16), (4, 16), (1, 64), (4, 64))
+    assert choose("speed", **options, batch_tokens=64).requests == ((1, 16), (4, 16), (1, 64))
+    with pytest.raises(ConfigError, match="batch_tokens is 15; no batch of prompts has so few tokens"):
+        choose("speed", **options, batch_tokens=15)

@@ -8,11 +8,17 @@ from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.harness import metrics
 from mambabench.harness.interfaces import Answer, Cost, MambabenchError
 from mambabench.harness.mockmodel import MockStepper
+from mambabench.harness.suites import traffic
 from mambabench.harness.suites.configs import SpeedConfig
 from mambabench.harness.suites.speed import Speed
 
 TEXTS = ["abcabcabc", "gggfgggf", "edcba", "abababab", "fedfedfed"]
 CONFIG = SpeedConfig(data="text", batch=(1, 2), prompt_tokens=5, new_tokens=9, pairs=3, warmup=1)
+
+
+@pytest.fixture(autouse=True)
+def little_to_copy(monkeypatch):
+    monkeypatch.setitem(traffic.SIZES, "cpu", 1 << 20)
 
 
 @pytest.fixture
@@ -111,8 +117,9 @@ def test_a_backend_that_does_not_know_what_it_holds_has_no_sizes(measure, plain)
 
     records = measure(Speed(CONFIG), TEXTS, plain, make=Unknown)
     names = {r["name"] for r in records if r["kind"] == "fact"}
-    whats = ("warm-up", "distinct 4-grams", "bytes of a step")
-    assert names == {f"{what}, batch {batch}" for what in whats for batch in (1, 2)} | {"peak memory of the process"}
+    whats = ("warm-up", "distinct 4-grams", "bytes of a step", "cost of a round, K = 0")
+    whole = {"peak memory of the process", "copy bandwidth", "read bandwidth"}
+    assert names == {f"{what}, batch {batch}" for what in whats for batch in (1, 2)} | whole
 
 
 def test_of_a_model_with_a_loop_of_its_own_no_bytes_of_a_step_are_told(measure, plain):
@@ -176,3 +183,35 @@ def test_the_memory_of_snapshots_stands_beside_that_of_replay(measure):
     facts = of(measure(Speed(CONFIG), TEXTS, *ways, make=Keeping), "fact").set_index(["name", "arm"])["value"]
     assert facts["state, batch 2", "subject"] == 7
     assert facts["state, batch 2", "reference"] == 3
+
+
+def test_a_step_measures_several_lengths_of_prompts_with_each_batch_that_is_not_too_large(measure, lookup, plain):
+    config = dataclasses.replace(CONFIG, lengths=(4, 8), batch_tokens=8, pairs=2, profile=1)
+    records = measure(Speed(config), TEXTS, lookup, plain)
+    requests = [(1, 4), (2, 4), (1, 8)]
+    bursts = of(records, "burst")
+    assert bursts.drop_duplicates("block")[["batch", "prompt_tokens"]].apply(tuple, axis=1).tolist() == [
+        request for request in requests for _ in range(2)
+    ]
+    facts = of(records, "fact").set_index(["name", "arm"])["value"]
+    for batch, prompt in requests:
+        at = f"batch {batch}, prompt {prompt}"
+        assert facts[f"bytes of a step, {at}", ""] == 8 * 8 + 8 * batch * (prompt + 4) + 8 * batch
+        assert facts[f"KV cache, {at}", "reference"] == 8 * batch * (prompt + 9 + 1)
+        assert facts[f"round, {at}: whole", "subject"] > 0
+    assert not any("batch 2, prompt 8" in name for name, _ in facts.index)
+    assert [r["total"] for r in records if r["kind"] == "progress"] == [6] * 7
+
+
+def test_reading_is_measured_beside_copying():
+    before = torch.get_num_threads()
+    found = traffic.bandwidths("cpu")
+    assert set(found) == {"copy", "read"}
+    assert all(1e6 < speed < 1e13 for speed in found.values())
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_is_read_about_as_fast_as_it_is_copied():
+    found = traffic.bandwidths("cuda:0")
+    assert 0.9 < found["read"] / found["copy"] < 1.3
