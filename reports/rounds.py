@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..harness.results import Results
 from .options import NoOptions
 from .rows import WHO, drop_empty, in_plan_order, table_of
 
-FACT = re.compile(r"round, batch (\d+): (.*)")
+FACT = re.compile(r"round, batch (\d+)(?:, prompt (\d+))?: (.*)")
 PARTS = {
     "draft %": "draft kernels",
     "target %": "target kernels",
@@ -23,7 +24,7 @@ OTHER = "not draft or target %"
 
 
 class Rounds:
-    """One row per model, decoder, suite and batch size, of a suite `speed` with the option `profile`."""
+    """One row per model, decoder, suite and kind of request, of a suite `speed` with the option `profile`."""
 
     title = "Rounds"
     note = (
@@ -41,22 +42,24 @@ class Rounds:
         facts = results.facts[results.facts["arm"].isin(["subject", "reference"])]
         first = results.decoders[0] if results.decoders else ""
         facts = facts.assign(decoder=facts["decoder"].where(facts["arm"] == "subject", first))
-        named = facts["name"].str.extract(FACT).set_axis(["batch", "what"], axis=1)
+        named = facts["name"].str.extract(FACT).set_axis(["batch", "prompt", "what"], axis=1)
         facts = facts.assign(**named).dropna(subset="what")
         rows: list[dict[str, Any]] = []
         groups = dict(iter(facts.groupby(WHO, sort=False)))
         for who in in_plan_order(results, list(groups)):
-            mine = groups[who].assign(batch=groups[who]["batch"].astype(int))
-            for batch, of in mine.groupby("batch"):
+            requests = groups[who][["batch", "prompt"]].astype(float)
+            for (batch, prompt), of in groups[who].assign(**requests).groupby(["batch", "prompt"], dropna=False):
                 means = of.assign(value=of["value"].astype(float)).groupby("what")["value"].mean()
                 if not {"whole", *PARTS.values()} <= set(means.index):
                     continue
                 whole = means["whole"]
                 shares = {name: 100 * means[part] / whole for name, part in PARTS.items()}
-                row = {**dict(zip(WHO, who, strict=True)), "batch": batch, "round ms": 1000 * whole, **shares}
+                row = {**dict(zip(WHO, who, strict=True)), "batch": int(batch), "round ms": 1000 * whole, **shares}
+                row["prompt"] = None if math.isnan(prompt) else int(prompt)
                 row[OTHER] = 100 - shares["draft %"] - shares["target %"]
                 row["kernels"] = round(means["kernels"]) if "kernels" in means else None
                 rows.append(row)
         if not rows:
             return None
-        return drop_empty(table_of(rows, [*WHO, "batch", "round ms", *PARTS, OTHER, "kernels"]), ["kernels"])
+        columns = [*WHO, "batch", "prompt", "round ms", *PARTS, OTHER, "kernels"]
+        return drop_empty(table_of(rows, columns), ["prompt", "kernels"])

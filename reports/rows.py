@@ -89,6 +89,12 @@ def drop_empty(frame: DataFrame, columns: Iterable[str]) -> DataFrame:
     return frame.drop(columns=[name for name in columns if name in frame and all(map(absent, frame[name]))])
 
 
+def called(request: Mapping[str, Any]) -> tuple[str, str]:
+    """How facts may call a kind of request: also by the length of its prompts, where a step had several."""
+    batch = f"batch {request.get('batch')}"
+    return f"{batch}, prompt {request.get('prompt_tokens')}", batch
+
+
 def percent(share: float | None) -> float | None:
     """A share in percent; nothing stays nothing."""
     return None if share is None or math.isnan(share) else 100 * share

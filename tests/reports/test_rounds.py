@@ -8,12 +8,13 @@ from mambabench.reports.rounds import Rounds
 PARTS = {"draft kernels": 1.0, "target kernels": 6.0, "picks and bookkeeping": 0.5, "between kernels": 2.0}
 
 
-def facts(batch, scale, kernels=None, arm="subject"):
+def facts(batch, scale, kernels=None, arm="subject", prompt=None):
     told = {**PARTS, "waiting for the host": 0.5, "whole": 10.0}
-    named = [{"name": f"round, batch {batch}: {what}", "value": scale * ms / 1e3} for what, ms in told.items()]
-    named.append({"name": f"round, batch {batch}: not in draft or target, share", "value": 0.3})
+    at = f"batch {batch}" + (f", prompt {prompt}" if prompt else "")
+    named = [{"name": f"round, {at}: {what}", "value": scale * ms / 1e3} for what, ms in told.items()]
+    named.append({"name": f"round, {at}: not in draft or target, share", "value": 0.3})
     if kernels is not None:
-        named.append({"name": f"round, batch {batch}: kernels", "value": kernels})
+        named.append({"name": f"round, {at}: kernels", "value": kernels})
     return [{**fact, "arm": arm} for fact in named]
 
 
@@ -42,6 +43,13 @@ def test_rounds_of_the_reference_are_the_first_decoder_s(stores, tmp_path):
     table = frame(stores, tmp_path, lookup_0=told[0], lookup_1=told[1])
     assert table[["decoder", "batch"]].values.tolist() == [["plain", 1], ["lookup", 1]]
     assert table["round ms"].tolist() == pytest.approx([5, 10])
+
+
+def test_rounds_of_several_lengths_of_prompts_have_rows_of_their_own(stores, tmp_path):
+    told = [*facts(1, 1.0, prompt=512), *facts(1, 2.0, prompt=2048), *facts(8, 3.0, prompt=512)]
+    table = frame(stores, tmp_path, lookup_0=told, plain_0=facts(1, 0.5))
+    assert table[["batch", "prompt"]].values.tolist() == [[1, None], [1, 512], [1, 2048], [8, 512]]
+    assert table["round ms"].tolist() == pytest.approx([5, 10, 20, 30])
 
 
 def test_without_a_gpu_no_kernels_are_counted(stores, tmp_path):
