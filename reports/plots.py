@@ -29,11 +29,13 @@ MARKS = ("o", "s", "D", "^", "v", "P", "X")
 
 def plots_of(frames: Mapping[str, DataFrame], results: Results) -> tuple[Plot, ...]:
     """The plots for which there is data."""
+    from .map_plots import maps
     from .training_plots import ladder, loss_curves
 
     measured = (_quality_and_speed(frames, results), _accepted_lengths(results))
     rungs = ladder(results) if "distillation" in frames else ()
-    return (*rungs, *(plot for plot in measured if plot is not None), *loss_curves(results))
+    scripted = maps(results) if "acceptance-map" in frames else ()
+    return (*rungs, *(plot for plot in measured if plot is not None), *scripted, *loss_curves(results))
 
 
 def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plot | None:

@@ -14,6 +14,7 @@ TABLES = (
     ("speed", "speed:Speed", "Latency, throughput, speed-up and memory per decoder"),
     ("training-speed", "training_speed:TrainingSpeed", "Time, memory and arithmetic of training steps"),
     ("acceptance", "acceptance:Acceptance", "Accepted lengths of speculative decoding, by position"),
+    ("acceptance-map", "acceptance_map:AcceptanceMap", "Speed-up at scripted acceptance, by K, batch and prompt"),
     ("rounds", "rounds:Rounds", "Where the time of a decoding round goes: draft, target, picks, gaps, the host"),
     ("losslessness", "losslessness:Losslessness", "Texts and tokens that are those of plain decoding"),
     ("init-fidelity", "fidelity:Fidelity", "How near converted models are to their teacher, before and after training"),

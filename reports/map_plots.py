@@ -1,0 +1,80 @@
+"""The picture of scripted acceptance: speed-up over the tokens of a round, a panel per batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..harness.results import Results
+from .acceptance_map import Cell, cells_of
+from .build import Plot
+from .plots import COLOURS, INK, MARKS, canvases, svg_of
+from .speed import LEVEL
+from .training_plots import STROKES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def maps(results: Results) -> tuple[Plot, ...]:
+    """A picture for each model, where rounds were scripted."""
+    models: dict[str, list[Cell]] = {}
+    for cell in cells_of(results):
+        models.setdefault(cell.who[0], []).append(cell)
+    return tuple(_map(model, cells) for model, cells in models.items())
+
+
+def _map(model: str, cells: Sequence[Cell]) -> Plot:
+    batches = sorted({cell.place[0] for cell in cells})
+    prompts = sorted({cell.place[1] for cell in cells})
+    ks = sorted({cell.k for cell in cells})
+    figure, every = canvases(len(batches))
+    highest = max(max(cell.speed_up.value, cell.predicted or 0) for cell in cells)
+    for batch, axes in zip(batches, every, strict=True):
+        for k in ks:
+            for prompt in prompts:
+                of = [cell for cell in cells if cell.k == k and cell.place == (batch, prompt)]
+                _draw(axes, of, COLOURS[ks.index(k) % len(COLOURS)], prompts.index(prompt))
+        axes.axhline(1, color=INK, linewidth=1, linestyle=":")
+        axes.set_title(f"batch {batch}", color=INK, fontsize=9)
+        axes.set_ylim(0, 1.12 * highest)
+        axes.set_xlim(1, max(ks) + 1)
+        axes.set_xlabel("tokens of a round")
+    every[0].set_ylabel("speed-up, scripted")
+    for at, k in enumerate(ks):
+        every[0].plot([], [], color=COLOURS[at % len(COLOURS)], label=f"K = {k}")
+    for at, prompt in enumerate(prompts):
+        every[0].plot([], [], _stroke(at), color=INK, markersize=5, label=f"prompt of {prompt:,}")
+    figure.legend(
+        *every[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+    )
+    note = (
+        "Chance lets drafts stand at set rates; no draft was as good. Points are measured, with "
+        f"{100 * LEVEL:.0f}\u00a0% intervals; lines are tokens \u00d7 cost of a plain step / cost of a round."
+    )
+    return Plot(f"acceptance-map-{model}", f"Speed-up at scripted acceptance: {model}", note, svg_of(figure))
+
+
+def _stroke(at: int) -> str:
+    return MARKS[at % len(MARKS)] + STROKES[at % len(STROKES)]
+
+
+def _draw(axes: Axes, cells: Sequence[Cell], colour: str, at: int) -> None:
+    """The points of one K and length of prompts, and their line, which is straight: a round costs what it costs."""
+    slopes = [cell.predicted / cell.tokens for cell in cells if cell.predicted]
+    if slopes:
+        slope, ends = sum(slopes) / len(slopes), (1, cells[0].k + 1)
+        axes.plot(ends, [slope * end for end in ends], STROKES[at % len(STROKES)], color=colour, linewidth=1)
+    for cell in cells:
+        value = cell.speed_up
+        known = value.high > value.low
+        bars = [[value.value - value.low], [value.high - value.value]] if known else None
+        axes.errorbar(
+            cell.tokens, value.value, yerr=bars,
+            fmt=MARKS[at % len(MARKS)], color=colour, markersize=5, capsize=2, elinewidth=1,
+        )  # fmt: skip
