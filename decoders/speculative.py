@@ -24,7 +24,7 @@ from ..harness.interfaces import (
     Stepper,
     Unsupported,
 )
-from .adaptive import Chooser, CostTable
+from .adaptive import Chooser, CostTable, cost
 from .batch import Batch
 from .breakdown import breakdown
 from .play import Rounds, run
@@ -101,6 +101,15 @@ class SpeculativeDecoder:
         """The rounds of a request, nothing of which has been run yet."""
         given = self.look, self.draft, self.steady, self.script, self.rollback
         return Rounds(model, prompts, limits, self.k + 1, *given)
+
+    def costs(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> dict[int, float]:
+        """`harness.interfaces.Decoder`: seconds of a round, of every K that may be chosen."""
+        rounds = self.rounds(model, prompts, limits)
+        rounds.prefill()
+        rounds.open_draft()
+        if self.window:
+            return dict(enumerate(self._costs.of(model, len(prompts), limits, self.k, rounds.try_out), 1))
+        return {self.k: cost(model, self.k, rounds.try_out)}
 
     def profile(
         self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..harness.interfaces import Answer, Emit, Limits, OnText, Prompt, Stepper
+from .adaptive import cost
 from .batch import Batch
 from .breakdown import breakdown
 from .play import Rounds, run
@@ -36,6 +37,14 @@ class StandardDecoder:
     def rounds(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> Rounds:
         """The rounds of a request, nothing of which has been run yet."""
         return Rounds(model, prompts, limits, look=self.config.look)
+
+    def costs(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> dict[int, float]:
+        """`harness.interfaces.Decoder`: seconds of a step. Of a model's own loop nothing is known."""
+        if "generate" in model.traits:
+            return {}
+        rounds = self.rounds(model, prompts, limits)
+        rounds.prefill()
+        return {0: cost(model, 0, rounds.try_out)}
 
     def profile(
         self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int

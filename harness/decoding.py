@@ -55,8 +55,10 @@ OnText = Callable[[int, str], None]
 
 
 class Decoder(Protocol):
-    """May have `bind(models)`, as a `Draft` may, and `profile(model, prompts, limits, count)`: where the time of one of
-    its rounds goes, a mapping of names to figures with their units, means of `count` rounds."""
+    """May have `bind(models)`, as a `Draft` may; `profile(model, prompts, limits, count)`: where the time of one of its
+    rounds goes, a mapping of names to figures with their units, means of `count` rounds; and `costs(model, prompts,
+    limits)`: seconds of a round of K drafts, 0 of plain decoding, by K, where the host does nothing but start rounds.
+    """
 
     def generate(self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, emit: Emit) -> list[Answer]:
         """Continues all prompts as one batch. Emits, as they happen, `burst` (row, burst, at_s since the call, tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import pandas as pd
@@ -15,6 +17,7 @@ from .options import NoOptions
 from .rows import (
     TRAINING,
     WHO,
+    called,
     drop_empty,
     failures,
     in_plan_order,
@@ -27,11 +30,14 @@ from .rows import (
 )
 
 LEVEL = 0.95
+BANDWIDTHS = ("copy bandwidth", "read bandwidth")
 MEGA = 1e6
 FIGURES = (
     *(
         "TPOT ms",
         "speed-up",
+        "predicted",
+        "of predicted",
         "lossless",
         "tokens/s",
         "scripted %",
@@ -40,7 +46,7 @@ FIGURES = (
         "reference TPOT ms",
         "k",
     ),
-    *("of predicted", "bandwidth %", "distinct 4-grams %"),
+    *(*(f"{name} %" for name in BANDWIDTHS), "distinct 4-grams %"),
     *("weights MB", "KV MB", "state MB", "peak MB", "blocks"),
 )
 NAMES = {"prompt_tokens": "prompt", "new_tokens": "new"}
@@ -57,9 +63,12 @@ class Speed:
         "temperature was checked to be the reference decoder's, for every seed and on the same kind of device. "
         "Accepted length: tokens per round, the bonus token included. Scripted: drafts stood by chance at this rate, "
         "whatever the model said, so the speed is that of drafts as good. Distinct 4-grams: of the runs of four tokens "
-        "in a text, those that are different; text that loops has few. Bandwidth: the bytes that a plain step must "
-        "move, over TPOT and the bandwidth of a copy measured beside it. Of predicted: the speed of adaptive rounds "
-        "over that which their acceptance and costs predicted."
+        "in a text, those that are different; text that loops has few. Copy and read bandwidth: the bytes that a plain "
+        "step must move, over TPOT, as a share of what a copy moves beside it on the device, and of what is read where "
+        "nothing is written; small weights may lie in caches, which are faster. "
+        "Predicted: the speed-up of this accepted length if all time were rounds, accepted length \u00d7 cost of a "
+        "plain step / cost of a round, costs measured apart, where the host only starts rounds; with adaptive K what "
+        "was expected of each window from the ones before. Of predicted: speed-up / predicted."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -87,9 +96,7 @@ class Speed:
                 row = self._row(results, model, decoder, dict(zip(requests, request, strict=True)), of)
                 row |= {"state": state, **lengths.get((model, decoder, *request), {})}
                 if row.get("accepted length") is None:
-                    row["bandwidth %"] = _bandwidth(results, row, of)
-                elif "batch" in blocks and groups[who]["batch"].nunique() == 1:
-                    row["of predicted"] = _of_predicted(results, of)
+                    row |= _bandwidths(results, row, of)
                 if decoder in results.decoders[:1]:
                     row["lossless"] = "reference"
                 else:
@@ -97,6 +104,8 @@ class Speed:
                     row["lossless"] = check.verdict(model, decoder, steps, row.get("temperature"))
                 if row["lossless"] == "yes":
                     row |= _speed_up(blocks, row, requests)
+                if row.get("speed-up") and (predicted := _predicted(results, row, of)):
+                    row |= {"predicted": predicted, "of predicted": row["speed-up"].value / predicted}
                 rows.append(row)
         columns = ["model", "decoder", *requests, "state", *FIGURES]
         frame = table_of(with_teachers(results, rows, cells), columns).rename(columns=NAMES)
@@ -120,39 +129,42 @@ class Speed:
             "blocks": len(own),
         }
         facts = results.facts[results.facts["key"].isin(own["key"]) & (results.facts["model"] == model)]
-        batch = request.get("batch")
         for column, unit, names in (
             ("weights MB", 1 / MEGA, ("weights",)),
-            ("KV MB", 1 / MEGA, (f"KV cache, batch {batch}", "KV cache")),
-            ("state MB", 1 / MEGA, (f"state, batch {batch}", "state")),
+            ("KV MB", 1 / MEGA, (*(f"KV cache, {of}" for of in called(request)), "KV cache")),
+            ("state MB", 1 / MEGA, (*(f"state, {of}" for of in called(request)), "state")),
             ("peak MB", 1 / MEGA, ("peak device memory", "peak memory of the process")),
-            ("distinct 4-grams %", 100, (f"distinct 4-grams, batch {batch}",)),
+            ("distinct 4-grams %", 100, tuple(f"distinct 4-grams, {of}" for of in called(request))),
         ):
             known = facts[facts["name"].isin(names) & facts["arm"].isin(["", own["arm"].iloc[0]])]
             row[column] = unit * float(known["value"].astype(float).max()) if len(known) else None
         return row
 
 
-def _of_predicted(results: Results, of: pd.DataFrame) -> float | None:
-    """How fast adaptive rounds were, over how fast they should have been; of a step's last block."""
-    facts = results.facts[results.facts["key"].isin(of["key"]) & (results.facts["arm"] == "subject")]
-    predicted, measured = (
-        facts.loc[facts["name"] == f"adaptive K, {name} time per token", "value"].astype(float)
-        for name in ("predicted", "measured")
-    )
-    return float(predicted.mean() / measured.mean()) if len(predicted) and len(measured) else None
-
-
-def _bandwidth(results: Results, row: dict[str, Any], of: pd.DataFrame) -> float | None:
-    """What plain steps of TPOT move, as a share of what a copy does."""
+def _predicted(results: Results, row: dict[str, Any], of: pd.DataFrame) -> float | None:
+    """The speed-up that the accepted length and the costs of rounds let expect; None where they are not known."""
     facts = results.facts[results.facts["key"].isin(of["key"])]
-    moved, copied = (
-        facts.loc[facts["name"] == name, "value"].astype(float)
-        for name in (f"bytes of a step, batch {row.get('batch')}", "copy bandwidth")
-    )
-    if moved.empty or copied.empty:
-        return None
-    return float(100 * moved.max() / (row["TPOT ms"] / 1e3) / copied.max())
+    costs: dict[str, dict[str, float]] = {"subject": {}, "reference": {}}
+    for end, (arm, known) in itertools.product([f", {which}" for which in called(row)], costs.items()):
+        named = facts[(facts["arm"] == arm) & facts["name"].str.endswith(end)]
+        values = named["value"].astype(float).groupby(named["name"].str.removesuffix(end)).mean()
+        known |= {str(name): seconds for name, seconds in values.items()}
+    plain = costs["reference"].get("cost of a round, K = 0")
+    rounds = [seconds for name, seconds in costs["subject"].items() if name.startswith("cost of a round")]
+    expected = costs["subject"].get("adaptive K, predicted time per token")
+    if expected is None and len(rounds) == 1 and row.get("accepted length") is not None:
+        expected = rounds[0] / row["accepted length"].value
+    return plain / expected if plain and expected else None
+
+
+def _bandwidths(results: Results, row: dict[str, Any], of: pd.DataFrame) -> dict[str, float]:
+    """What plain steps of TPOT move, as shares of what a copy moves, and reading."""
+    steps = [f"bytes of a step, {which}" for which in called(row)]
+    facts = results.facts[results.facts["key"].isin(of["key"])]
+    facts = facts[facts["name"].isin([*steps, *BANDWIDTHS])]
+    known = facts["value"].astype(float).groupby(facts["name"]).max()
+    moved = next((known[name] for name in steps if name in known), math.nan) / (row["TPOT ms"] / 1e3)
+    return {f"{name} %": float(100 * moved / known[name]) for name in BANDWIDTHS if name in known}
 
 
 def _blocks(results: Results) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from mambabench.decoders.adaptive import Chooser, CostTable
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.speculative import SpeculativeDecoder
+from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness.conformance_decoders import answer_with_records, check_decoder, check_records
 from mambabench.harness.interfaces import Limits, Prompt
 from mambabench.harness.mockmodel import MockStepper
@@ -73,6 +74,27 @@ def test_costs_are_measured_once_for_a_batch_size_of_a_model():
     assert len(played) == 2 * count
     costs.of(MockStepper(), 2, limits, 3, played.append)
     assert len(played) == 3 * count
+
+
+@pytest.mark.parametrize(("window", "known"), [(0, [3]), (2, [1, 2, 3])])
+def test_costs_are_told_of_every_k_that_may_be_chosen_and_change_no_text(window, known):
+    model, limits, requests = MockStepper(), Limits(new_tokens=9), [Prompt((1, 2, 1)), Prompt((3,))]
+    decoder = SpeculativeDecoder(NgramDraft(), 3, window=window)
+    before, _ = answer_with_records(decoder, model, requests, limits)
+    costs = decoder.costs(model, requests, limits)
+    assert list(costs) == known
+    assert min(costs.values()) > 0
+    assert answer_with_records(decoder, model, requests, limits)[0] == before
+
+
+def test_a_plain_step_has_a_cost_unless_the_model_has_a_loop_of_its_own():
+    class Own(MockStepper):
+        traits = frozenset({"generate"})
+
+    request = [Prompt((1, 2))], Limits(new_tokens=4)
+    (k,) = StandardDecoder().costs(MockStepper(), *request)
+    assert k == 0
+    assert StandardDecoder().costs(Own(), *request) == {}
 
 
 @settings(deadline=None, max_examples=50)

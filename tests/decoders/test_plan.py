@@ -90,7 +90,8 @@ def test_a_plan_drafts_with_its_models_and_their_layers(folder, mambabench):
     assert len(same) == 4
     assert {outcome["state"] for outcome in measured.values()} == {"ok"}
     told = {fact["name"] for fact in measured["teacher/drafted/speed@seed0"]["facts"]}
-    assert {f"adaptive K, {kind} time per token" for kind in ("predicted", "measured")} <= told
+    assert {f"adaptive K, {kind} time per token, batch 1" for kind in ("predicted", "measured")} <= told
+    assert {f"cost of a round, K = {k}, batch 1" for k in (0, 1, 2)} <= told
     own = {fact["name"]: fact["value"] for fact in measured["pure/drafted/same@seed0"]["facts"]}
     assert own["rounds that reject a draft token"] == 0, "a model that drafts for itself is always right"
 

@@ -21,20 +21,20 @@ def make(stores, tmp_path_factory):
     """Makes a store of three models; equal ones are made once, so tests only read them."""
 
     @functools.cache
-    def store(seeds=(0,), differing=0, check=True):
+    def store(seeds=(0,), differing=0, check=True, told=()):
         builder = stores.Builder(tmp_path_factory.mktemp("stores") / "store", seeds=seeds)
         for model, keep, *_ in MODELS:
             builder.model(model, keep, teacher=model == "teacher")
         for model, _, chance, nll in MODELS:
             for seed in seeds if model != "teacher" else seeds[:1]:
-                _model(stores, builder, model, seed, chance, nll, differing, check)
+                _model(stores, builder, model, seed, chance, nll, differing, check, told)
         builder.skip("pure/lookup/other@seed0", "shown elsewhere")
         return builder.write()
 
     return store
 
 
-def _model(stores, builder, model, seed, chance, nll, differing, check):
+def _model(stores, builder, model, seed, chance, nll, differing, check, told):
     rng = np.random.default_rng([seed, len(model)])
     facts = [
         {"name": "training_tokens", "value": 300_000, "unit": "tokens"},
@@ -76,9 +76,11 @@ def _model(stores, builder, model, seed, chance, nll, differing, check):
         facts=[
             {"name": "weights", "value": 2_000_000, "unit": "byte"},
             {"name": "bytes of a step, batch 1", "value": 4e6, "unit": "byte"},
-            {"name": "adaptive K, predicted time per token", "value": 0.001, "unit": "s", "arm": "subject"},
-            {"name": "adaptive K, measured time per token", "value": 0.00125, "unit": "s", "arm": "subject"},
+            {"name": "cost of a round, K = 4, batch 1", "value": 0.002, "unit": "s", "arm": "subject"},
+            {"name": "cost of a round, K = 0, batch 1", "value": 0.001, "unit": "s", "arm": "reference"},
+            *({"name": f"{name}, batch 1", "value": value, "arm": "subject"} for name, value in told),
             {"name": "copy bandwidth", "value": 4e9, "unit": "byte/s"},
+            {"name": "read bandwidth", "value": 5e9, "unit": "byte/s"},
             {"name": "distinct 4-grams, batch 1", "value": 0.25, "unit": "share", "arm": "subject"},
         ],
     )

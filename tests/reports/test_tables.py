@@ -118,9 +118,24 @@ def test_speed_is_that_of_the_definitions(make, frames_of):
     assert lookup["weights MB"] == 2.0
     assert lookup["distinct 4-grams %"] == 25
     assert math.isnan(number(plain["distinct 4-grams %"]))
-    assert plain["bandwidth %"] == pytest.approx(100 * (4e6 / 4e9) / (plain["TPOT ms"] / 1e3))
-    assert math.isnan(number(lookup["bandwidth %"]))
-    assert (lookup["of predicted"], number(plain["of predicted"])) == (0.8, pytest.approx(math.nan, nan_ok=True))
+    for what, speed in (("copy", 4e9), ("read", 5e9)):
+        assert plain[f"{what} bandwidth %"] == pytest.approx(100 * (4e6 / speed) / (plain["TPOT ms"] / 1e3))
+        assert math.isnan(number(lookup[f"{what} bandwidth %"]))
+    assert lookup["predicted"] == pytest.approx(lookup["accepted length"].value * 0.001 / 0.002)
+    assert lookup["of predicted"] == pytest.approx(lookup["speed-up"].value / lookup["predicted"])
+    assert math.isnan(number(plain["predicted"]))
+
+
+def test_of_adaptive_rounds_the_prediction_is_what_was_expected_of_windows(make, frames_of):
+    costs = (("cost of a round, K = 2", 0.0015), ("adaptive K, predicted time per token", 0.0008))
+    lookup = row(frames_of(make(told=costs))["speed"], model="half", decoder="lookup")
+    assert lookup["predicted"] == pytest.approx(0.001 / 0.0008)
+    assert lookup["of predicted"] == pytest.approx(lookup["speed-up"].value / 1.25)
+
+
+def test_without_a_cost_for_its_k_no_speed_up_is_predicted(make, frames_of):
+    found = frames_of(make(told=(("cost of a round, K = 2", 0.0015),)))["speed"]
+    assert "predicted" not in found
 
 
 @pytest.mark.parametrize(

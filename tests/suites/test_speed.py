@@ -5,6 +5,7 @@ import pytest
 import torch
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.speculative import SpeculativeDecoder
+from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness import metrics
 from mambabench.harness.interfaces import Answer, Cost, MambabenchError
 from mambabench.harness.mockmodel import MockStepper
@@ -132,6 +133,30 @@ def test_of_a_model_with_a_loop_of_its_own_no_bytes_of_a_step_are_told(measure, 
     told = {r["name"] for r in measure(Speed(CONFIG), TEXTS, plain, make=Own) if r["kind"] == "fact"}
     assert "weights" in told
     assert not any("bytes of a step" in name for name in told)
+
+
+def test_a_round_of_each_arm_has_its_cost_at_each_batch_size(records, lookup):
+    costs = [r for r in records if r["kind"] == "fact" and r["name"].startswith("cost of a round")]
+    known = {(r["name"], r["arm"]) for r in costs}
+    assert known == {
+        (f"cost of a round, K = {k}, batch {batch}", arm)
+        for batch in (1, 2)
+        for arm, k in (("subject", lookup.k), ("reference", 0))
+    }
+    assert all(r["unit"] == "s" and r["value"] > 0 for r in costs)
+
+
+def test_what_a_decoder_tells_of_blocks_is_told_once_as_their_mean(measure, plain):
+    class Telling(StandardDecoder):
+        def generate(self, model, prompts, limits, emit):
+            seen.append(len(prompts))
+            emit("fact", name="blocks so far", value=len(seen), unit="blocks")
+            return super().generate(model, prompts, limits, emit)
+
+    seen = []
+    config = dataclasses.replace(CONFIG, batch=(1,), warmup=0)
+    told = [r for r in measure(Speed(config), TEXTS, Telling()) if r["kind"] == "fact" and r["unit"] == "blocks"]
+    assert [(r["name"], r["value"], r["arm"]) for r in told] == [("blocks so far, batch 1", 2.0, "subject")]
 
 
 def test_without_a_reference_there_is_one_arm_and_threads_come_back(measure, plain):
