@@ -3,6 +3,7 @@ length of prompts. Chance accepts, so no losslessness is asked for, and every fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,10 +55,11 @@ class AcceptanceMap:
     note = (
         "Not the speed of real drafts: chance lets a draft stand at this rate, scripted, if those before it did, and "
         "the text means nothing. Tokens: of a round at this rate, the bonus token included. Cells: speed-up over the "
-        "reference decoder, whose TPOT is divided by the time of a round over its tokens, so that the luck of the draw "
-        f"is left out; with a {100 * LEVEL:.0f}\u00a0% interval of the paired blocks. An answer's rounds bear what the "
-        "draft takes to read the prompt. Of predicted: mean, least and greatest of the row's speed-ups over tokens "
-        "\u00d7 cost of a plain step / cost of a round, costs measured where the host only starts rounds."
+        "reference decoder, the time of its step over that of a round divided by its tokens, so that the luck of the "
+        f"draw is left out; with a {100 * LEVEL:.0f}\u00a0% interval of the paired blocks. In neither arm the first "
+        "burst behind the prompt's counts: a draft reads the prompt before it, which weighs the less the longer the "
+        "answer is. Of predicted: mean, least and greatest of the row's speed-ups over tokens \u00d7 cost of a plain "
+        "step / cost of a round, costs measured where the host only starts rounds."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -126,7 +128,9 @@ def _cell(
     """Of requests of both arms, with the subject's rate and rounds beside each."""
     rate = float(of["rate"].mean())
     tokens = sum(rate**place for place in range(k + 1))
-    each = of["tpot_s"].where(of["arm"] != "subject", of["tpot_s"] * of["later_tokens"] / of["rounds"] / tokens)
+    steps = of["later_tokens"].where(of["arm"] == "reference", of["rounds"]).to_numpy(dtype=float)
+    seconds = of["gaps_s"].map(_round).to_numpy(dtype=float) * (of["bursts"] - 1).to_numpy(dtype=float) / steps
+    each = pd.Series(seconds, of.index).where(of["arm"] == "reference", seconds / tokens)
     blocks = of.assign(each=each).groupby(["key", "block", "arm"])["each"].agg(geometric_mean).unstack("arm")
     if not {"subject", "reference"} <= set(blocks) or blocks.isna().any(axis=None):
         return None
@@ -134,6 +138,11 @@ def _cell(
     costs = [_cost(results, of, request, arm, drafts) for arm, drafts in (("reference", 0), ("subject", k))]
     predicted = tokens * costs[0] / costs[1] if costs[0] and costs[1] else None
     return Cell(who, request, k, rate, speed_up, predicted)
+
+
+def _round(gaps: list[float]) -> float:
+    """Mean seconds between looks of the host, without the first."""
+    return sum(gaps[1:]) / (len(gaps) - 1) if len(gaps) > 1 else math.nan
 
 
 def _cost(results: Results, of: pd.DataFrame, request: Mapping[str, Any], arm: str, k: int) -> float | None:

@@ -1,7 +1,7 @@
 """Runs plans that come with the package, and reads the tables of their report."""
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,12 @@ Tables = dict[str, list[dict[str, str]]]
 
 @pytest.fixture
 def tables(mambabench, tmp_path: Path) -> Callable[..., Tables]:
-    """`tables(name, *overrides)`: those of a plan for one GPU that was run on the CPU, by name."""
+    """`tables(name, *overrides)`: those of a plan for one GPU that was run on the CPU, by name; of a part of it with
+    `only`."""
 
-    def run(name: str, *overrides: str) -> Tables:
+    def run(name: str, *overrides: str, only: Sequence[str] = ()) -> Tables:
         words = [word for override in overrides for word in ("--set", override)]
+        words += [word for labels in only for word in ("--only", labels)]
         done = mambabench("run", PLANS / f"{name}.toml", "--store", tmp_path / "store", *words)
         assert done.returncode == 0, done.stdout + done.stderr
         mambabench("report", tmp_path / "store", "--to", "csv")

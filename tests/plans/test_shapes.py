@@ -62,13 +62,14 @@ def test_the_whole_shape_takes_its_ten_steps(tables):
     assert float(stage["training tokens"]) == 640
 
 
-def test_the_speed_plan_has_the_named_shapes(tmp_path):
+@pytest.mark.parametrize("name", ["speed", "acceptance-map"])
+def test_the_plans_of_speed_have_the_named_shapes(tmp_path, name):
     loaded = registry()
-    plan = read_plan(PLANS / "speed.toml", loaded, [])
+    plan = read_plan(PLANS / f"{name}.toml", loaded, [])
     made = plan.stages["llama-8b"].config
     assert (made.layers, made.hidden, made.intermediate, made.vocabulary) == (32, 4096, 14336, 128256)
     assert (made.heads, made.kv_heads, made.head_dim, made.tied) == (32, 8, 128, None)
-    shapes = {name: plan.stages[f"mamba2-{name}"].config for name in ("2700m", "130m")}
+    shapes = {of: plan.stages[f"mamba2-{of}"].config for of in ("2700m", "130m")}
     assert [(of.layers, of.hidden, of.states, of.head_dim) for of in shapes.values()] == [
         (64, 2560, 0, 64),
         (24, 768, 0, 64),
@@ -77,12 +78,48 @@ def test_the_speed_plan_has_the_named_shapes(tmp_path):
     assert {need for step in steps for need in step.lacking} <= {"mamba-ssm>=2.2 (not installed)"}
 
 
+def test_the_map_s_rounds_have_the_tokens_of_the_rates_in_their_names():
+    plan = read_plan(PLANS / "acceptance-map.toml", registry(), [])
+    scripted = {name: of.config for name, of in plan.decoders.items() if of.name == "scripted"}
+    assert len(scripted) == 9
+    for name, config in scripted.items():
+        k, rate = name.removeprefix("small-").removeprefix("k").split("-")
+        assert config.k == int(k)
+        assert config.tokens == pytest.approx(
+            sum((int(rate) / 100) ** place for place in range(config.k + 1)), abs=1e-4
+        )
+
+
 @pytest.mark.slow
-def test_every_engine_and_its_peers_have_a_row_of_speed(tables):
+def test_the_map_has_a_row_for_each_rate_and_a_column_for_each_request(tables):
+    sizes = small_shapes() | {"data.text.vocabulary": 300, "data.text.length": 40, "data.text.documents": 8}
+    sizes |= {"suites.map.lengths": [8, 24], "suites.map.batch": [1, 2], "suites.map.batch_tokens": 24}
+    sizes |= {"suites.map.new_tokens": 24, "suites.map.pairs": 2}
+    part = ("half/k[28]-80/*", "half/k2-60/*", "mamba2/small-k4-80/*")
+    found = tables("acceptance-map", *(f"{option}={value}" for option, value in sizes.items()), only=part)
+    rows = found["acceptance-map"]
+    half = [("half", "k2-60"), ("half", "k2-80"), ("half", "k8-80")]
+    assert [(row["model"], row["decoder"]) for row in rows] == [*half, ("mamba2", "small-k4-80")]
+    for row in rows:
+        places = [name for name in row if name.startswith("batch") and name.rpartition(" ")[2].isdigit()]
+        assert places == ["batch 1, prompt 8", "batch 1, prompt 24", "batch 2, prompt 8"]
+        assert all(float(row[f"{place} low"]) < float(row[place]) < float(row[f"{place} high"]) for place in places)
+        assert float(row["scripted %"]) == pytest.approx(float(row["decoder"].rpartition("-")[2]), abs=0.01)
+        assert float(row["of predicted"]) > 0
+    assert all("lossless" not in row or row["lossless"] == "unchecked" for row in found["speed"] if row["k"])
+
+
+def small_shapes():
+    """Overrides that make the shapes of the plans of speed small."""
     sizes = {f"stages.llama-8b.{option}": value for option, value in SMALL.items()} | {"stages.llama-8b.layers": 4}
     for name in ("2700m", "130m"):
         sizes |= {f"stages.mamba2-{name}.{option}": value for option, value in MAMBA.items()}
-    sizes |= {"data.text.vocabulary": 300, "data.text.length": 24, "data.text.documents": 8}
+    return sizes
+
+
+@pytest.mark.slow
+def test_every_engine_and_its_peers_have_a_row_of_speed(tables):
+    sizes = small_shapes() | {"data.text.vocabulary": 300, "data.text.length": 24, "data.text.documents": 8}
     sizes |= {"suites.*.prompt_tokens": 12, "suites.*.new_tokens": 9, "suites.*.pairs": 1, "suites.speed-32.batch": [2]}
     sizes |= {"suites.speed.profile": 2}
     whole = tables("speed", *(f"{option}={value}" for option, value in sizes.items()))

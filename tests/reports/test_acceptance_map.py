@@ -11,6 +11,8 @@ from mambabench.reports.options import NoOptions
 
 STEP = 0.004
 """Seconds of a plain step; a round takes a quarter more."""
+READING = {"subject": 0.05, "reference": 0.0}
+"""Seconds that pass before the first round, in which a draft reads the prompt."""
 NEW = 25
 ACCEPTED = {0: [3, 0, 4, 1, 2, 4, 4], 1: [2] * 8}
 """Of the rounds of the rows of every block."""
@@ -29,7 +31,7 @@ def measured(block, batch, prompt, rate, k):
             each = STEP * (1.25 if arm == "subject" else 1.0) * (1 + 0.01 * block)
             bursts.append({**where, "arm": arm, "burst": 0, "at_s": 0.1, "tokens": 1})
             for number, new in enumerate(tokens):
-                at = {"burst": number + 1, "at_s": 0.1 + each * (number + 1)}
+                at = {"burst": number + 1, "at_s": 0.1 + READING[arm] + each * (number + 1)}
                 left = NEW - 1 - sum(tokens[:number])
                 bursts.append({**where, "arm": arm, **at, "tokens": min(new, left)})
                 if arm == "subject":
@@ -84,7 +86,7 @@ def test_a_spread_between_blocks_is_an_interval_and_requests_that_were_not_measu
     given = results(low=(0.5, 4), deep=(0.5, 8))
     timings = given.timings
     late = timings["arm"].eq("subject") & timings["block"].eq(1)
-    timings.loc[late, "at_s"] = 0.1 + (timings.loc[late, "at_s"] - 0.1) * 1.3
+    timings.loc[late, "at_s"] *= 1.3
     drop = timings["decoder"].eq("deep") & timings["prompt_tokens"].eq(64)
     given.__dict__["timings"] = timings[~drop]
     low, deep = table(given).to_dict("records")
