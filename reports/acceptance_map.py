@@ -40,12 +40,21 @@ class Cell:
 
     @property
     def tokens(self) -> float:
-        """Tokens that a round has on average at this rate, 1 + a + … + a^k."""
-        return sum(self.rate**place for place in range(self.k + 1))
+        """Of a round at this rate."""
+        return tokens_of(self.rate, self.k)
 
     @property
     def place(self) -> tuple[int, int]:
         return int(self.request["batch"]), int(self.request["prompt_tokens"])
+
+
+def tokens_of(rate: float, k: int) -> float:
+    """Tokens that a round of k drafts has on average, 1 + a + … + a^k.
+
+    >>> tokens_of(0.5, 2), tokens_of(1.0, 4)
+    (1.75, 5.0)
+    """
+    return sum(rate**place for place in range(k + 1))
 
 
 class AcceptanceMap:
@@ -127,7 +136,7 @@ def _cell(
 ) -> Cell | None:
     """Of requests of both arms, with the subject's rate and rounds beside each."""
     rate = float(of["rate"].mean())
-    tokens = sum(rate**place for place in range(k + 1))
+    tokens = tokens_of(rate, k)
     steps = of["later_tokens"].where(of["arm"] == "reference", of["rounds"]).to_numpy(dtype=float)
     seconds = of["gaps_s"].map(_round).to_numpy(dtype=float) * (of["bursts"] - 1).to_numpy(dtype=float) / steps
     each = pd.Series(seconds, of.index).where(of["arm"] == "reference", seconds / tokens)

@@ -1,4 +1,4 @@
-"""The picture of scripted acceptance: speed-up over the tokens of a round, a panel per batch size."""
+"""The picture of scripted acceptance: speed-up over the rate at which drafts stand, a panel per batch size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..harness.results import Results
-from .acceptance_map import Cell, cells_of
+from .acceptance_map import Cell, cells_of, tokens_of
 from .build import Plot
 from .plots import COLOURS, INK, MARKS, canvases, svg_of
 from .speed import LEVEL
@@ -14,6 +14,11 @@ from .training_plots import STROKES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+ROOM = 1.5
+"""Height of the picture over the highest point: lines go on to drafts that always stand."""
+FINE = 50
+"""Pieces of a line."""
 
 
 def maps(results: Results) -> tuple[Plot, ...]:
@@ -37,9 +42,9 @@ def _map(model: str, cells: Sequence[Cell]) -> Plot:
                 _draw(axes, of, COLOURS[ks.index(k) % len(COLOURS)], prompts.index(prompt))
         axes.axhline(1, color=INK, linewidth=1, linestyle=":")
         axes.set_title(f"batch {batch}", color=INK, fontsize=9)
-        axes.set_ylim(0, 1.12 * highest)
-        axes.set_xlim(1, max(ks) + 1)
-        axes.set_xlabel("tokens of a round")
+        axes.set_ylim(0, ROOM * highest)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("drafts that stand, %")
     every[0].set_ylabel("speed-up, scripted")
     for at, k in enumerate(ks):
         every[0].plot([], [], color=COLOURS[at % len(COLOURS)], label=f"K = {k}")
@@ -54,8 +59,9 @@ def _map(model: str, cells: Sequence[Cell]) -> Plot:
         labelcolor=INK,
     )
     note = (
-        "Chance lets drafts stand at set rates; no draft was as good. Points are measured, with "
-        f"{100 * LEVEL:.0f}\u00a0% intervals; lines are tokens \u00d7 cost of a plain step / cost of a round."
+        "Chance lets drafts stand at set rates, if those before them do; no draft was as good. Points are measured, "
+        f"with {100 * LEVEL:.0f}\u00a0% intervals; lines are tokens of a round at a rate \u00d7 cost of a plain step / "
+        "cost of a round."
     )
     return Plot(f"acceptance-map-{model}", f"Speed-up at scripted acceptance: {model}", note, svg_of(figure))
 
@@ -65,16 +71,18 @@ def _stroke(at: int) -> str:
 
 
 def _draw(axes: Axes, cells: Sequence[Cell], colour: str, at: int) -> None:
-    """The points of one K and length of prompts, and their line, which is straight: a round costs what it costs."""
+    """The points of one K and length of prompts, and what is predicted of every rate: a round costs what it costs."""
     slopes = [cell.predicted / cell.tokens for cell in cells if cell.predicted]
     if slopes:
-        slope, ends = sum(slopes) / len(slopes), (1, cells[0].k + 1)
-        axes.plot(ends, [slope * end for end in ends], STROKES[at % len(STROKES)], color=colour, linewidth=1)
+        slope = sum(slopes) / len(slopes)
+        rates = [place / FINE for place in range(FINE + 1)]
+        heights = [slope * tokens_of(rate, cells[0].k) for rate in rates]
+        axes.plot([100 * rate for rate in rates], heights, STROKES[at % len(STROKES)], color=colour, linewidth=1)
     for cell in cells:
         value = cell.speed_up
         known = value.high > value.low
         bars = [[value.value - value.low], [value.high - value.value]] if known else None
         axes.errorbar(
-            cell.tokens, value.value, yerr=bars,
+            100 * cell.rate, value.value, yerr=bars,
             fmt=MARKS[at % len(MARKS)], color=colour, markersize=5, capsize=2, elinewidth=1,
         )  # fmt: skip
