@@ -104,3 +104,9 @@ def pins(frozen: str) -> list[str]:
         if pin and pin[1].lower() not in {"mambabench", "pip", "wheel"}:
             found[pin[1].lower()] = f"{pin[1]}=={pin[2] or pin[3]}"
     return [found[name] for name in sorted(found)]
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def kernels(session: nox.Session) -> None:
+    """Time the kernels on a GPU, beside what its memory and tensor cores allow. Arguments after `--` go to pytest."""
+    run(session, "python", "-m", "pytest", "-m", "gpu", "tests/bench", *session.posargs)

@@ -55,6 +55,16 @@ def test_the_slice_has_a_row_for_each_model_and_window(tables):
 
 
 @pytest.mark.slow
+def test_the_small_slice_trains_mixers_and_all(tables):
+    sizes = SMALL | {"layers": 4}
+    given = [f"stages.make.{option}={value}" for option, value in sizes.items()]
+    given += ["suites.*.context=[16]", "suites.*.tokens=32", "suites.*.pairs=2", "suites.*.steps=2"]
+    rows = [row for row in tables("slice-28m", *given)["training-speed"] if row["model"] == "half"]
+    assert [row["suite"] for row in rows] == ["mixers", "all"]
+    assert all(float(row["tokens/s"]) > 0 and float(row["of teacher's"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_the_whole_shape_takes_its_ten_steps(tables):
     cost = tables("shape-8b", *overrides("shape-8b"))["cost"]
     (stage,) = [row for row in cost if row["stage"] == "align"]
