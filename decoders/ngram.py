@@ -9,6 +9,7 @@ from torch import Tensor
 from ..harness.interfaces import Limits, Prompt, Stepper
 from ..kernels.rounds import match
 from .plugin import NgramConfig
+from .texts import Texts
 
 
 class NgramDraft:
@@ -25,6 +26,11 @@ class NgramDraft:
 
     def follow(self, state: None, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, None]:
         return *match(ids, length, k, self.longest, self.shortest), None
+
+    def follow_into(self, state: None, texts: Texts, k: int) -> tuple[Tensor, None]:
+        """`follow`, with the drafts in the place of the next round's."""
+        drafts = texts.inputs.drafts(k)
+        return match(texts.ids, texts.length, k, self.longest, self.shortest, drafts)[1], None
 
     def again(self, state: None, prompts: Sequence[Prompt], limits: Limits) -> bool:
         return True

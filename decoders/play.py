@@ -15,7 +15,6 @@ from .adaptive import Chooser
 from .batch import Batch
 from .results import Results, Round
 from .rounds import Board, append, draft_round, drafting, plain_round, scripted_round
-from .sampling import pick
 from .texts import Texts
 
 BLOCK = 256
@@ -58,7 +57,7 @@ class Rounds:
         """Runs the prompts, and gives each row its first token."""
         texts = self.board.texts
         logits = self.model.prefill(texts.ids[:, : self.longest].contiguous(), texts.length.int(), self.state)
-        append(self.board, pick(logits.unsqueeze(1), self.limits, texts.stream, texts.length - 1))
+        append(self.board, self.limits, logits.unsqueeze(1))
         self.board.results.sent()
         return self.board.results.read(1)[0]
 
@@ -123,7 +122,7 @@ class Rounds:
         key = (id(self.draft), self.steps, self.steady, self.script, look, room, limits.stop_tokens, sampling)
         if key not in kept:
             batch, device = len(self.prompts), self.model.device
-            texts = Texts(batch, room, limits.stop_tokens, device)
+            texts = Texts(batch, room, limits.stop_tokens, device, drafts=self.steps)
             while len(kept) >= BOARDS:
                 del kept[next(iter(kept))]
             none = torch.zeros(batch, dtype=torch.int32, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,33 +23,26 @@ class Round(NamedTuple):
 
 
 class Results:
-    """A ring of the last rounds. On a GPU each round ends with a copy of it into memory that the host reads, where a
-    slot keeps what it has until `slots` more rounds have been started."""
+    """A ring of the last rounds. On a GPU it lies in memory of the host, where a slot keeps what it has until `slots`
+    more rounds have been started."""
 
     def __init__(self, batch: int, k: int, slots: int, device: str) -> None:
-        self.ring = Ring(
-            torch.zeros(slots, batch, k + 3, dtype=torch.int64, device=device),
-            torch.zeros(batch, dtype=torch.int64, device=device),
-        )
-        on_gpu = self.ring.slots.is_cuda
-        self._mirror = torch.zeros(self.ring.slots.shape, dtype=torch.int64, pin_memory=True) if on_gpu else None
-        self._events = [torch.cuda.Event() for _ in range(slots)] if on_gpu else []
+        own = torch.zeros(slots, batch, k + 3, dtype=torch.int64, device=device)
+        mirror = torch.zeros(own.shape, dtype=torch.int64, pin_memory=True) if own.is_cuda else None
+        self.ring = Ring(own, torch.zeros(batch, dtype=torch.int64, device=device), mirror)
+        self._events = [torch.cuda.Event() for _ in range(slots)] if own.is_cuda else []
+        weakref.finalize(self, _written, self._events).atexit = False
         self._sent = self._read = 0
 
     @property
     def apart(self) -> bool:
         """Whether the host can read while the device goes on."""
-        return self._mirror is not None
+        return self.ring.mirror is not None
 
     def begin(self) -> None:
         """Before a request's first round."""
         self.ring.turn.fill_(self._sent % len(self.ring.slots))
         self.drop()
-
-    def send(self) -> None:
-        """A round's last act, on the device."""
-        if self._mirror is not None:
-            self._mirror.copy_(self.ring.slots, non_blocking=True)
 
     def sent(self) -> None:
         """Told once a round is on its way."""
@@ -61,10 +56,18 @@ class Results:
 
     def read(self, count: int) -> list[Round]:
         """The next rounds, for the last of which the host waits."""
-        slots = self.ring.slots if self._mirror is None else self._mirror
+        slots = self.ring.slots if self.ring.mirror is None else self.ring.mirror
         assert self._read + count <= self._sent <= self._read + len(slots)
         if self._events:
             self._events[(self._read + count - 1) % len(slots)].synchronize()
         found = [slots[number % len(slots)] for number in range(self._read, self._read + count)]
         self._read += count
         return [Round(each[:, :-2].tolist(), each[:, -2].tolist(), each[:, -1].tolist()) for each in found]
+
+
+def _written(events: Sequence[torch.cuda.Event]) -> None:
+    """Waits for rounds that nobody reads: others may get the memory that they write into."""
+    if events and torch.cuda.is_current_stream_capturing():
+        return
+    for event in events:
+        event.synchronize()

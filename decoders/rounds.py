@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..harness.interfaces import DeviceDraft, Draft, Limits, Stepper
-from ..kernels.rounds import ACCEPT, Drawn, finish, uniform
+from ..kernels.rounds import Drawn, finish, finish_greedy, finish_rejected
 from .breakdown import DRAFT, TARGET, section
 from .results import Results
-from .sampling import judge, pick
+from .sampling import judge, kept, pick
 from .texts import Texts
 
 
 class Drafting(Protocol):
     """A draft at work on one batch."""
 
-    def __call__(self, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | Drawn | None]:
-        """`DeviceDraft.follow`, or `SteppingDraft.follow_drawn`. May give fewer than k tokens a row."""
+    def __call__(self, texts: Texts, k: int) -> tuple[Tensor, Tensor | Drawn | None]:
+        """Puts k tokens a row, or all that it has, into the next round's inputs. Returns how many are real, int32 [B],
+        and what they were drawn from, if they were: of each of them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,10 +46,7 @@ class Board:
 
 def plain_round(model: Stepper, state: Any, board: Board, limits: Limits, k: int = 0) -> None:
     """One more token of every row, without drafts."""
-    last, start = board.texts.last()
-    with section(TARGET):
-        logits = model.advance(last, start, state)
-    append(board, pick(logits, limits, board.texts.stream, start))
+    append(board, limits, _run(model, state, board, 0))
 
 
 def draft_round(
@@ -56,53 +54,72 @@ def draft_round(
 ) -> None:
     """Lets a draft propose k tokens a row, and the model judge them. With `steady`, a draft that samples proposes one
     more, to be judged in the bonus token's place (`sampling.judge`)."""
-    texts = board.texts
     samples = limits.temperature > 0
+    asked = k + 1 if samples and steady else k
     with section(DRAFT):
-        ids, real, q = draft(texts.ids, texts.length, k + 1 if samples and steady else k)
-    last, start = texts.last()
-    fed = torch.cat([last, ids[:, :k]], dim=1)
-    with section(TARGET):
-        logits = model.advance(fed, start, state)
-    accepted = None
+        real, q = draft(board.texts, asked)
+    logits = _run(model, state, board, k)
     if q is None or not samples:
-        tokens = pick(logits, limits, texts.stream, start)
+        _pick(board, limits, logits, real)
     else:
-        accepted, tokens = judge(logits, limits, q, ids, real, texts.stream, start)
-    finish(tokens, ids[:, :k], real, texts.rows, board.results.ring, accepted=accepted)
-    board.results.send()
+        _judge(board, limits, logits, real, q, asked)
 
 
 def scripted_round(
     model: Stepper, state: Any, board: Board, limits: Limits, draft: Drafting, rate: float, k: int
 ) -> None:
     """A round whose verdict is thrown away: each draft stands by chance, at this rate if those before it do."""
-    texts = board.texts
     with section(DRAFT):
-        ids, real, _ = draft(texts.ids, texts.length, k)
-    last, start = texts.last()
-    fed = torch.cat([last, ids], dim=1)
+        real, _ = draft(board.texts, k)
+    _pick(board, limits, _run(model, state, board, k), real, rate)
+
+
+def append(board: Board, limits: Limits, logits: Tensor) -> None:
+    """A round without drafts, of logits [B, 1, V] at the end of each text."""
+    _pick(board, limits, logits, board.none)
+
+
+def _run(model: Stepper, state: Any, board: Board, k: int) -> Tensor:
+    """Logits [B, k + 1, V] behind the texts' last tokens and k drafts."""
+    inputs = board.texts.inputs
     with section(TARGET):
-        logits = model.advance(fed, start, state)
-    tokens = pick(logits, limits, texts.stream, start)
-    at = texts.length.unsqueeze(1) + torch.arange(k, device=start.device)
-    stands = uniform(texts.stream, at, ACCEPT) < rate
-    finish(tokens, ids, torch.full_like(real, k), texts.rows, board.results.ring, stands)
-    board.results.send()
+        return model.advance(inputs.ids(1, k + 1), inputs.positions[1], state)
 
 
-def append(board: Board, tokens: Tensor) -> None:
-    """A round without drafts, of tokens int64 [B, 1]."""
-    finish(tokens, tokens[:, :0], board.none, board.texts.rows, board.results.ring)
-    board.results.send()
+def _pick(board: Board, limits: Limits, logits: Tensor, real: Tensor, rate: float | None = None) -> None:
+    """The end of a round whose drafts are held against what plain decoding emits."""
+    texts, ring = board.texts, board.results.ring
+    drafts = texts.inputs.drafts(logits.shape[1] - 1)
+    if limits.temperature == 0:
+        finish_greedy(logits, drafts, real, texts.rows, ring, rate)
+    else:
+        tokens = pick(logits, limits, texts.stream, texts.inputs.positions[1])
+        finish(tokens, drafts, real, texts.rows, ring, rate)
+
+
+def _judge(board: Board, limits: Limits, logits: Tensor, real: Tensor, q: Tensor | Drawn, asked: int) -> None:
+    """The end of a round whose drafts were drawn from q."""
+    texts, ring = board.texts, board.results.ring
+    if isinstance(q, Drawn):
+        finish_rejected(kept(logits, limits), q, texts.inputs.drafts(asked), real, texts.rows, ring)
+        return
+    drafts, before = texts.inputs.drafts(q.shape[1]), texts.inputs.positions[1]
+    accepted, tokens = judge(logits, limits, q, drafts, real, texts.stream, before)
+    finish(tokens, drafts[:, : logits.shape[1] - 1], real, texts.rows, ring, accepted=accepted)
 
 
 def drafting(draft: Draft | DeviceDraft, memory: Any) -> Drafting:
     """A draft with what it opened. One that wants the texts on the host gets them, and the device waits for it."""
-    if not hasattr(draft, "follow"):
-        return _Asked(draft, memory)
-    follow = getattr(draft, "follow_drawn", draft.follow)
-    return lambda ids, length, count: follow(memory, ids, length, count)
+    if hasattr(draft, "follow_into"):
+        return partial(draft.follow_into, memory)
+    follow = partial(draft.follow, memory) if hasattr(draft, "follow") else _Asked(draft, memory)
+
+    def put(texts: Texts, k: int) -> tuple[Tensor, Tensor | None]:
+        drafts, real, q = follow(texts.ids, texts.length, k)
+        texts.inputs.drafts(drafts.shape[1]).copy_(drafts)
+        return real, q
+
+    return put
 
 
 class _Asked:

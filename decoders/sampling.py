@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Limits
-from ..kernels.rounds import ACCEPT, TOKEN, Drawn, drawn, greedy, keep, reject, rejected, softmax, uniform
+from ..kernels.rounds import ACCEPT, TOKEN, drawn, greedy, keep, reject, softmax, uniform
 
 
 def kept(logits: Tensor, limits: Limits) -> Tensor:
@@ -39,12 +39,10 @@ def pick(logits: Tensor, limits: Limits, stream: Tensor, before: Tensor) -> Tens
 
 
 def judge(
-    logits: Tensor, limits: Limits, q: Tensor | Drawn, drafts: Tensor, real: Tensor, stream: Tensor, before: Tensor
+    logits: Tensor, limits: Limits, q: Tensor, drafts: Tensor, real: Tensor, stream: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rejection sampling (`kernels.rounds.reject`) of drafts int64 [B, J] that were drawn from q: how many of the first
     K stand, int64 [B], and tokens int64 [B, K + 1]. logits [B, K + 1, V] of the target, the rest as in `pick`."""
-    if isinstance(q, Drawn):
-        return rejected(kept(logits, limits), q, drafts, real, stream, before)
     position = before.long().unsqueeze(1) + torch.arange(1, logits.shape[1] + 1, device=before.device)
     accept, token = (uniform(stream, position, purpose) for purpose in (ACCEPT, TOKEN))
     return reject(probabilities(logits, limits), q, drafts, real, accept, token)

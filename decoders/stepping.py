@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Artifact, Limits, MambabenchError, Prompt, Stepper, Unsupported
-from ..kernels.rounds import DRAFT, Drawn, drawn, ending, greedy, streams
+from ..kernels.rounds import DRAFT, Drawn, Inputs, aligned, drawn, greedy, streams
 from .breakdown import REST, section
 from .plugin import LayersConfig, ModelConfig
 from .sampling import kept
-from .texts import padded
+from .texts import Texts, padded
 
 BLOCK = 256
 """Positions by which memory grows, so that it serves requests of about one length."""
@@ -36,12 +36,8 @@ class Memory(NamedTuple):
     """Most tokens of a text."""
     stream: Tensor
     """int64 [B]."""
-    places: Tensor
-    """int32 [K + 1, 1], from 0 on."""
     real: Tensor
     """int32 [K + 1, B], the same for each row: all k drafts are real."""
-    start: Tensor
-    """int32 [K, B], of the calls after the first."""
     kept: Drawn | None
     """What drafts are drawn from, None at temperature 0."""
 
@@ -62,17 +58,15 @@ class SteppingDraft:
         context = max(needed, min(-(-needed // BLOCK) * BLOCK, model.max_context))
         state = model.open(len(prompts), context, k + 1)
         stream = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
-        places = torch.arange(k + 1, dtype=torch.int32, device=model.device).unsqueeze(1)
         drawn_from = None
         if limits.temperature > 0:
             like = torch.empty(
                 0, dtype=torch.float64 if model.dtype == "float64" else torch.float32, device=model.device
             )
             drawn_from = Drawn.empty(k, len(prompts), model.vocab_size, limits.temperature, like)
-        real = places.repeat(1, _aligned(len(prompts)))
-        rows = slice(len(prompts))
-        start = real[1:].clone()[:, rows]
-        memory = Memory(model, state, limits, context, stream, places, real[:, rows], start, drawn_from)
+        counts = torch.arange(k + 1, dtype=torch.int32, device=model.device).unsqueeze(1)
+        real = counts.repeat(1, aligned(len(prompts)))[:, : len(prompts)]
+        memory = Memory(model, state, limits, context, stream, real, drawn_from)
         _begin(memory, prompts, limits)
         return memory
 
@@ -87,33 +81,32 @@ class SteppingDraft:
         return getattr(state.model, "recording", lambda _: None)(state.state) is not None
 
     def follow(self, state: Memory, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        tokens, real, q = self.follow_drawn(state, ids, length, k)
-        return tokens, real, q.dense(k) if q else None
+        inputs = Inputs.empty(k, len(ids), ids.device)
+        inputs.begin(ids, length)
+        real, q = self._propose(state, inputs, k)
+        return inputs.drafts(k), real, q.dense(k) if q else None
 
-    def follow_drawn(self, state: Memory, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Drawn | None]:
-        """`follow`, with what is known of the distributions in their place."""
-        fed, first = ending(ids, length, 2)
-        start = torch.add(first, state.places[1:], out=state.start)
-        tokens = torch.empty(k, _aligned(len(ids)), dtype=torch.int64, device=ids.device)[:, : len(ids)]
+    def follow_into(self, state: Memory, texts: Texts, k: int) -> tuple[Tensor, Drawn | None]:
+        """`follow`, with the drafts in the place of the next round's, and what is known of the distributions."""
+        return self._propose(state, texts.inputs, k)
+
+    @staticmethod
+    def _propose(state: Memory, inputs: Inputs, k: int) -> tuple[Tensor, Drawn | None]:
+        tokens, positions = inputs
         for place in range(k):
             if place:
-                fed = tokens[place - 1].unsqueeze(1)
-                logits = state.model.advance(fed, start[place], state.state, settle=False)[:, 0]
+                given = inputs.ids(place + 1, 1), positions[place + 1]
+                logits = state.model.advance(*given, state.state, settle=False)[:, 0]
             else:
-                logits = state.model.advance(fed, first, state.state)[:, 1]
+                logits = state.model.advance(inputs.ids(0, 2), positions[0], state.state)[:, 1]
             with section(REST):
-                out = tokens[place]
+                out = tokens[place + 2]
                 if state.limits.temperature == 0:
                     greedy(logits, out)
                 else:
-                    at = state.stream, start[place], DRAFT
+                    at = state.stream, positions[place + 1], DRAFT
                     drawn(kept(logits, state.limits), state.limits.temperature, *at, state.kept, place, out)
-        return tokens.T, state.real[k], state.kept
-
-
-def _aligned(batch: int) -> int:
-    """Rows beside each other begin at multiples of 16 bytes, so that kernels need no form for other places."""
-    return -(-batch // 4) * 4
+        return state.real[k], state.kept
 
 
 def _needed(prompts: Sequence[Prompt], limits: Limits) -> int:

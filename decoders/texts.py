@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 from ..harness.interfaces import Limits, Prompt
-from ..kernels.rounds import Rows, ending, streams
+from ..kernels.rounds import Inputs, Rows, streams
 
 
 class Texts:
     """Row b's text is the first length[b] of ids[b]; nothing is said of those behind."""
 
-    def __init__(self, batch: int, room: int, stops: Sequence[int], device: str) -> None:
-        """`room`: most tokens of a text, with those that a round puts behind its end."""
+    def __init__(self, batch: int, room: int, stops: Sequence[int], device: str, drafts: int = 0) -> None:
+        """`room`: most tokens of a text, with those that a round puts behind its end; `drafts`: most of a round."""
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         self.ids = torch.zeros(batch, room, dtype=torch.int64, device=device)
         self.length, self.full, self.stream = zeros, zeros.clone(), zeros.clone()
         """int64 [B]: of the text, of the text at its end, and the key of its random numbers."""
         self.running = zeros.bool()
+        self.inputs = Inputs.empty(drafts, batch, device)
+        """Of the next round: each round leaves them, and the draft adds what it proposes."""
         self._stops = torch.tensor(tuple(stops), dtype=torch.int64, device=device)
 
     def begin(self, prompts: Sequence[Prompt], limits: Limits) -> None:
@@ -37,14 +39,11 @@ class Texts:
             ours.copy_(given)
         self.ids[:, : int(lengths.max())].copy_(padded([prompt.ids for prompt in prompts]))
         self.running.fill_(True)
+        self.inputs.begin(self.ids, self.length)
 
     @property
     def rows(self) -> Rows:
-        return Rows(self.ids, self.length, self.full, self.running, self._stops)
-
-    def last(self) -> tuple[Tensor, Tensor]:
-        """The last token of each row, int64 [B, 1], which no model has run yet, and its position, int32 [B]."""
-        return ending(self.ids, self.length, 1)
+        return Rows(self.ids, self.length, self.full, self.running, self._stops, self.stream, self.inputs)
 
     @contextmanager
     def held(self) -> Iterator[None]:

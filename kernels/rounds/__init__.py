@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..support import chosen, kernel
 from . import fused, reference
-from .reference import ACCEPT, DRAFT, TOKEN, Drawn, Ring, Rows, draw, reject, softmax, streams
+from .reference import ACCEPT, DRAFT, TOKEN, Drawn, Inputs, Ring, Rows, aligned, draw, reject, softmax, streams
 
 __all__ = [
     "ACCEPT",
@@ -12,18 +12,20 @@ __all__ = [
     "MARK",
     "TOKEN",
     "Drawn",
+    "Inputs",
     "Ring",
     "Rows",
+    "aligned",
     "draw",
     "drawn",
-    "ending",
     "finish",
+    "finish_greedy",
+    "finish_rejected",
     "greedy",
     "keep",
     "mark",
     "match",
     "reject",
-    "rejected",
     "softmax",
     "streams",
     "uniform",
@@ -42,22 +44,15 @@ def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     return reference.greedy(logits, out)
 
 
-def ending(ids: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The last tokens of texts, int64 [B, count], and the position of the first of them, int32 [B]. ids int64 [B, S],
-    length int64 [B], at least `count`."""
-    if chosen("ending", fused.supports_integers(ids)):
-        last: tuple[Tensor, Tensor] = kernel(fused.MODULE, "ending")(ids, length, count)
-        return last
-    return reference.ending(ids, length, count)
-
-
-def match(ids: Tensor, length: Tensor, k: int, longest: int, shortest: int) -> tuple[Tensor, Tensor]:
+def match(
+    ids: Tensor, length: Tensor, k: int, longest: int, shortest: int, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`reference.match`: looks the ends of texts ids int64 [B, S], length int64 [B], up in themselves -> drafts int64
-    [B, k] and how many are real, int32 [B]."""
+    [B, k], written into `out` if given, and how many are real, int32 [B]."""
     if chosen("match", fused.supports_integers(ids)):
-        found: tuple[Tensor, Tensor] = kernel(fused.MODULE, "match")(ids, length, k, longest, shortest)
+        found: tuple[Tensor, Tensor] = kernel(fused.MODULE, "match")(ids, length, k, longest, shortest, out)
         return found
-    return reference.match(ids, length, k, longest, shortest)
+    return reference.match(ids, length, k, longest, shortest, out)
 
 
 def finish(
@@ -66,14 +61,24 @@ def finish(
     real: Tensor,
     rows: Rows,
     ring: Ring,
-    stands: Tensor | None = None,
+    chance: float | None = None,
     accepted: Tensor | None = None,
 ) -> None:
     """`reference.finish`: the end of a round of tokens int64 [B, K + 1] and drafts int64 [B, K]."""
     if chosen("finish", fused.supports_integers(tokens)):
-        kernel(fused.MODULE, "finish")(tokens, drafts, real, rows, ring, stands, accepted)
+        kernel(fused.MODULE, "finish")(tokens, drafts, real, rows, ring, chance, accepted)
     else:
-        reference.finish(tokens, drafts, real, rows, ring, stands, accepted)
+        reference.finish(tokens, drafts, real, rows, ring, chance, accepted)
+
+
+def finish_greedy(
+    logits: Tensor, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring, chance: float | None = None
+) -> None:
+    """The end of a round of the likeliest tokens of logits [B, K + 1, V]."""
+    if chosen("finish", fused.supports_logits(logits)):
+        kernel(fused.MODULE, "finish_greedy")(logits, drafts, real, rows, ring, chance)
+    else:
+        reference.finish(greedy(logits), drafts, real, rows, ring, chance)
 
 
 def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
@@ -107,16 +112,13 @@ def drawn(
     return reference.drawn(logits, temperature, stream, before, purpose, kept, place, out)
 
 
-def rejected(
-    target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, stream: Tensor, before: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`reject` of drafts int64 [B, J] that were drawn from `kept` against logits target [B, T, V], J <= T, of one
-    temperature; real int [B], stream int64 [B], before int [B], the position before the first token's. Returns how
-    many stand, int64 [B], and tokens int64 [B, T], of which one more than that mean something."""
-    if chosen("rejected", fused.supports_logits(target)):
-        judged: tuple[Tensor, Tensor] = kernel(fused.DRAWING, "rejected")(target, kept, drafts, real, stream, before)
-        return judged
-    return reference.rejected(target, kept, drafts, real, stream, before)
+def finish_rejected(target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring) -> None:
+    """The end of a round in which drafts int64 [B, J], drawn from `kept`, are judged as `reject` does, against logits
+    target [B, K + 1, V] of the same temperature; real int [B], J <= K + 1."""
+    if chosen("finish_rejected", fused.supports_logits(target)):
+        kernel(fused.DRAWING, "finish_rejected")(target, kept, drafts, real, rows, ring)
+    else:
+        reference.finish_rejected(target, kept, drafts, real, rows, ring)
 
 
 def keep(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

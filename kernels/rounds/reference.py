@@ -15,6 +15,42 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 
 
+def aligned(batch: int) -> int:
+    """With so many numbers apart, rows begin at multiples of 16 bytes, and kernels need no form for others."""
+    return -(-batch // 4) * 4
+
+
+class Inputs(NamedTuple):
+    """What a round's calls of models are given, by place: a text's last two tokens, and the drafts behind them."""
+
+    tokens: Tensor
+    """int64 [J + 2, B]: the last token but one, the last, J drafts."""
+    positions: Tensor
+    """int32 [J + 2, B]."""
+
+    @classmethod
+    def empty(cls, drafts: int, batch: int, device: torch.device | str) -> Inputs:
+        """Zeros."""
+        shape = drafts + 2, aligned(batch)
+        both = (torch.zeros(shape, dtype=kind, device=device)[:, :batch] for kind in (torch.int64, torch.int32))
+        return cls(*both)
+
+    def ids(self, first: int, count: int) -> Tensor:
+        """Of so many places: int64 [B, count]."""
+        return self.tokens[first : first + count].T
+
+    def drafts(self, count: int) -> Tensor:
+        """int64 [B, count]."""
+        return self.ids(2, count)
+
+    def begin(self, ids: Tensor, length: Tensor) -> None:
+        """Of texts ids int64 [B, S], length int64 [B]."""
+        first = length - 2
+        ends = first.clamp(min=0).unsqueeze(1) + torch.arange(2, device=ids.device)
+        self.tokens[:2].copy_(ids.gather(1, ends).T)
+        torch.add(first, torch.arange(len(self.positions), device=ids.device).unsqueeze(1), out=self.positions)
+
+
 class Rows(NamedTuple):
     """The texts of a batch: row b's is the first length[b] of ids[b]; nothing is said of those behind."""
 
@@ -28,6 +64,10 @@ class Rows(NamedTuple):
     """bool [B]."""
     stops: Tensor
     """int64 [n]: tokens that end a text."""
+    stream: Tensor
+    """int64 [B]: the keys of random numbers."""
+    inputs: Inputs
+    """Of the next round."""
 
 
 class Ring(NamedTuple):
@@ -38,9 +78,11 @@ class Ring(NamedTuple):
     """int64 [R, B, W + 2]: W tokens, of which a round may fill fewer, the real drafts, the accepted ones."""
     turn: Tensor
     """int64 [B]."""
+    mirror: Tensor | None = None
+    """Memory of the host that a GPU writes into, of the shape of the slots. Kernels write there in their place."""
 
 
-PART = 4096
+PART = 2048
 """Logits of which a kernel makes one sum."""
 
 
@@ -137,13 +179,14 @@ def drawn(
     return tokens if out is None else out.copy_(tokens)
 
 
-def rejected(
-    target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, stream: Tensor, before: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`reject` by logits; arguments as in the room's `rejected`."""
-    position = before.long().unsqueeze(1) + torch.arange(1, target.shape[1] + 1, device=target.device)
-    accept, token = (uniform(stream.unsqueeze(1), position, purpose) for purpose in (ACCEPT, TOKEN))
-    return reject(softmax(target, kept.temperature), kept.dense(drafts.shape[1]), drafts, real, accept, token)
+def finish_rejected(target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring) -> None:
+    """`reject` by logits, then `finish`; arguments as in the room's `finish_rejected`."""
+    count = target.shape[1]
+    position = rows.length.unsqueeze(1) + torch.arange(count, device=target.device)
+    accept, token = (uniform(rows.stream.unsqueeze(1), position, purpose) for purpose in (ACCEPT, TOKEN))
+    q = kept.dense(drafts.shape[1])
+    accepted, tokens = reject(softmax(target, kept.temperature), q, drafts, real, accept, token)
+    finish(tokens, drafts[:, : count - 1], real, rows, ring, accepted=accepted)
 
 
 def reject(
@@ -180,15 +223,9 @@ def reject(
     return at, tokens.scatter(1, at.unsqueeze(1), after.unsqueeze(1))
 
 
-def ending(ids: Tensor, length: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The last tokens of texts, int64 [B, count], and the position of the first of them, int32 [B]. ids int64 [B, S],
-    length int64 [B], at least `count`."""
-    first = length - count
-    places = first.unsqueeze(1) + torch.arange(count, device=ids.device)
-    return ids.gather(1, places), first.int()
-
-
-def match(ids: Tensor, length: Tensor, k: int, longest: int, shortest: int) -> tuple[Tensor, Tensor]:
+def match(
+    ids: Tensor, length: Tensor, k: int, longest: int, shortest: int, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What followed the most recent earlier occurrence of each text's last `longest` tokens, or fewer down to
     `shortest`: drafts int64 [B, k], and how many are real, int32 [B]: k or none.
 
@@ -208,7 +245,8 @@ def match(ids: Tensor, length: Tensor, k: int, longest: int, shortest: int) -> t
     # Where nothing was found, the copy is of any tokens: none of them counts.
     period = torch.where(found, length - end, 1).unsqueeze(1)
     copied = end.unsqueeze(1) + torch.arange(k, device=ids.device) % period
-    return ids.gather(1, copied), found.int() * k
+    drafts = ids.gather(1, copied)
+    return (drafts if out is None else out.copy_(drafts)), found.int() * k
 
 
 def finish(
@@ -217,22 +255,27 @@ def finish(
     real: Tensor,
     rows: Rows,
     ring: Ring,
-    stands: Tensor | None = None,
+    chance: float | None = None,
     accepted: Tensor | None = None,
 ) -> None:
-    """The end of a round: how many drafts stand, what is put behind each text, and the round's place in the ring.
+    """The end of a round: how many drafts stand, what is put behind each text, the inputs of the next round, and this
+    one's place in the ring.
 
     tokens int64 [B, K + 1], drafts int64 [B, K], real int [B]: so many drafts count. A draft stands if it is the token
-    at its place, or if `stands` (bool [B, K]) says so, and all before it stand; or `accepted` (int64 [B]) do. Texts get
-    the drafts that stand and the token after them, up to their end: their last place, or a stop token. A text that has
-    ended stays as it is.
+    at its place and all before it stand; or `accepted` (int64 [B]) do. With a `chance` all K count, and each stands
+    with it if those before it do. Texts get the drafts that stand and the token after them, up to their end: their last
+    place, or a stop token. A text that has ended stays as it is.
     """
     k = drafts.shape[1]
     places = torch.arange(k + 1, device=tokens.device)
+    drafted = real.long().clamp(max=k)
     if accepted is None:
-        stands = drafts == tokens[:, :k] if stands is None else stands
-        counted = stands & (places[:k] < real.unsqueeze(1))
-        accepted = counted.long().cumprod(1).sum(1)
+        if chance is None:
+            stands = (drafts == tokens[:, :k]) & (places[:k] < real.unsqueeze(1))
+        else:
+            stands = uniform(rows.stream.unsqueeze(1), rows.length.unsqueeze(1) + places[:k], ACCEPT) < chance
+            drafted = torch.full_like(drafted, k)
+        accepted = stands.long().cumprod(1).sum(1)
     tokens = torch.cat([torch.where(places[:k] < accepted.unsqueeze(1), drafts, tokens[:, :k]), tokens[:, k:]], dim=1)
     rows.ids.scatter_(1, rows.length.unsqueeze(1) + places, tokens)
     grown = torch.minimum(rows.length + accepted + 1, rows.full)
@@ -243,11 +286,14 @@ def finish(
     grown = torch.minimum(grown, ended)
     rows.length.copy_(torch.where(rows.running, grown, rows.length))
     rows.running.logical_and_(~stopped & (rows.length < rows.full))
+    rows.inputs.begin(rows.ids, rows.length)
     slot = ring.turn % ring.slots.shape[0]
     at = slot, torch.arange(len(slot), device=slot.device)
     ring.slots[:, :, : k + 1].index_put_(at, tokens)
-    ring.slots[:, :, -2:].index_put_(at, torch.stack([real.long().clamp(max=k), accepted], dim=1))
+    ring.slots[:, :, -2:].index_put_(at, torch.stack([drafted, accepted], dim=1))
     ring.turn.add_(1)
+    if ring.mirror is not None:
+        ring.mirror.copy_(ring.slots, non_blocking=True)
 
 
 def _mix(x: Tensor) -> Tensor:

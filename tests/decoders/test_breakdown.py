@@ -31,11 +31,11 @@ class Slow(MockStepper):
 
 
 class SlowDraft(NgramDraft):
-    def follow(self, state, ids, length, k):
+    def follow_into(self, state, texts, k):
         time.sleep(0.002)
         with section(REST):
             time.sleep(0.001)
-        return super().follow(state, ids, length, k)
+        return super().follow_into(state, texts, k)
 
 
 def test_each_part_of_a_round_has_its_time():

@@ -12,6 +12,7 @@ from mambabench.backends.hybrid import TeacherBackend
 from mambabench.backends.model import HybridForCausalLM
 from mambabench.backends.plugin import TeacherConfig
 from mambabench.backends.stepper import HybridStepper
+from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.plugin import LayersConfig, ModelConfig
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
@@ -139,6 +140,25 @@ def test_sampled_text_depends_neither_on_k_nor_on_the_batch(kind, prompts, k, fi
     answers, records = answer_with_records(decoder, target, requests, limits)
     assert answers == wanted
     check_records(records, answers)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    prompt_lists, st.integers(1, 5), st.sampled_from([0.0, 0.8]), st.booleans(), st.sampled_from(["layers", "ngram"])
+)
+def test_what_a_draft_follows_with_is_what_it_puts_into_a_round(prompts, k, temperature, steady, kind):
+    """By the contract that all drafts have, the text is the same."""
+    own = LayersDraft(LayersConfig()) if kind == "layers" else NgramDraft()
+
+    class Plain:
+        open, follow = own.open, own.follow
+
+    limits = Limits(new_tokens=12, temperature=temperature, seed=k, stop_tokens=(2,))
+    asked = [Prompt(tuple(ids), 5 * row) for row, ids in enumerate(prompts)]
+    ways = (SpeculativeDecoder(draft, k, steady=steady) for draft in (own, Plain()))
+    one, two = (answer_with_records(way, TARGETS["a2a2"], asked, limits) for way in ways)
+    assert one[0] == two[0]
+    assert [r for r in one[1] if r["kind"] == "round"] == [r for r in two[1] if r["kind"] == "round"]
 
 
 def test_the_draft_of_a_toy_model_conforms_and_keeps_the_stepping_contract():

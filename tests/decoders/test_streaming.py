@@ -138,7 +138,7 @@ def test_a_model_with_its_own_loop_is_shown_whole():
 
 def test_a_text_that_ended_stays_as_it_is():
     prompts = [Prompt((1, 2)), Prompt((1,)), Prompt((1,))]
-    texts, results = Texts(3, 12, (9,), "cpu"), Results(3, 2, 2, "cpu")
+    texts, results = Texts(3, 12, (9,), "cpu", drafts=1), Results(3, 2, 2, "cpu")
     texts.begin(prompts, Limits(new_tokens=5, stop_tokens=(9,)))
     tokens, real = torch.tensor([[4, 9, 5], [4, 5, 9], [3, 3, 3]]), torch.tensor([2, 2, 2])
     accepted = torch.tensor([2, 1, 2])
@@ -151,10 +151,9 @@ def test_a_text_that_ended_stays_as_it_is():
     finish(tokens, tokens[:, :2], real, texts.rows, results.ring, accepted=accepted)
     assert texts.length.tolist() == [4, 5, 6]
     assert texts.running.tolist() == [False, True, False]
-    ids, start = texts.last()
-    assert ids.tolist() == [[9], [5], [3]]
-    assert start.tolist() == [3, 4, 5]
-    assert start.dtype == torch.int32
+    assert texts.inputs.ids(0, 2).tolist() == [[4, 9], [4, 5], [3, 3]]
+    assert texts.inputs.positions.tolist() == [[2, 3, 4], [3, 4, 5], [4, 5, 6]]
+    assert texts.inputs.positions.dtype == torch.int32
 
 
 def test_texts_serve_one_request_after_the_other():

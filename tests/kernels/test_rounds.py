@@ -4,7 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.kernels.rounds import Ring, Rows, ending, finish, fused, greedy, match, reference, streams, uniform
+from mambabench.kernels.rounds import (
+    Inputs,
+    Ring,
+    Rows,
+    finish,
+    finish_greedy,
+    fused,
+    greedy,
+    match,
+    reference,
+    streams,
+    uniform,
+)
 
 INFINITY = float("inf")
 
@@ -60,25 +72,6 @@ def texts(dice, batch, k, width=40):
     return ids, length, full, running
 
 
-def both(ours, plain, given):
-    """Runs both on copies and returns all tensors that they were given or gave."""
-    found = []
-    for way in (ours, plain):
-        own = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
-        result = way(*own)
-        found.append([*(x for x in own if isinstance(x, torch.Tensor)), *(result or ())])
-    return zip(*found, strict=True)
-
-
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_last_tokens_are_found(interpreted, seed, count):
-    ids, length, _, _ = texts(torch.Generator().manual_seed(seed), 3, 4)
-    for one, two in both(interpreted.ending, reference.ending, (ids, length, count)):
-        assert one.dtype == two.dtype
-        assert torch.equal(one, two)
-
-
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize(("longest", "shortest"), [(1, 1), (4, 1), (3, 3), (9, 2)])
 @pytest.mark.parametrize("width", [12, 1100])
@@ -87,39 +80,89 @@ def test_the_latest_longest_match_is_found(interpreted, seed, longest, shortest,
     ids, length, _, _ = texts(dice, 2, 3, width)
     ids = ids + width * torch.randint(0, 3, (2, 1), generator=dice) * torch.arange(width) // 9
     given = (ids, length, 1 + seed % 5, longest, shortest)
-    (drafts, real), (wanted, count) = interpreted.match(*given), reference.match(*given)
+    out = Inputs.empty(6, 2, "cpu").drafts(given[2])
+    (drafts, real), (wanted, count) = interpreted.match(*given, out), reference.match(*given)
+    assert drafts is out
     assert real.dtype == count.dtype
     assert torch.equal(real, count)
     assert torch.equal(drafts[real > 0], wanted[count > 0])
     assert drafts.max() <= ids.max()
 
 
-def ended(way, k, mode, seed, device="cpu"):
+def ended(way, k, mode, seed, device="cpu", host=False):
     """What a round's end makes of random texts: all that it changes."""
     dice = torch.Generator().manual_seed(seed)
     batch, slots = 3, 4
     stops = torch.tensor([(), (2,), (1, 2)][seed % 3], dtype=torch.int64)
-    rows = [*texts(dice, batch, k), stops]
+    rows = [*texts(dice, batch, k), stops, streams(seed, torch.arange(batch))]
+    inputs = Inputs.empty(k + 1, batch, device)
+    inputs.tokens.copy_(torch.randint(0, 3, (k + 3, batch), generator=dice))
     ring = [torch.zeros(slots, batch, k + 4, dtype=torch.int64), torch.randint(0, 9, (batch,), generator=dice)]
-    tokens, drafts = (torch.randint(0, 3, (batch, width), generator=dice) for width in (k + 1, k + 2))
+    logits = torch.randint(0, 3, (batch, k + 1, 3), generator=dice).float()
     real = torch.randint(0, k + 2, (batch,), generator=dice, dtype=torch.int32)
-    stands, accepted = torch.rand(batch, k, generator=dice) < 0.6, torch.randint(0, k + 1, (batch,), generator=dice)
-    extra = {"agree": (), "stands": (stands,), "given": (None, accepted)}[mode]
-    rows, ring, moved = ([x.to(device) for x in xs] for xs in (rows, ring, [tokens, drafts, real]))
-    extra = [None if x is None else x.to(device) for x in extra]
-    way(moved[0], moved[1][:, :k], moved[2], Rows(*rows), Ring(*ring), *extra)
-    return [x.cpu() for x in (*rows, *ring)]
+    accepted = torch.randint(0, k + 1, (batch,), generator=dice).to(device)
+    extra = {"agree": {}, "chance": {"chance": 0.6}, "given": {"accepted": accepted}}[mode]
+    rows, ring, (logits, real) = ([x.to(device) for x in xs] for xs in (rows, ring, (logits, real)))
+    mirror = torch.zeros(slots, batch, k + 4, dtype=torch.int64, pin_memory=device != "cpu") if host else None
+    given = logits if way.__name__ == "finish_greedy" else reference.greedy(logits)
+    way(given, inputs.drafts(k), real, Rows(*rows, inputs), Ring(*ring, mirror), **extra)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    if mirror is not None:
+        ring[0] = mirror
+    return [x.cpu() for x in (*rows, *ring, *inputs)]
 
 
-@pytest.mark.parametrize("mode", ["agree", "stands", "given"])
+def assert_alike(one, two):
+    for ours, wanted in zip(one, two, strict=True):
+        assert ours.dtype == wanted.dtype
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("mode", ["agree", "chance", "given"])
 @pytest.mark.parametrize("k", [0, 1, 3, 4])
-def test_a_round_ends_as_in_the_plain_form(interpreted, k, mode):
+def test_a_round_ends_as_in_the_plain_form(interpreted, k, mode, host):
     for seed in range(12):
-        for one, two in zip(
-            ended(interpreted.finish, k, mode, seed), ended(reference.finish, k, mode, seed), strict=True
-        ):
-            assert one.dtype == two.dtype
-            assert torch.equal(one, two)
+        wanted = ended(reference.finish, k, mode, seed)
+        assert_alike(ended(interpreted.finish, k, mode, seed, host=host), wanted)
+        if mode != "given":
+            assert_alike(ended(interpreted.finish_greedy, k, mode, seed, host=host), wanted)
+
+
+@pytest.mark.parametrize(("k", "width"), [(0, 9), (2, 1000), (4, 3001), (0, 16_385)])
+@pytest.mark.parametrize("few", [1 << 16, 0], ids=["in one kernel", "in two"])
+def test_a_round_ends_with_the_first_of_the_largest(interpreted, monkeypatch, k, width, few):
+    monkeypatch.setattr(interpreted, "FEW", few)
+    logits = torch.randint(-3, 2, (2, k + 1, width), generator=torch.Generator().manual_seed(k)).float()
+    logits[0, 0], logits[1, 0, 3] = -INFINITY, float("nan")
+    found = []
+    for way in (interpreted.finish_greedy, lambda logits, *rest: reference.finish(greedy(logits), *rest)):
+        rows, ring = empty_rows(2, k)
+        way(logits, rows.inputs.drafts(k), torch.zeros(2, dtype=torch.int32), rows, ring)
+        found.append(ring.slots[0, :, : k + 1].tolist())
+    assert found[0] == found[1]
+    assert found[0][0][0] == 0
+    assert found[0][1][0] == 3
+
+
+def empty_rows(batch, k):
+    """Texts of two tokens."""
+    length = torch.full((batch,), 2)
+    rows = torch.zeros(batch, 20, dtype=torch.int64), length, length + 10, torch.ones(batch, dtype=torch.bool)
+    nothing = torch.zeros(0, dtype=torch.int64), streams(0, torch.arange(batch))
+    ring = torch.zeros(2, batch, k + 3, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+    return Rows(*rows, *nothing, Inputs.empty(k + 1, batch, "cpu")), Ring(*ring)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 6), st.integers(0, 10**6))
+def test_the_next_inputs_are_the_ends_of_the_texts(k, seed):
+    """After any round, also of texts that are over."""
+    *rows, _, _, tokens, positions = ended(reference.finish, k, "agree", seed)
+    for row, (text, length) in enumerate(zip(rows[0].tolist(), rows[1].tolist(), strict=True)):
+        assert tokens[:2, row].tolist() == text[length - 2 : length]
+        assert positions[:, row].tolist() == list(range(length - 2, length + k + 1))
 
 
 @settings(deadline=None)
@@ -129,7 +172,8 @@ def test_texts_grow_by_the_drafts_that_stand_and_one_token(k, seed, over):
     ids, length, full, running = texts(dice, 1, k)
     if over:
         running[:] = False
-    rows = Rows(ids.clone(), length.clone(), full, running.clone(), torch.tensor([2]))
+    inputs = Inputs.empty(k, 1, "cpu")
+    rows = Rows(ids.clone(), length.clone(), full, running.clone(), torch.tensor([2]), torch.zeros_like(length), inputs)
     ring = Ring(torch.zeros(2, 1, k + 3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     tokens, drafts = (torch.randint(0, 3, (1, width), generator=dice) for width in (k + 1, k))
     reference.finish(tokens, drafts, torch.tensor([k]), rows, ring)
@@ -158,20 +202,38 @@ def test_on_a_gpu_the_pick_is_the_first_of_the_largest(shape):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_rounds_end_as_on_the_cpu():
-    for mode in ("agree", "stands", "given"):
+@pytest.mark.parametrize("host", [False, True], ids=["device", "host"])
+def test_on_a_gpu_rounds_end_as_on_the_cpu(host):
+    for mode in ("agree", "chance", "given"):
         for k in (0, 1, 4, 8):
             for seed in range(30):
-                there = ended(finish, k, mode, seed, "cuda")
-                assert all(map(torch.equal, there, ended(finish, k, mode, seed)))
+                wanted = ended(finish, k, mode, seed)
+                assert_alike(ended(finish, k, mode, seed, "cuda", host), wanted)
+                if mode != "given":
+                    assert_alike(ended(finish_greedy, k, mode, seed, "cuda", host), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "k", "width"), [(1, 4, 8192), (64, 4, 8192), (3, 0, 16_384), (2, 7, 8000), (4, 4, 128_256)]
+)
+def test_on_a_gpu_the_round_ends_with_the_first_of_the_largest(batch, k, width):
+    dice = torch.Generator().manual_seed(width)
+    logits = torch.randint(-9, 2, (batch, k + 1, width), generator=dice).float().cuda()
+    tokens = [torch.empty(0)] * 2
+    for number, way in enumerate((finish_greedy, lambda logits, *rest: finish(greedy(logits), *rest))):
+        rows, ring = empty_rows(batch, k)
+        there = Rows(*(x.cuda() for x in rows[:-1]), Inputs(*(x.cuda() for x in rows.inputs)))
+        ring = Ring(*(x.cuda() for x in ring[:2]))
+        way(logits, there.inputs.drafts(k), torch.zeros(batch, dtype=torch.int32, device="cuda"), there, ring)
+        tokens[number] = ring.slots[0, :, : k + 1].cpu()
+    assert torch.equal(*tokens)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_texts_are_read_as_on_the_cpu():
     for seed in range(30):
         ids, length, _, _ = texts(torch.Generator().manual_seed(seed), 4, 3, 3000)
-        there = (x.cpu() for x in ending(ids.cuda(), length.cuda(), 2))
-        assert all(map(torch.equal, there, ending(ids, length, 2)))
         drafts, real = (x.cpu() for x in match(ids.cuda(), length.cuda(), 5, 4, 1))
         wanted, count = match(ids, length, 5, 4, 1)
         assert torch.equal(real, count)

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from mambabench.kernels.rounds import DRAFT, TOKEN, Drawn, drawn, fused, reference, rejected, streams
+from mambabench.kernels.rounds import (
+    DRAFT,
+    TOKEN,
+    Drawn,
+    Inputs,
+    Ring,
+    Rows,
+    drawn,
+    finish_rejected,
+    fused,
+    reference,
+    streams,
+)
 
 INFINITY = float("inf")
 SHAPES = [(3, 7), (2, 4, 100), (2, 4096), (1, 3, 4097), (2, 2, 9000)]
@@ -52,51 +64,55 @@ def test_a_part_without_any_probability_is_never_drawn(interpreted):
     assert interpreted.drawn(logits, 1.0, *key, TOKEN, None, 0, None).tolist() == [8999, 4096]
 
 
-def drafted(way, seed, count, judged, width, temperature=0.8, device="cpu"):
-    """A round's drafts, drawn from logits that are close to the target's, and their verdict: those that stand and the
-    token after."""
+def judged(way, seed, count, drafts, width, temperature=0.8, device="cpu"):
+    """The end of a round whose drafts were drawn from logits that are close to the target's: the drafts that stand and
+    the token after, and the texts."""
     batch = 3
     target = some((batch, count, width), seed).float()
-    near = target[:, :judged] + 0.4 * torch.randn(batch, judged, width, generator=torch.Generator().manual_seed(seed))
+    near = target[:, :drafts] + 0.4 * torch.randn(batch, drafts, width, generator=torch.Generator().manual_seed(seed))
     stream, before = keys(batch, seed)
-    kept = Drawn.empty(judged + 1, batch, width, temperature, near)
-    drafts = torch.zeros(judged, batch, dtype=torch.int64)
-    for place in range(judged):
+    kept, inputs = Drawn.empty(drafts + 1, batch, width, temperature, near), Inputs.empty(drafts + 1, batch, "cpu")
+    for place in range(drafts):
         at = (stream, before + place, DRAFT)
-        reference.drawn(near[:, place], temperature, *at, kept, place, drafts[place])
-    real = torch.full((batch,), judged, dtype=torch.int32)
+        reference.drawn(near[:, place], temperature, *at, kept, place, inputs.tokens[place + 2])
+    real = torch.full((batch,), drafts, dtype=torch.int32)
     if seed % 3 == 0:
-        real[0] = min(1, judged)
+        real[0] = min(1, drafts)
     kept = Drawn(*(x.to(device) for x in kept[:3]), temperature)
-    if way is not reference.rejected:
-        measure(kept, judged)
-    moved = (x.to(device) for x in (target, drafts.T, real, stream, before))
-    target, drafts, real, stream, before = moved
-    accepted, tokens = way(target, kept, drafts, real, stream, before)
-    counted = torch.arange(count, device=device) <= accepted.unsqueeze(1)
-    return accepted.cpu(), tokens.where(counted, -1).cpu()
+    if way is not reference.finish_rejected:
+        measure(kept, drafts)
+    length = before.long() + 1
+    rows = torch.zeros(batch, 99, dtype=torch.int64), length, length + 20, torch.ones(batch, dtype=torch.bool)
+    stops = torch.tensor([3])
+    ring = torch.zeros(2, batch, count + 2, dtype=torch.int64), torch.zeros_like(length)
+    inputs = Inputs(*(x.to(device) for x in inputs))
+    rows, ring = Rows(*(x.to(device) for x in (*rows, stops, stream)), inputs), Ring(*(x.to(device) for x in ring))
+    way(target.to(device), kept, inputs.drafts(drafts), real.to(device), rows, ring)
+    tokens, accepted, length = ring.slots[0, :, :count].cpu(), ring.slots[0, :, -1].cpu(), rows.length.cpu()
+    counted = torch.arange(count) <= accepted.unsqueeze(1)
+    text = rows.ids.cpu().where(torch.arange(99) < length.unsqueeze(1), -1)
+    return accepted, tokens.where(counted, -1), length, text, inputs.positions.cpu(), inputs.tokens[:2].cpu()
 
 
-def measure(kept, judged):
+def measure(kept, drafts):
     """What a kernel that draws leaves of each part."""
     parts, part = reference.parts_of(kept.logits.shape[-1])
     for number in range(parts):
-        logits = kept.logits[:judged, :, number * part : (number + 1) * part].double()
-        kept.most[:judged, :, number] = logits.amax(-1)
-        kept.mass[:judged, :, number] = ((logits - logits.amax(-1, keepdim=True)) / kept.temperature).exp().sum(-1)
+        logits = kept.logits[:drafts, :, number * part : (number + 1) * part].double()
+        kept.most[:drafts, :, number] = logits.amax(-1)
+        kept.mass[:drafts, :, number] = ((logits - logits.amax(-1, keepdim=True)) / kept.temperature).exp().sum(-1)
 
 
 SIZES = [(2, 1, 9), (4, 3, 50), (4, 4, 50), (5, 4, 5000), (5, 5, 5000), (1, 1, 20)]
 
 
-@pytest.mark.parametrize(("count", "judged", "width"), SIZES)
-def test_drafts_are_judged_as_in_the_plain_form(interpreted, count, judged, width):
+@pytest.mark.parametrize(("count", "drafts", "width"), SIZES)
+def test_drafts_are_judged_as_in_the_plain_form(interpreted, count, drafts, width):
     seen = set()
     for seed in range(12):
-        given = (seed, count, judged, width)
-        ours, plain = drafted(interpreted.rejected, *given), drafted(reference.rejected, *given)
-        assert torch.equal(ours[0], plain[0])
-        assert torch.equal(ours[1], plain[1])
+        given = (seed, count, drafts, width)
+        ours, plain = judged(interpreted.finish_rejected, *given), judged(reference.finish_rejected, *given)
+        assert all(map(torch.equal, ours, plain))
         seen |= set(ours[0].tolist())
     assert seen == set(range(count))
 
@@ -111,9 +127,9 @@ def test_on_a_gpu_draws_are_those_of_the_cpu(shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("count", "judged", "width"), [*SIZES, (5, 5, 128_256)])
-def test_on_a_gpu_drafts_are_judged_as_on_the_cpu(count, judged, width):
+@pytest.mark.parametrize(("count", "drafts", "width"), [*SIZES, (5, 5, 128_256)])
+def test_on_a_gpu_drafts_are_judged_as_on_the_cpu(count, drafts, width):
     for seed in range(12):
-        given = (seed, count, judged, width)
-        there = drafted(rejected, *given, device="cuda")
-        assert all(map(torch.equal, there, drafted(reference.rejected, *given)))
+        given = (seed, count, drafts, width)
+        there = judged(finish_rejected, *given, device="cuda")
+        assert all(map(torch.equal, there, judged(reference.finish_rejected, *given)))
