@@ -5,6 +5,11 @@
 Decoders: plain; a draft of some of the model's own layers, and n-grams, with scripted acceptance of `--accepted` tokens
 a round, since drafts of random weights say nothing. Rejected tokens are replayed, or taken back by snapshots of the
 state. Times are means of 30 rounds. `--tiny` runs small shapes anywhere.
+
+`--rollbacks` measures in their place what the target does in a round, by how it takes rejected tokens back: by replay,
+by snapshots, and for the record by re-decoding: a round runs on a copy of the recurrent states, and then the tokens that
+stand are run from the states themselves, by a call of their own. Every row keeps the nearest whole number of tokens to
+`--accepted`; a batch whose rows differ would have to pad that call.
 """
 
 from __future__ import annotations
@@ -13,13 +18,14 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from mambabench.backends.config import HybridConfig
 from mambabench.backends.model import HybridForCausalLM
+from mambabench.backends.state import KVCache, State
 from mambabench.backends.stepper import HybridStepper
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.plugin import LayersConfig
@@ -30,7 +36,7 @@ from mambabench.decoders.stepping import LayersDraft
 from mambabench.harness.cli.generate import shares
 from mambabench.harness.interfaces import Limits, Prompt
 from mambabench.harness.mockmodel import MockTokenizer
-from torch import nn
+from torch import Tensor, nn
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -58,6 +64,8 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 99,
 }
+ROOM = 40
+"""Rounds for which there is room behind the context."""
 EXACT = ("A_log", "D", "dt_bias", "gate_bias")
 """Weights that are fp32 whatever the model's dtype."""
 
@@ -96,6 +104,109 @@ def decoders(k: int, accepted: float, layers: int) -> Iterator[tuple[str, Standa
     yield "layers", SpeculativeDecoder(LayersDraft(LayersConfig(count=layers)), k)
 
 
+@torch.inference_mode()
+def rollbacks(model: HybridStepper, texts: Tensor, context: int, k: int, kept: int) -> list[dict[str, Any]]:
+    """Seconds of the target's work of a round and the bytes of states that it needs, by strategy; texts int64 [B, L]
+    go on behind the context, and each round keeps so many of its K + 1 tokens. `off` is the largest difference of
+    logits from those of replay: all do the same."""
+    batch, room = len(texts), texts.shape[1] - context
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=model.device)
+    rows: list[dict[str, Any]] = []
+    wanted: Tensor | None = None
+    for name in ("plain step", "replay", "snapshots", "re-decoding"):
+        count, stays = (1, 1) if name == "plain step" else (k + 1, kept)
+        given = {"rollback": "snapshot"} if name == "snapshots" else {}
+        state = model.open(batch, context + room, count, **given)
+        model.prefill(texts[:, :context], lengths, state)
+        checkpoint = None
+        if name == "re-decoding":
+            checkpoint = model.open(batch, context + room, count)
+            for to, of in zip(checkpoint.tensors(), state.tensors(), strict=True):
+                to.copy_(of)
+        logits = torch.zeros(batch, count, model.vocab_size, device=model.device)
+        work = _round(model, texts, lengths.clone(), count, stays, logits, state, checkpoint)
+        seconds = _of_a_round(model, state, work, room // (k + 1) - 4)
+        cost = model.cost(batch, context, count, *given.values())
+        held = cost.held_state_bytes
+        if name == "re-decoding":
+            held = 2 * rows[0]["state bytes"]
+        off = None if name == "plain step" else 0.0 if wanted is None else float((logits - wanted).abs().max())
+        wanted = logits if name == "replay" else wanted
+        rows.append({"rollback": name, "seconds": seconds, "state bytes": held, "off": off})
+    return rows
+
+
+def compare_rollbacks(
+    model: HybridStepper, name: str, batch: int, context: int, k: int, kept: int
+) -> list[dict[str, Any]]:
+    """Prints the strategies below each other, over a plain step."""
+    shape = batch, context + ROOM * (k + 1)
+    texts = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    rows = rollbacks(model, texts, context, k, kept)
+    print(f"{name}, batch {batch}, context {context}, K = {k}, {kept} tokens a round: work of the target")
+    print(f"{'':12} {'ms':>8} {'steps':>6} {'state MB':>9} {'of plain':>8} {'logits off':>10}")
+    for row in rows:
+        seconds, held = (row[of] / rows[0][of] for of in ("seconds", "state bytes"))
+        off = "" if row["off"] is None else f"{row['off']:.2g}"
+        print(f"{row['rollback']:12} {1e3 * row['seconds']:8.3f} {seconds:6.3f}", end=" ")
+        print(f"{row['state bytes'] / 1e6:9.1f} {held:8.2f} {off:>10}", flush=True)
+    return [{"shape": name, "batch": batch, "context": context, "k": k, "kept": kept} | row for row in rows]
+
+
+def _round(
+    model: HybridStepper,
+    texts: Tensor,
+    start: Tensor,
+    count: int,
+    stays: int,
+    logits: Tensor,
+    state: State,
+    checkpoint: State | None,
+) -> Callable[[], None]:
+    """What the target does from `start` [B] on; nothing of it waits for the host."""
+    ahead = torch.arange(count, device=start.device)
+
+    def work() -> None:
+        ids = texts.gather(1, start.long().unsqueeze(1) + ahead)
+        if checkpoint is not None:
+            torch._foreach_copy_(recurrent(state), recurrent(checkpoint))
+        logits.copy_(model.advance(ids, start, state))
+        if checkpoint is not None:
+            model.advance(ids[:, :stays].contiguous(), start, checkpoint)
+        start.add_(stays)
+
+    return work
+
+
+def recurrent(state: State) -> list[Tensor]:
+    """All that calls change but keys and values: of those what lies behind the start is no longer read."""
+    layers = [layer for layer in state.layers if not isinstance(layer, KVCache)]
+    return [state.settled, state.saved, state.end, *(tensor for layer in layers for tensor in layer.tensors())]
+
+
+def _of_a_round(model: HybridStepper, state: State, work: Callable[[], None], rounds: int) -> float:
+    """Mean seconds, recorded where the model records."""
+    recording = model.recording(state)
+    if recording is None:
+        work()
+        began = time.perf_counter()
+        for _ in range(rounds):
+            work()
+        return (time.perf_counter() - began) / rounds
+    for _ in range(2):
+        with recording.unrecorded():
+            work()
+    play = recording.record(work)
+    play()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(rounds):
+        play()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3 / rounds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", nargs="+", default=["28m", "8b"], choices=SHAPES)
@@ -104,6 +215,7 @@ def main() -> None:
     parser.add_argument("--accepted", type=float, default=3.0)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--rollbacks", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -113,7 +225,11 @@ def main() -> None:
         shape = SHAPES[name] | (TINY | {"mixers": SHAPES[name]["mixers"][:4]} if given.tiny else {})
         model = build(shape, device)
         for batch in given.batch:
-            ids = torch.randint(shape["vocab_size"], (batch, 24 if given.tiny else given.context)).tolist()
+            context = 24 if given.tiny else given.context
+            if given.rollbacks:
+                rows += compare_rollbacks(model, name, batch, context, given.k, round(given.accepted))
+                continue
+            ids = torch.randint(shape["vocab_size"], (batch, context)).tolist()
             prompts = [Prompt(tuple(row), number) for number, row in enumerate(ids)]
             for temperature in given.temperature:
                 limits = Limits(new_tokens=24 if given.tiny else 160, temperature=temperature)
