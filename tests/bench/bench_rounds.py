@@ -7,9 +7,9 @@ a round, since drafts of random weights say nothing. Rejected tokens are replaye
 state. Times are means of 30 rounds. `--tiny` runs small shapes anywhere.
 
 `--rollbacks` measures in their place what the target does in a round, by how it takes rejected tokens back: by replay,
-by snapshots, and for the record by re-decoding: a round runs on a copy of the recurrent states, and then the tokens that
-stand are run from the states themselves, by a call of their own. Every row keeps the nearest whole number of tokens to
-`--accepted`; a batch whose rows differ would have to pad that call.
+by snapshots, and for the record by re-decoding: a round runs on a copy of the recurrent states, and then the tokens
+that stand are run from the states themselves, by a call of their own. Every row keeps the nearest whole number of
+tokens to `--accepted`; a batch whose rows differ would have to pad that call.
 """
 
 from __future__ import annotations
