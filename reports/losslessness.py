@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from ..harness import statistics as st
+from ..harness.interfaces import DTYPES
 from ..harness.metrics import acceptance_frame
 from ..harness.results import Results
 from .acceptance import scripted
@@ -29,6 +32,8 @@ from .rows import (
 
 PLAIN, EXCUSED, BEYOND = "plain", "excused", "beyond_noise"
 """The task of samples of the reference's own text; the metrics of tokens that are not the likeliest."""
+BATCH = re.compile(r"batch (\d+)")
+"""The task of samples of text that was made in batches of this size."""
 DRAWN = ("chi_square_tokens", "chi_square_likelihood")
 """The metrics of text that was drawn."""
 EXCESS = 1.5
@@ -168,9 +173,23 @@ def _noise(results: Results, samples: pd.DataFrame) -> float | None:
     return float(known.astype(float).max()) if len(known) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """One check: what it ran on and how."""
+
+    device: str
+    """`kind_of` it."""
+    measured: bool
+    """Whether it was in what models are measured in there. On a CPU float64 vouches for that as well: one code serves
+    both, and only in float64 can texts be equal."""
+    batches: frozenset[int]
+    """Rows of its greedy texts' batches. Empty of sampled text, which is drawn in batches of any size: hundreds of
+    draws one by one would take too long."""
+
+
 class Check:
-    """What the losslessness suites of a report vouch for: a decoder of a model of one seed on one kind of device, at
-    one temperature."""
+    """What the losslessness suites of a report vouch for: a decoder of a model of one seed on one kind of device in one
+    dtype, at one temperature; of greedy text at certain batch sizes, for which a GPU may have kernels of their own."""
 
     def __init__(self, results: Results) -> None:
         suites = suites_with(results, use="losslessness")
@@ -180,23 +199,28 @@ class Check:
         counts = samples[drawn | samples["metric"].isin(["equal", EXCUSED, BEYOND])].assign(at=at)
         self._texts = dict(iter(counts.groupby(["model", "decoder", "at"], sort=False)))
         judged = counts[counts["metric"].isin(["equal", *DRAWN])]
-        known = set(zip(judged["store"], judged["key"], judged["at"], strict=True))
+        known = {of: _batches(group) for of, group in judged.groupby(["store", "key", "at"], sort=False)}
         temperatures = {at for _, _, at in known}
         cells = measuring(results, suites)
-        self._checked: dict[tuple[str, str, str, float], set[str]] = {}
+        self._checked: dict[tuple[str, str, str, float], list[Vouched]] = {}
         for cell in cells[cells["state"] == "ok"].to_dict("records"):
+            config = results.step(cell["store"], cell["key"]).get("component", {}).get("config", {})
+            device = kind_of(cell["device"])
+            measured = config.get("dtype", "") in ("", DTYPES.get(device), *(["float64"] if device == "cpu" else []))
             for temperature in temperatures:
-                if (cell["store"], cell["key"], temperature) in known:
+                if (batches := known.get((cell["store"], cell["key"], temperature))) is not None:
                     of = cell["model"], cell["decoder"], str(cell["seed"]), temperature
-                    self._checked.setdefault(of, set()).add(kind_of(cell["device"]))
+                    self._checked.setdefault(of, []).append(Vouched(device, measured, batches))
         finished = results.cells[results.cells["state"] == "ok"]
         self._finished = dict(iter(finished.groupby(["store", "key"], sort=False)))
 
-    def verdict(self, model: str, decoder: str, steps: Iterable[tuple[str, str]], temperature: object) -> str:
+    def verdict(
+        self, model: str, decoder: str, steps: Iterable[tuple[str, str]], temperature: object, batch: object = None
+    ) -> str:
         """What is known of the text whose speed the steps (store, key) measured.
 
-        `yes` only where each of their seeds was checked on their kind of device at their temperature, and every text
-        of every such check is right (`of_texts`).
+        `yes` only where each of their seeds was checked on their kind of device and in their dtype, at their
+        temperature and batch size, and every text of every such check is right (`of_texts`).
         """
         at = float(temperature) if isinstance(temperature, int | float) else math.nan
         texts = self._texts.get((model, decoder, at))
@@ -209,13 +233,30 @@ class Check:
             for cell in self._finished[step].to_dict("records"):
                 if (cell["model"], cell["decoder"]) != (model, decoder):
                     continue
-                on = self._checked.get((model, decoder, str(cell["seed"]), at), set())
-                kind = kind_of(cell["device"])
-                if not on:
-                    missing[f"seed {cell['seed']}"] = None
-                elif kind not in on:
-                    missing[f"on {kind or 'an unknown device'}"] = None
+                checks = self._checked.get((model, decoder, str(cell["seed"]), at), [])
+                if lacks := _lacking(checks, cell["seed"], kind_of(cell["device"]), batch):
+                    missing[lacks] = None
         return f"unchecked: {', '.join(missing)}" if missing else "yes"
+
+
+def _lacking(checks: Sequence[Vouched], seed: object, device: str, batch: object) -> str:
+    """What no check is like, empty where one is like all of it."""
+    if not checks:
+        return f"seed {seed}"
+    if not (checks := [check for check in checks if check.device == device]):
+        return f"on {device or 'an unknown device'}"
+    if not (checks := [check for check in checks if check.measured]):
+        return f"in {DTYPES.get(device)}"
+    if batch is not None and not any(not check.batches or batch in check.batches for check in checks):
+        return f"batch {batch}"
+    return ""
+
+
+def _batches(samples: pd.DataFrame) -> frozenset[int]:
+    """The rows of a step's batches, which may be larger than there were texts for."""
+    texts = samples[samples["metric"] == "equal"].groupby("task").size()
+    sizes = {BATCH.fullmatch(str(task)): int(count) for task, count in texts.items()}
+    return frozenset(min(int(found[1]), count) for found, count in sizes.items() if found)
 
 
 def kind_of(device: object) -> str:

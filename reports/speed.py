@@ -60,7 +60,8 @@ class Speed:
         "TTFT: time to the first token; TPOT: time per further token; both geometric means over blocks. "
         "Speed-up: reference TPOT / TPOT, both of the same process and prompts, with a "
         f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where text of that "
-        "temperature was checked to be the reference decoder's, for every seed and on the same kind of device. "
+        "temperature, greedy text at that batch size, was checked to be the reference decoder's, for every seed and "
+        "on the same kind of device in the same dtype (on a CPU in float64). "
         "Accepted length: tokens per round, the bonus token included. Scripted: drafts stood by chance at this rate, "
         "whatever the model said, so the speed is that of drafts as good. Distinct 4-grams: of the runs of four tokens "
         "in a text, those that are different; text that loops has few. Copy and read bandwidth: the bytes that a plain "
@@ -101,7 +102,7 @@ class Speed:
                     row["lossless"] = "reference"
                 else:
                     steps = set(zip(of["store"], of["key"], strict=True))
-                    row["lossless"] = check.verdict(model, decoder, steps, row.get("temperature"))
+                    row["lossless"] = check.verdict(model, decoder, steps, row.get("temperature"), row.get("batch"))
                 if row["lossless"] == "yes":
                     row |= _speed_up(blocks, row, requests)
                 if row.get("speed-up") and (predicted := _predicted(results, row, of)):

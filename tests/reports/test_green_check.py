@@ -15,18 +15,19 @@ class Timed:
         self.builder.model("teacher", teacher=True)
         self.rng = np.random.default_rng(0)
 
-    def speed(self, seed=0, temperature=0.0, **options):
-        timed, rounds = self.stores.bursts(self.rng, {"subject": 0.0015, "reference": 0.002}, accepted=0.6)
+    def speed(self, seed=0, temperature=0.0, batch=1, **options):
+        seconds = {"subject": 0.0015, "reference": 0.002}
+        timed, rounds = self.stores.bursts(self.rng, seconds, accepted=0.6, batch=batch)
         records = {
             kind: [{**row, "temperature": temperature} for row in rows]
             for kind, rows in (("burst", timed), ("round", rounds))
         }
         self.builder.step(f"teacher/lookup/speed@seed{seed}", records=records, traits=("pair", "alone"), **options)
 
-    def check(self, seed=0, differing=0, suite="losslessness", **options):
+    def check(self, seed=0, differing=0, suite="losslessness", batch=1, texts=4, **options):
         equal = [
             {**row, "metric": "equal", "value": float(i >= differing)}
-            for i, row in enumerate(self.stores.samples(self.rng, "batch 1", items=4))
+            for i, row in enumerate(self.stores.samples(self.rng, f"batch {batch}", items=texts))
         ]
         records = {"sample": equal} if options.get("state", "ok") == "ok" else None
         label = f"teacher/lookup/{suite}@seed{seed}"
@@ -122,6 +123,48 @@ def test_a_check_on_another_gpu_of_the_kind_is_green(timed):
     store.speed(device="cuda:0")
     store.check(device="cuda:1")
     assert is_green(found())
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "verdict"),
+    [
+        ("cpu", "", "yes"),
+        ("cpu", "float64", "yes"),
+        ("cpu", "float32", "yes"),
+        ("cpu", "bfloat16", "unchecked: in float32"),
+        ("cuda:0", "", "yes"),
+        ("cuda:0", "bfloat16", "yes"),
+        ("cuda:0", "float64", "unchecked: in bfloat16"),
+    ],
+)
+def test_a_check_in_another_dtype_vouches_only_for_a_cpu_s_and_in_float64(timed, device, dtype, verdict):
+    start, found = timed
+    store = start()
+    store.speed(device=device)
+    store.check(device=device, config={"dtype": dtype})
+    assert found()["lossless"] == verdict
+    assert is_green(found()) == (verdict == "yes")
+
+
+@pytest.mark.parametrize(
+    ("batch", "texts", "verdict"), [(1, 4, "unchecked: batch 4"), (4, 4, "yes"), (4, 3, "unchecked: batch 4")]
+)
+def test_greedy_text_is_green_only_at_batch_sizes_for_which_there_were_texts(timed, batch, texts, verdict):
+    start, found = timed
+    store = start()
+    store.speed(batch=4)
+    store.check(batch=batch, texts=texts)
+    assert found()["lossless"] == verdict
+    assert is_green(found()) == (verdict == "yes")
+
+
+def test_one_check_has_to_be_like_all_of_what_was_timed(timed):
+    start, found = timed
+    store = start()
+    store.speed(batch=4, device="cuda:0")
+    store.check(batch=4, texts=8, config={"dtype": "float64"}, device="cuda:0")
+    store.check(batch=1, suite="small", device="cuda:0")
+    assert found()["lossless"] == "unchecked: batch 4"
 
 
 def test_sampled_text_was_not_checked(timed):
