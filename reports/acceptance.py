@@ -26,7 +26,7 @@ from .rows import (
 
 
 class Acceptance:
-    """One row per model, decoder and suite that drafts."""
+    """One row per model, decoder that drafts, suite and temperature."""
 
     title = "Acceptance of drafts"
     note = (
@@ -49,25 +49,35 @@ class Acceptance:
         rows: list[dict[str, Any]] = []
         for who in in_plan_order(results, [*groups, *(of for of in states if drafts.expected(*of[1:]))]):
             row: dict[str, Any] = {**dict(zip(WHO, who, strict=True)), "state": states.get(who, "ok")}
-            if who in groups:
-                (figures,) = acceptance_frame(groups[who], by=("suite",)).to_dict("records")
-                row |= {
-                    "k": int(figures["k"]),
-                    "rounds": int(figures["rounds"]),
-                    "accepted length": accepted_length(groups[who]),
-                    "scripted %": scripted(groups[who]),
-                    **dict(_positions(figures["by_position"])),
-                    "accepting %": percent(figures["share_accepting"]),
-                    "rejecting %": percent(figures["share_rejecting"]),
-                }
-            rows.append(row)
+            if who not in groups:
+                rows.append(row)
+            elif "temperature" in rounds:
+                for at, of in groups[who].groupby("temperature", dropna=False):
+                    rows.append({**row, "temperature": at, **_figures(of)})
+            else:
+                rows.append(row | _figures(groups[who]))
         if not rows:
             return None
         longest = max((int(row.get("k", 0)) for row in rows), default=0)
         positions = [name for name, _ in _positions([0.0] * longest)]
         figures = ["scripted %", "accepted length", "k", *positions, "rounds", "accepting %", "rejecting %"]
-        frame = table_of(with_teachers(results, rows, cells), [*WHO, "state", *figures])
+        frame = table_of(with_teachers(results, rows, cells), [*WHO, "temperature", "state", *figures])
+        if frame["temperature"].nunique() <= 1:
+            frame = frame.drop(columns="temperature")
         return drop_empty(only_failures(frame), figures)
+
+
+def _figures(rounds: pd.DataFrame) -> dict[str, Any]:
+    (figures,) = acceptance_frame(rounds, by=("suite",)).to_dict("records")
+    return {
+        "k": int(figures["k"]),
+        "rounds": int(figures["rounds"]),
+        "accepted length": accepted_length(rounds),
+        "scripted %": scripted(rounds),
+        **dict(_positions(figures["by_position"])),
+        "accepting %": percent(figures["share_accepting"]),
+        "rejecting %": percent(figures["share_rejecting"]),
+    }
 
 
 class _Drafts:

@@ -12,7 +12,8 @@ from ..harness.results import Results
 from .options import NoOptions
 from .rows import WHO, drop_empty, in_plan_order, table_of
 
-FACT = re.compile(r"round, batch (\d+)(?:, prompt (\d+))?: (.*)")
+FACT = re.compile(r"round, batch (\d+)(?:, prompt (\d+))?(?:, temperature ([\d.e-]+))?: (.*)")
+REQUEST = ["batch", "prompt", "temperature"]
 PARTS = {
     "draft %": "draft kernels",
     "target %": "target kernels",
@@ -42,13 +43,13 @@ class Rounds:
         facts = results.facts[results.facts["arm"].isin(["subject", "reference"])]
         first = results.decoders[0] if results.decoders else ""
         facts = facts.assign(decoder=facts["decoder"].where(facts["arm"] == "subject", first))
-        named = facts["name"].str.extract(FACT).set_axis(["batch", "prompt", "what"], axis=1)
+        named = facts["name"].str.extract(FACT).set_axis([*REQUEST, "what"], axis=1)
         facts = facts.assign(**named).dropna(subset="what")
         rows: list[dict[str, Any]] = []
         groups = dict(iter(facts.groupby(WHO, sort=False)))
         for who in in_plan_order(results, list(groups)):
-            requests = groups[who][["batch", "prompt"]].astype(float)
-            for (batch, prompt), of in groups[who].assign(**requests).groupby(["batch", "prompt"], dropna=False):
+            requests = groups[who][REQUEST].astype(float)
+            for (batch, prompt, at), of in groups[who].assign(**requests).groupby(REQUEST, dropna=False):
                 means = of.assign(value=of["value"].astype(float)).groupby("what")["value"].mean()
                 if not {"whole", *PARTS.values()} <= set(means.index):
                     continue
@@ -56,10 +57,11 @@ class Rounds:
                 shares = {name: 100 * means[part] / whole for name, part in PARTS.items()}
                 row = {**dict(zip(WHO, who, strict=True)), "batch": int(batch), "round ms": 1000 * whole, **shares}
                 row["prompt"] = None if math.isnan(prompt) else int(prompt)
+                row["temperature"] = None if math.isnan(at) else at
                 row[OTHER] = 100 - shares["draft %"] - shares["target %"]
                 row["kernels"] = round(means["kernels"]) if "kernels" in means else None
                 rows.append(row)
         if not rows:
             return None
-        columns = [*WHO, "batch", "prompt", "round ms", *PARTS, OTHER, "kernels"]
-        return drop_empty(table_of(rows, columns), ["prompt", "kernels"])
+        columns = [*WHO, *REQUEST, "round ms", *PARTS, OTHER, "kernels"]
+        return drop_empty(table_of(rows, columns), ["prompt", "temperature", "kernels"])

@@ -32,8 +32,9 @@ def in_plan_order(results: Results, of: Iterable[Who]) -> list[Who]:
 
 
 def measuring(results: Results, suites: set[tuple[str, str]]) -> DataFrame:
-    """The cells that measure with these suites."""
-    return of_suites(results.cells[results.cells["kind"] == "measure"], suites)
+    """The cells that measure with these suites, but for those that the plan skips, which the table of steps has."""
+    cells = results.cells
+    return of_suites(cells[(cells["kind"] == "measure") & (cells["state"] != "skipped")], suites)
 
 
 def with_teachers(results: Results, rows: Sequence[dict[str, Any]], cells: DataFrame) -> list[dict[str, Any]]:
@@ -89,10 +90,12 @@ def drop_empty(frame: DataFrame, columns: Iterable[str]) -> DataFrame:
     return frame.drop(columns=[name for name in columns if name in frame and all(map(absent, frame[name]))])
 
 
-def called(request: Mapping[str, Any]) -> tuple[str, str]:
-    """How facts may call a kind of request: also by the length of its prompts, where a step had several."""
+def called(request: Mapping[str, Any]) -> tuple[str, ...]:
+    """How facts may call a kind of request: also by the length of its prompts and its temperature, where a step had
+    several."""
     batch = f"batch {request.get('batch')}"
-    return f"{batch}, prompt {request.get('prompt_tokens')}", batch
+    prompt, at = f", prompt {request.get('prompt_tokens')}", f", temperature {request.get('temperature') or 0:g}"
+    return f"{batch}{prompt}{at}", f"{batch}{prompt}", f"{batch}{at}", batch
 
 
 def percent(share: float | None) -> float | None:

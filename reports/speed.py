@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..harness import statistics as st
-from ..harness.metrics import REQUEST, block_frame
+from ..harness.metrics import REQUEST, acceptance_by_position, block_frame
 from ..harness.results import Results
 from .acceptance import accepted_length, scripted
 from .losslessness import Check
@@ -42,6 +42,7 @@ FIGURES = (
         "tokens/s",
         "scripted %",
         "accepted length",
+        "by position %",
         "TTFT ms",
         "reference TPOT ms",
         "k",
@@ -62,7 +63,8 @@ class Speed:
         f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where text of that "
         "temperature, greedy text at that batch size, was checked to be the reference decoder's, for every seed and "
         "on the same kind of device in the same dtype (on a CPU in float64). "
-        "Accepted length: tokens per round, the bonus token included. Scripted: drafts stood by chance at this rate, "
+        "Accepted length: tokens per round, the bonus token included. By position: shares of rounds that accept the "
+        "draft's first, second, … token. Scripted: drafts stood by chance at this rate, "
         "whatever the model said, so the speed is that of drafts as good. Distinct 4-grams: of the runs of four tokens "
         "in a text, those that are different; text that loops has few. Copy and read bandwidth: the bytes that a plain "
         "step must move, over TPOT, as a share of what a copy moves beside it on the device, and of what is read where "
@@ -207,6 +209,9 @@ def _accepted_lengths(results: Results, requests: list[str]) -> dict[tuple[Any, 
         return {}
     found = {}
     for of, group in rounds.groupby(["model", "decoder", *requests], sort=False, dropna=False):
-        lengths = {"accepted length": accepted_length(group), "k": int(group["drafted"].max())}
+        k = int(group["drafted"].max())
+        places = acceptance_by_position(group["accepted"].tolist(), k)
+        lengths = {"accepted length": accepted_length(group), "k": k}
+        lengths["by position %"] = " ".join(f"{100 * place:.0f}" for place in places)
         found[of] = {**lengths, "scripted %": scripted(group)}
     return found

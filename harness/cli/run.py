@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from .. import plugins
-from ..interfaces import MambabenchError
+from ..config import plain
+from ..interfaces import Choice, MambabenchError
 from ..keys import Fingerprints
 from ..plan import Plan, read_plan
 from ..steps import Steps, expand, matches
@@ -131,7 +132,7 @@ def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict
                 {
                     "name": model.name,
                     "backend": model.backend.name,
-                    "keep": _keep(model.selector.config) if model.selector else "as it is",
+                    "keep": _keep(model.selector) if model.selector else "as it is",
                     "train": list(model.train),
                     "teacher": False,
                 }
@@ -186,9 +187,11 @@ def _default_store(plan: Plan) -> Path:
     return Path("runs") / plan.name
 
 
-def _keep(config: Any) -> Any:
-    layers = getattr(config, "layers", None)
-    return list(layers) if layers is not None else getattr(config, "share", type(config).__name__)
+def _keep(selector: Choice) -> Any:
+    layers = getattr(selector.config, "layers", None)
+    if layers is not None:
+        return list(layers)
+    return getattr(selector.config, "share", {"use": selector.name, **plain(selector.config)})
 
 
 def _warn_of_broken() -> None:

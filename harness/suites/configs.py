@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..interfaces import DataRef, ModelRef
 
@@ -96,6 +96,14 @@ class LosslessnessConfig:
             )
 
 
+class Request(NamedTuple):
+    """A kind of request whose speed is measured."""
+
+    batch: int
+    prompt_tokens: int
+    temperature: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedConfig:
     data: DataRef
@@ -108,27 +116,38 @@ class SpeedConfig:
     new_tokens: int = 64
     """At least 2: with one there is no time per further token."""
     pairs: int = 8
-    """Blocks per batch size and length; in each, every arm answers the same prompts once."""
+    """Blocks per kind of request; in each, every arm answers the same prompts once."""
     warmup: int = 1
-    """Blocks per batch size and length that are run first and only timed as a whole."""
+    """Blocks per kind of request that are run first and only timed as a whole."""
     temperature: float = 0.0
+    temperatures: tuple[float, ...] = ()
+    """Several in place of `temperature`, each with each batch size and length."""
     profile: int = 0
-    """Rounds of each arm and batch size that are taken apart when all blocks are measured; their means are facts."""
+    """Rounds of each arm and kind of request that are taken apart when its blocks are measured; means are facts."""
 
     def __post_init__(self) -> None:
         _at_least(self, batch=1, prompt_tokens=1, batch_tokens=0, new_tokens=2, pairs=1, warmup=0)
         _at_least(self, temperature=0, profile=0)
         if self.lengths:
             _at_least(self, lengths=1)
+        if self.temperatures:
+            _at_least(self, temperatures=0)
         if not self.requests:
             raise ValueError(f"batch_tokens is {self.batch_tokens}; no batch of prompts has so few tokens")
 
     @property
-    def requests(self) -> tuple[tuple[int, int], ...]:
-        """Batch sizes with lengths of prompts, in the order in which they are measured."""
-        pairs = itertools.product(self.lengths or (self.prompt_tokens,), self.batch)
+    def requests(self) -> tuple[Request, ...]:
+        """The kinds of requests, in the order in which they are measured."""
         most = self.batch_tokens or math.inf
-        return tuple((batch, length) for length, batch in pairs if batch * length <= most)
+        sizes = itertools.product(self.lengths or (self.prompt_tokens,), self.batch)
+        kinds = itertools.product(self.temperatures or (self.temperature,), sizes)
+        return tuple(Request(batch, length, at) for at, (length, batch) in kinds if batch * length <= most)
+
+    def name(self, request: Request) -> str:
+        """How facts call the requests that they are about."""
+        name = f"batch {request.batch}"
+        name += f", prompt {request.prompt_tokens}" if self.lengths else ""
+        return name + (f", temperature {request.temperature:g}" if self.temperatures else "")
 
 
 def _at_least(config: Any, **least: int) -> None:

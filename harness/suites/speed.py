@@ -19,7 +19,7 @@ import torch
 
 from .. import metrics
 from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Subject, silent
-from .configs import SpeedConfig
+from .configs import Request, SpeedConfig
 from .losslessness import decoder_of
 from .texts import check_room, take_prompts
 from .traffic import bandwidths, step_bytes
@@ -39,23 +39,23 @@ class Speed:
             config = self.config
             total = config.pairs * len(config.requests)
             bench.emit("progress", done=0, total=total, unit="blocks")
-            check_room("speed", model, max(prompt for _, prompt in config.requests) + config.new_tokens)
+            check_room("speed", model, max(of.prompt_tokens for of in config.requests) + config.new_tokens)
             _emit_size(bench, "weights", model.cost(1, 1, 1).held_weight_bytes)
             block = 0
-            for batch, prompt in config.requests:
-                what = self._name(batch, prompt)
-                for requests in self._warm_up(bench, arms, batch, prompt):
+            for request in config.requests:
+                what = config.name(request)
+                for prompts in self._warm_up(bench, arms, request):
                     order = list(arms) if block % 2 == 0 else list(arms)[::-1]
                     for place, arm in enumerate(order):
-                        self._measure(bench, arms[arm], requests, {"arm": arm, "block": block, "order": place})
+                        self._measure(bench, arms[arm], request, prompts, {"arm": arm, "block": block, "order": place})
                     block += 1
                     bench.emit("progress", done=block, total=total, unit="blocks")
                 _emit_states(bench, arms, what)
                 _emit_loops(bench, arms, what)
-                moved = step_bytes(model, batch, prompt + config.new_tokens // 2)
+                moved = step_bytes(model, request.batch, request.prompt_tokens + config.new_tokens // 2)
                 _emit_size(bench, f"bytes of a step, {what}", moved)
-                self._costs(bench, arms, batch, prompt)
-                self._profile(bench, arms, requests)
+                self._costs(bench, arms, request)
+                self._profile(bench, arms, request, prompts)
             _emit_peaks(bench, {name: arm.peak for name, arm in arms.items()})
             for name, measured in arms.items():
                 for what, (value, unit) in getattr(measured.model, "facts", dict)().items():
@@ -64,27 +64,24 @@ class Speed:
             for what, speed in bandwidths(bench.subject.device).items():
                 bench.emit("fact", name=f"{what} bandwidth", value=speed, unit="byte/s", arm="")
 
-    def _name(self, batch: int, prompt: int) -> str:
-        """How facts call the requests that they are about."""
-        return f"batch {batch}" + (f", prompt {prompt}" if self.config.lengths else "")
-
-    def _warm_up(self, bench: Bench, arms: dict[str, Arm], batch: int, prompt: int) -> Iterator[list[Prompt]]:
-        """Runs the warm-up blocks of a batch size and length, then yields the prompts of each block to measure."""
-        count = self.config.warmup + self.config.pairs
-        texts = take_prompts(bench.data[self.config.data], arms["subject"].model, count * batch, [prompt])
+    def _warm_up(self, bench: Bench, arms: dict[str, Arm], request: Request) -> Iterator[list[Prompt]]:
+        """Runs the warm-up blocks of a kind of request, then yields the prompts of each block to measure."""
+        batch, count = request.batch, self.config.warmup + self.config.pairs
+        lengths = [request.prompt_tokens]
+        texts = take_prompts(bench.data[self.config.data], arms["subject"].model, count * batch, lengths)
         prompts = [Prompt(ids, number) for number, ids in enumerate(texts)]
         blocks = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
         for name, arm in arms.items():
             began = time.perf_counter()
-            for requests in blocks[: self.config.warmup]:
-                decoder_of(arm.subject).generate(arm.model, requests, self._limits(bench), silent)
+            for block in blocks[: self.config.warmup]:
+                decoder_of(arm.subject).generate(arm.model, block, self._limits(bench, request), silent)
             seconds = time.perf_counter() - began
-            bench.emit("fact", name=f"warm-up, {self._name(batch, prompt)}", value=seconds, unit="s", arm=name)
+            bench.emit("fact", name=f"warm-up, {self.config.name(request)}", value=seconds, unit="s", arm=name)
         gc.collect()
         gc.freeze()
         yield from blocks[self.config.warmup :]
 
-    def _measure(self, bench: Bench, arm: Arm, requests: list[Prompt], place: dict[str, Any]) -> None:
+    def _measure(self, bench: Bench, arm: Arm, request: Request, prompts: list[Prompt], place: dict[str, Any]) -> None:
         """Answers one block with one arm; records wait in memory until the clock has stopped."""
         records: list[tuple[str, dict[str, Any]]] = []
 
@@ -95,7 +92,7 @@ class Speed:
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        answers = decoder_of(arm.subject).generate(arm.model, requests, self._limits(bench), collect)
+        answers = decoder_of(arm.subject).generate(arm.model, prompts, self._limits(bench, request), collect)
         if on_gpu:
             torch.cuda.synchronize()
             arm.peak = max(arm.peak, torch.cuda.max_memory_allocated())
@@ -106,25 +103,19 @@ class Speed:
         if short:
             asked = f"{short[0]} tokens, not the {self.config.new_tokens} asked for"
             raise MambabenchError(f"speed: decoder {arm.subject.decoder_name!r} yielded {asked}")
-        request = {
-            "batch": len(requests),
-            "prompt_tokens": len(requests[0].ids),
-            "new_tokens": self.config.new_tokens,
-            "temperature": self.config.temperature,
-            "content": self.config.data,
-        }
+        asked_for = {**request._asdict(), "new_tokens": self.config.new_tokens, "content": self.config.data}
         for kind, fields in records:
             if kind == "fact":
                 arm.told.setdefault((fields["name"], fields.get("unit", "")), []).append(fields["value"])
             else:
-                bench.emit(kind, **place, **request, **fields)
+                bench.emit(kind, **place, **asked_for, **fields)
 
-    def _costs(self, bench: Bench, arms: dict[str, Arm], batch: int, prompt: int) -> None:
+    def _costs(self, bench: Bench, arms: dict[str, Arm], request: Request) -> None:
         """Tells what rounds cost in the middle of an answer, and the means of what the decoders told of the blocks."""
-        half, what_of = self.config.new_tokens // 2, self._name(batch, prompt)
-        limits = dataclasses.replace(self._limits(bench), new_tokens=self.config.new_tokens - half)
-        lengths = [prompt + half]
-        texts = take_prompts(bench.data[self.config.data], arms["subject"].model, batch, lengths)
+        half, what_of = self.config.new_tokens // 2, self.config.name(request)
+        limits = dataclasses.replace(self._limits(bench, request), new_tokens=self.config.new_tokens - half)
+        lengths = [request.prompt_tokens + half]
+        texts = take_prompts(bench.data[self.config.data], arms["subject"].model, request.batch, lengths)
         prompts = [Prompt(ids, number) for number, ids in enumerate(texts)]
         for name, arm in arms.items():
             for (what, unit), values in arm.told.items():
@@ -137,18 +128,18 @@ class Speed:
                 bench.emit("fact", **fact, arm=name)
             arm.opened.clear()
 
-    def _profile(self, bench: Bench, arms: dict[str, Arm], requests: list[Prompt]) -> None:
+    def _profile(self, bench: Bench, arms: dict[str, Arm], request: Request, prompts: list[Prompt]) -> None:
         """Takes rounds of the last block apart."""
-        at = self._name(len(requests), len(requests[0].ids))
+        at, limits = self.config.name(request), self._limits(bench, request)
         for name, arm in arms.items() if self.config.profile else ():
             profile = getattr(decoder_of(arm.subject), "profile", None)
-            figures = profile(arm.model, requests, self._limits(bench), self.config.profile) if profile else {}
+            figures = profile(arm.model, prompts, limits, self.config.profile) if profile else {}
             for what, (value, unit) in figures.items():
                 bench.emit("fact", name=f"round, {at}: {what}", value=value, unit=unit, arm=name)
             arm.opened.clear()
 
-    def _limits(self, bench: Bench) -> Limits:
-        return Limits(new_tokens=self.config.new_tokens, temperature=self.config.temperature, seed=bench.seed)
+    def _limits(self, bench: Bench, request: Request) -> Limits:
+        return Limits(new_tokens=self.config.new_tokens, temperature=request.temperature, seed=bench.seed)
 
 
 @dataclass(slots=True)

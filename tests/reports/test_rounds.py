@@ -52,6 +52,17 @@ def test_rounds_of_several_lengths_of_prompts_have_rows_of_their_own(stores, tmp
     assert table["round ms"].tolist() == pytest.approx([5, 10, 20, 30])
 
 
+def test_rounds_of_several_temperatures_have_rows_of_their_own(stores, tmp_path):
+    told = [
+        {**fact, "name": fact["name"].replace("batch 1", f"batch 1, temperature {at}")}
+        for at, scale in (("0", 1.0), ("0.8", 2.0))
+        for fact in facts(1, scale)
+    ]
+    table = frame(stores, tmp_path, lookup_0=told)
+    assert table["temperature"].tolist() == [0, 0.8]
+    assert table["round ms"].tolist() == pytest.approx([10, 20])
+
+
 def test_without_a_gpu_no_kernels_are_counted(stores, tmp_path):
     assert "kernels" not in frame(stores, tmp_path, plain_0=facts(1, 1.0))
 

@@ -133,6 +133,14 @@ def test_of_adaptive_rounds_the_prediction_is_what_was_expected_of_windows(make,
     assert lookup["of predicted"] == pytest.approx(lookup["speed-up"].value / 1.25)
 
 
+def test_what_the_plan_skips_has_rows_in_the_table_of_steps_alone(make, frames_of):
+    frames = frames_of(make())
+    assert "skipped" in set(frames["steps"]["state"])
+    for name in ("speed", "acceptance", "losslessness"):
+        assert not frames[name].isin(["skipped"]).any(axis=None)
+        assert "other" not in set(frames[name].get("suite", []))
+
+
 def test_without_a_cost_for_its_k_no_speed_up_is_predicted(make, frames_of):
     found = frames_of(make(told=(("cost of a round, K = 2", 0.0015),)))["speed"]
     assert "predicted" not in found

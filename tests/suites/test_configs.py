@@ -36,7 +36,17 @@ def test_a_list_that_must_hold_something_may_not_be_empty(suite, name):
 
 def test_large_batches_of_long_prompts_are_left_out_but_not_all():
     options = {"batch": [1, 4], "lengths": [16, 64]}
-    assert choose("speed", **options).requests == ((1, 16), (4, 16), (1, 64), (4, 64))
-    assert choose("speed", **options, batch_tokens=64).requests == ((1, 16), (4, 16), (1, 64))
+    assert choose("speed", **options).requests == ((1, 16, 0), (4, 16, 0), (1, 64, 0), (4, 64, 0))
+    assert choose("speed", **options, batch_tokens=64).requests == ((1, 16, 0), (4, 16, 0), (1, 64, 0))
     with pytest.raises(ConfigError, match="batch_tokens is 15; no batch of prompts has so few tokens"):
         choose("speed", **options, batch_tokens=15)
+
+
+def test_facts_call_requests_by_what_a_step_has_several_of():
+    at = choose("speed", temperatures=[0, 0.5], batch=[2])
+    assert at.requests == ((2, 32, 0), (2, 32, 0.5))
+    assert [at.name(request) for request in at.requests] == ["batch 2, temperature 0", "batch 2, temperature 0.5"]
+    both = choose("speed", lengths=[8, 16], temperatures=[1])
+    assert both.name(both.requests[1]) == "batch 1, prompt 16, temperature 1"
+    with pytest.raises(ConfigError, match="temperatures is"):
+        choose("speed", temperatures=[0, -1])

@@ -172,6 +172,17 @@ def test_sampled_arms_are_measured_at_their_temperature(measure, lookup, plain):
     assert {r["temperature"] for r in records if r["kind"] in ("burst", "round")} == {0.8}
 
 
+def test_a_step_measures_several_temperatures_and_names_facts_by_them(measure, lookup, plain):
+    config = SpeedConfig(data="text", prompt_tokens=4, new_tokens=5, pairs=2, temperatures=(0.0, 0.8), profile=2)
+    records = measure(Speed(config), TEXTS, lookup, plain)
+    bursts = of(records, "burst")
+    assert bursts.groupby("temperature")["block"].unique().map(list).to_dict() == {0.0: [0, 1], 0.8: [2, 3]}
+    facts = {(r["name"], r.get("arm", "")) for r in records if r["kind"] == "fact"}
+    for at in ("batch 1, temperature 0", "batch 1, temperature 0.8"):
+        for name, arm in ((f"cost of a round, K = 0, {at}", "reference"), (f"round, {at}: whole", "subject")):
+            assert (name, arm) in facts
+
+
 def test_a_decoder_that_stops_early_is_an_error(measure, plain):
     class Short:
         def generate(self, model, prompts, limits, emit):
