@@ -176,7 +176,7 @@ def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, lo
         batch=start.shape[0],
         count=count,
         start=start,
-        saved=state.saved,
+        saved=state.base,
         settle=settle,
         plan=state.plan(count, settle),
         state=state,

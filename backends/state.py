@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..kernels.entry import Cursors
 from ..kernels.multistep import Plan, Ring, ring_supports, selective_ring_supports
 from ..kernels.scan.reference import compute_dtype
 from ..kernels.support import chosen
@@ -102,12 +103,14 @@ LayerState = KVCache | MambaState | NoState
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class State:
-    """All rows of a batch. `settled`, `saved` and `end` are int32 [B] on the device, shared by all layers."""
+    """All rows of a batch. `settled`, `saved`, `base` and `end` are int32 [B] on the device, shared by all layers."""
 
     layers: list[LayerState]
     settled: Tensor
     saved: Tensor
     """Where the checkpoints of Mamba layers stand, at `settled` or before."""
+    base: Tensor
+    """Where they stood before the last call."""
     end: Tensor
     steps: int
     replay: int
@@ -125,9 +128,13 @@ class State:
     graphs: Graphs | None = None
     """Calls recorded on this memory."""
 
+    @property
+    def cursors(self) -> Cursors:
+        return Cursors(self.settled, self.saved, self.base, self.end)
+
     def tensors(self) -> list[Tensor]:
         """All that belongs to rows."""
-        return [self.settled, self.saved, self.end, *(t for layer in self.layers for t in layer.tensors())]
+        return [*self.cursors, *(t for layer in self.layers for t in layer.tensors())]
 
     def plan(self, count: int, settle: bool) -> Plan:
         """Of a call of `count` tokens a row."""
@@ -247,7 +254,7 @@ def open_state(
     cursor = like.new_zeros(batch, dtype=torch.int32)
     cos, sin = rope(torch.arange(capacity, device=like.device).unsqueeze(0), like)
     rotary = torch.stack((cos[0, :, 0], sin[0, :, 0]), dim=1)
-    cursors = cursor, cursor.clone(), cursor.clone()
+    cursors = cursor, cursor.clone(), cursor.clone(), cursor.clone()
     return State(layers, *cursors, steps, replay, capacity, ring, exact, rotary, snapshots)
 
 

@@ -1,7 +1,7 @@
 """The stepping engine: a hybrid model as decoders see it.
 
 Positions are absolute and belong to the caller (`harness.interfaces.Stepper` has the contract). A call makes its
-indices once, every layer reads them, and the two cursors move after the last layer. On a GPU nothing of a call depends
+indices once, every layer reads them, and the cursors move before the first one. On a GPU nothing of a call depends
 on what the host knows of positions, so that it can be recorded as a graph; on a CPU the host looks, and the same code
 reads no more than it must.
 """
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..harness.interfaces import Cost, MambabenchError, Rollback, Scores, Tokenizer
-from ..kernels.few_rows import Projection, Stream, project
-from ..kernels.multistep import move
+from ..kernels.entry import enter
+from ..kernels.few_rows import Projection, project
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
 from .graphs import Graphs, Recorder, alone, capturing, wanted
@@ -101,10 +101,10 @@ class HybridStepper:
 
     def _run(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Tensor:
         calls = self._advance(ids.shape[1], start, state, settle)
-        stream = Stream(self.model.model.embed_tokens(ids.flatten()))
+        table, plan = self.model.model.embed_tokens.weight, state.plan(ids.shape[1], settle)
+        stream = enter(ids, table, start, state.cursors, plan)
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
             stream = layer.step(stream, cache, calls.get(name))
-        move(start, state.settled, state.saved, state.end, state.plan(ids.shape[1], settle))
         return project(self._into_logits, stream, compute_dtype(stream.h))[0].view(*ids.shape, -1)
 
     def recording(self, state: State) -> Graphs | None:

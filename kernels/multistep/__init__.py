@@ -1,6 +1,5 @@
 """Several tokens from a state that can be taken back: the decoding step of a Mamba-2 and of a Mamba-1 layer."""
 
-from .cursors import move
 from .reference import multistep, multistep_loop, visible
 from .ring import Plan, Ring, convolve, folded, ring_multistep, ring_supports
 from .selective import selective_multistep, selective_multistep_loop
@@ -13,7 +12,6 @@ __all__ = [
     "Ring",
     "convolve",
     "folded",
-    "move",
     "multistep",
     "multistep_loop",
     "ring_multistep",

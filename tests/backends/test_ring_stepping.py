@@ -74,7 +74,7 @@ def test_on_a_gpu_the_kernels_keep_it(
     monkeypatch.setenv(states.VARIABLE, str(replay))
     check_backend(mamba_backend, artifact, rounds=100, device="cuda:0", dtype="float32", tolerance=1e-4)
     used = support.record()
-    for operation in ("cursors", "ring_multistep", "convolve", "selective_ring_multistep"):
+    for operation in ("enter", "ring_multistep", "convolve", "selective_ring_multistep"):
         assert operation not in used or used[operation]["fused"]
 
 

@@ -1,0 +1,81 @@
+"""Calls begin with the embeddings of their tokens, and positions move as the plan says, in PyTorch, in Triton's
+interpreter and on a GPU."""
+
+import pytest
+import torch
+from mambabench.kernels import entry
+from mambabench.kernels.entry import Cursors, enter
+from mambabench.kernels.multistep import Plan
+
+
+def ints(*numbers, device="cpu"):
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def entered(way, plan, dtype=torch.float32, width=5, device="cpu", apart=False):
+    """Rows whose replay is empty, has room for a round, just has none, and is full. With `apart` ids lie place by
+    place."""
+    dice = torch.Generator().manual_seed(width)
+    start = ints(7, 7, 8, 12, device=device)
+    cursors = Cursors(*(ints(*each, device=device) for each in ((7, 5, 6, 9), (7, 4, 4, 4), (-1,) * 4, (-1,) * 4)))
+    table = torch.randn(11, width, generator=dice).to(device, dtype)
+    ids = torch.randint(11, (4, plan.count), generator=dice).to(device)
+    given = torch.stack([ids.T, ids.T], dim=2)[:, :, 0].T if apart else ids
+    stream = way(given, table, start, cursors, plan)
+    assert stream.added is None
+    assert torch.equal(stream.h, table[ids.flatten()])
+    assert start.tolist() == [7, 7, 8, 12]
+    return [t.tolist() for t in cursors], stream
+
+
+def moved(way, plan, **options):
+    return entered(way, plan, **options)[0]
+
+
+def test_a_checkpoint_moves_when_another_round_might_not_fit():
+    start, before = [7, 7, 8, 12], [7, 4, 4, 4]
+    assert moved(enter, Plan(3, 5, 8, True)) == [start, [7, 4, 8, 12], before, [10, 10, 11, 15]]
+    assert moved(enter, Plan(3, 5, 5, True)) == [start, start, before, [10, 10, 11, 15]]
+    assert moved(enter, Plan(2, 5, 8, False)) == [[7, 5, 6, 9], before, before, [9, 9, 10, 14]]
+
+
+PLANS = [Plan(3, 5, 8, True), Plan(3, 5, 5, True), Plan(2, 5, 8, False), Plan(1, 1, 16, True)]
+WIDTHS = [(torch.bfloat16, 16), (torch.bfloat16, 2050), (torch.float16, 5), (torch.float32, 33), (torch.float64, 8)]
+
+
+def assert_squares(stream, dtype):
+    if dtype.itemsize > 2:
+        assert stream.squares is None
+        return
+    assert stream.squares.shape == (len(stream.h), 1)
+    exact = stream.h.double().square().sum(1, keepdim=True)
+    torch.testing.assert_close(stream.squares.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("dtype", "width"), WIDTHS, ids=str)
+def test_in_the_interpreter_the_kernel_does_the_same(interpret, plan, apart, dtype, width):
+    cursors, stream = entered(interpret(entry.MODULE).enter, plan, dtype, width, apart=apart)
+    assert cursors == moved(enter, plan)
+    assert_squares(stream, dtype)
+
+
+def test_what_is_no_token_has_no_embedding(interpret):
+    cursors = Cursors(*(ints(0, 0) for _ in range(4)))
+    stream = interpret(entry.MODULE).enter(
+        torch.tensor([[-1], [3]]), torch.ones(3, 8, dtype=torch.bfloat16), ints(0, 0), cursors, Plan(1, 1, 1, True)
+    )
+    assert stream.h.isnan().all()
+    assert stream.squares.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("dtype", "width"), [*WIDTHS, (torch.bfloat16, 4096)], ids=str)
+def test_on_a_gpu_the_kernel_does_the_same(plan, apart, dtype, width):
+    assert entry.supports(torch.zeros(1, 1, dtype=dtype, device="cuda"), ints(1, device="cuda"))
+    cursors, stream = entered(enter, plan, dtype, width, "cuda", apart)
+    assert cursors == moved(enter, plan)
+    assert_squares(stream, dtype)
