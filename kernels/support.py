@@ -23,7 +23,9 @@ LOG = logging.getLogger("mambabench.kernels")
 VARIABLE = "MAMBABENCH_KERNELS"
 """`reference` in this environment variable keeps every operation to our PyTorch form."""
 EARLY = "MAMBABENCH_EARLY"
-"""`on` in this environment variable lets kernels of decoding begin while the one before ends."""
+"""`off` in this environment variable has kernels of decoding begin behind the end of the one before."""
+FEW = 512
+"""Tokens up to which other kernels begin early too: beyond, they take longer than what they wait for."""
 ELSEWHERE = "the tensors are on"
 
 
@@ -104,10 +106,18 @@ def served(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> Support:
 
 @functools.cache
 def begins_early(device: torch.device) -> bool:
-    """Whether a kernel begins while the one before ends (programmatic dependent launch), where that was asked for. It
-    then waits itself before it reads what others write, and lets its own successor begin only behind that."""
-    asked = os.environ.get(EARLY) == "on" and device.type == "cuda"
-    return asked and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether kernels of decoding begin while the one before ends (programmatic dependent launch), which GPUs from
+    Hopper on can. docs/decoding-kernels.md has what these may do before they wait for it."""
+    can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return can and os.environ.get(EARLY) != "off"
+
+
+def begun_early(tensor: Tensor, early: bool | None = None) -> dict[str, bool]:
+    """What a Triton kernel is launched with that begins early on the tensor's device (`early`: whether it does, None
+    where the device can). In every program it first waits, by `gdc_wait` where PDL is set, and only then lets its
+    successor begin, by `gdc_launch_dependents`."""
+    early = begins_early(tensor.device) if early is None else early
+    return {"PDL": early, "launch_pdl": early}
 
 
 @functools.cache

@@ -7,7 +7,7 @@ last part also has the new tokens, whose keys it turns and writes: no other prog
 normed and turned by every part, since they are few.
 
 A program begins while the kernel before ends: what that writes are new queries, keys and values, while where a row
-begins and what it has before were there already. It asks for the first tile of these, then waits.
+begins and what it has before were there already. It has the first tile of these brought to the L2 cache, then waits.
 
 Softmax is in base 2 and fp32, without a maximum that is fixed beforehand: each part leaves its own with its sum.
 """
@@ -23,8 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..prefetch import ask_lines
-from ..support import begins_early
+from ..support import begun_early
 
 if TYPE_CHECKING:
     from .reference import Norms
@@ -67,16 +66,34 @@ def _merged(top, total, y, scores, v, PRECISION: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
+def _ask(keys, values, first, last, STRIDE: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Has N keys and values brought to the L2 cache, where nothing is ever out of date: WIDTH numbers of 2 bytes each,
+    from slot `first` on and before `last`, STRIDE numbers from slot to slot."""
+    line = tl.arange(0, 2 * N)
+    slot = first + line % N
+    cache = tl.where(line < N, keys.to(tl.int64), values.to(tl.int64))
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [cache + slot.to(tl.int64) * (2 * STRIDE), (slot < last).to(tl.int32), 2 * WIDTH],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _attend(  # type: ignore[no-untyped-def]
     projected, keys, values, starts, rotary, q_weight, k_weight, out, tops, totals, capacity, scale, eps,
     T: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr,
     NORM: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, P: tl.constexpr, TP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, THREADS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, ASKS: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = HEADS // GROUPS
     LINE: tl.constexpr = (HEADS + 2 * GROUPS) * WIDTH
     row, group, split = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1)
-    begin = tl.load(starts + row).to(tl.int32)
+    # By the L2 cache: it was written by an earlier kernel than the one before, which alone may not have ended yet.
+    begin = tl.load(starts + row, cache_modifier=".cg").to(tl.int32)
     low = 0
     if WINDOW:
         low = tl.maximum(begin - WINDOW + 1, 0)
@@ -85,9 +102,8 @@ def _attend(  # type: ignore[no-untyped-def]
     last = tl.minimum(first + part, begin)
     origin = (row.to(tl.int64) * capacity * GROUPS + group) * WIDTH
     if PDL:
-        if THREADS:
-            ask_lines(keys + origin, first, N, last, 0, 1, GROUPS * WIDTH, WIDTH, WIDTH, THREADS)
-            ask_lines(values + origin, first, N, last, 0, 1, GROUPS * WIDTH, WIDTH, WIDTH, THREADS)
+        if ASKS:
+            _ask(keys + origin, values + origin, first, last, GROUPS * WIDTH, WIDTH, N)
         gdc_wait()
         gdc_launch_dependents()
     column = tl.arange(0, P)
@@ -192,6 +208,8 @@ class Form(NamedTuple):
     stages: int
     """Tiles on their way from memory."""
     warps: int
+    asks: bool = True
+    """Programs ask for their first tile while the kernel before ends."""
 
 
 def form_for(keys: Tensor, queries: int, window: int) -> Form:
@@ -218,26 +236,26 @@ def decode_attention(
     window: int,
     norms: Norms | None,
     form: Form | None = None,
+    early: bool | None = None,
 ) -> Tensor:
-    """Shapes as in the room's `decode_attention`."""
+    """Shapes as in the room's `decode_attention`; `early` as in `begun_early`."""
     batch, capacity, groups, width = keys.shape
     heads, count = projected.shape[1] // width - 2 * groups, projected.shape[0] // batch
     queries = heads // groups * count
-    parts, tile, stages, warps = form or form_for(keys, queries, window)
+    parts, tile, stages, warps, asks = form or form_for(keys, queries, window)
     y = torch.empty(projected.shape[0], heads * width, dtype=projected.dtype, device=keys.device)
     shape = batch * groups, parts, queries
     left = y if parts == 1 else torch.empty(*shape, width, dtype=torch.float32, device=keys.device)
     tops, totals = torch.empty(2, *shape, dtype=torch.float32, device=keys.device).unbind()
     q_weight, k_weight, eps = norms or (rotary, rotary, 0.0)
-    early = begins_early(keys.device)
     sizes = {"T": count, "HEADS": heads, "GROUPS": groups, "WIDTH": width, "SPLITS": parts, "P": _padded(width)}
-    sizes |= {"PDL": early, "launch_pdl": early}
+    sizes |= begun_early(keys, early)
     with torch.cuda.device_of(keys):
         _attend[(batch * groups, parts)](
             projected.contiguous(), keys, values, start, rotary, q_weight, k_weight, left, tops, totals, capacity,
             width**-0.5 * LOG2E, eps, **sizes, WINDOW=window, NORM=norms is not None, M=_padded(queries), N=tile, TP=16,
             PRECISION="tf32x3" if keys.dtype == torch.float32 else "tf32", STAGES=stages, num_warps=warps,
-            THREADS=32 * warps if keys.itemsize == 2 and width % 16 == 0 else 0,
+            ASKS=asks and keys.itemsize == 2 and width % 8 == 0,
         )  # fmt: skip
         if parts > 1:
             _sum[(batch * groups, queries)](left, tops, totals, y, **sizes, num_warps=4)

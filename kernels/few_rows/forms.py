@@ -83,16 +83,19 @@ def project(
     out: torch.dtype,
     form: Form | None = None,
     warmup: bool = False,
+    early: bool | None = None,
 ) -> tuple[Tensor, Stream]:
-    """Shapes as in the room's `project`; x is the stream's h. With `warmup` the kernel is only compiled."""
+    """Shapes as in the room's `project`; x is the stream's h. With `warmup` the kernel is only compiled. `early` as in
+    `support.begun_early`."""
     form = form or form_for(given, len(x), out)
     assert form is not None
     assert given.exact_norm is not None
     y = torch.empty(len(x), given.lines, dtype=out, device=x.device)
-    rest: dict[str, Any] = {"gated": given.gated, "bias": given.bias, "counters": given.counters, "warmup": warmup}
+    rest: dict[str, Any] = {"gated": given.gated, "bias": given.bias, "counters": given.counters}
+    rest |= {"warmup": warmup, "early": early}
     h, squares = x, stream.squares
     if form.apart:
-        h, rows = normed(x, stream.added, given.exact_norm, given.eps, form.early >= 0, warmup)
+        h, rows = normed(x, stream.added, given.exact_norm, given.eps, warmup, early)
         launch(rows, given.weight, y, form, **rest)
         return y, Stream(h, None, squares if stream.added is None else None)
     if stream.added is not None or squares is None:
@@ -102,7 +105,12 @@ def project(
 
 
 def add_projected(
-    x: Tensor, given: Projection, stream: Stream, form: Form | None = None, warmup: bool = False
+    x: Tensor,
+    given: Projection,
+    stream: Stream,
+    form: Form | None = None,
+    warmup: bool = False,
+    early: bool | None = None,
 ) -> Stream:
     """Shapes as in the room's `add_projected`."""
     assert stream.added is None
@@ -112,13 +120,16 @@ def add_projected(
     sums = torch.empty(len(h), triton.cdiv(given.lines, form.block), dtype=torch.float32, device=h.device)
     launch(
         x, given.weight, h, form, bias=given.bias, residual=stream.h, sums=sums, counters=given.counters,
-        warmup=warmup,
+        warmup=warmup, early=early,
     )  # fmt: skip
     return Stream(h, None, sums)
 
 
 def tune(given: Projection, kind: Kind) -> Form | None:
-    """Times every form on weights that take turns, so that they are not found in the cache, and separate kernels."""
+    """Times every form on weights that take turns, so that they are not found in the cache, and separate kernels.
+
+    None begins early: the same product would come next, whose own programs are in each other's way as those of a
+    layer's kernels are not."""
     weight, rows = given.weight, 1 if kind.tile == 16 else kind.tile
     different = [given, *(_copy(given) for _ in range(min(CALLS - 1, COLD // weight.nbytes)))]
     turns = [different[i % len(different)] for i in range(CALLS)]
@@ -127,8 +138,8 @@ def tune(given: Projection, kind: Kind) -> Form | None:
 
     def ours(turn: Projection, form: Form, warmup: bool = False) -> object:
         if kind.normed:
-            return project(x, turn, stream, kind.out, form, warmup)
-        return add_projected(x, turn, stream, form, warmup)
+            return project(x, turn, stream, kind.out, form, warmup, early=False)
+        return add_projected(x, turn, stream, form, warmup, early=False)
 
     def separate(turn: Projection) -> object:
         if kind.normed:

@@ -6,14 +6,12 @@ squares that the kernel before has left; x is normed and rounded tile by tile as
 SPLIT > 1 as many programs share the columns of a block; the last of them to end adds up in one order what all have
 left. What a row gives does not depend on how many there are: up to TILE of them run the same program.
 
-With PDL a program begins while the kernel before ends, asks for the first of its weights, and waits for that kernel.
-`ahead` are the weights of a product that follows: some of their columns are asked for when the program's own are read,
-so that memory is not idle in between.
+With PDL a program takes its place while the kernel before ends, and lets the next kernel do so behind its own last
+tile: earlier, that one would be in the way of tiles that are still to come.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,10 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..prefetch import ask_lines
-
-PIECE = 1024
-"""Bytes of a line that a thread asks for at a time, at most."""
+from ..support import begun_early
 
 
 @triton.jit
@@ -55,12 +50,10 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])
 def _product(  # type: ignore[no-untyped-def]
-    x, squares, norm, eps, weight, bias, residual, out, sums, left, counters, ahead, rows, parts,
+    x, squares, norm, eps, weight, bias, residual, out, sums, left, counters, rows, parts,
     WIDTH: tl.constexpr, LINES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
     BIAS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, OWN: tl.constexpr, PIECE: tl.constexpr,
-    AHEAD: tl.constexpr, AHEAD_WIDTH: tl.constexpr, AHEAD_COLUMNS: tl.constexpr, AHEAD_PIECE: tl.constexpr,
-    THREADS: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     EACH: tl.constexpr = BLOCK // 2 if GATE else BLOCK
     SHARE: tl.constexpr = (WIDTH + SPLIT * COLUMNS - 1) // (SPLIT * COLUMNS) * COLUMNS
@@ -68,11 +61,6 @@ def _product(  # type: ignore[no-untyped-def]
     block, split = tl.program_id(0), tl.program_id(1)
     begin = split * SHARE
     if PDL:
-        if OWN:
-            ask_lines(weight + begin, block * EACH, EACH, LINES, 0, 1, WIDTH, OWN, PIECE, THREADS)
-            if GATE:
-                up = block * EACH + LINES
-                ask_lines(weight + begin, up, EACH, 2 * LINES, 0, 1, WIDTH, OWN, PIECE, THREADS)
         gdc_wait()
     i = tl.arange(0, BLOCK)
     line = tl.minimum(block * EACH + i % EACH, LINES - 1)
@@ -111,9 +99,6 @@ def _product(  # type: ignore[no-untyped-def]
         y = tl.dot(w, tl.trans(v), y)
     if PDL:
         gdc_launch_dependents()
-    if AHEAD:
-        number, count = block * SPLIT + split, tl.num_programs(0) * SPLIT
-        ask_lines(ahead, 0, AHEAD, AHEAD, number, count, AHEAD_WIDTH, AHEAD_COLUMNS, AHEAD_PIECE, THREADS)
     if SPLIT == 1:
         _finish(y, h, bias, out, sums, line, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
     else:
@@ -131,8 +116,11 @@ def _product(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _squares(  # type: ignore[no-untyped-def]
-    x, added, total, sums, ADD: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+    x, added, total, sums, ADD: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     inside = column < WIDTH
     at = row.to(tl.int64) * WIDTH + column
@@ -148,13 +136,13 @@ def _squares(  # type: ignore[no-untyped-def]
 def _norm(  # type: ignore[no-untyped-def]
     x, added, norm, total, out, eps, ADD: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     inside = column < WIDTH
     at = row.to(tl.int64) * WIDTH + column
     w = tl.load(norm + column, mask=inside, other=0.0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         v = (v + tl.load(added + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
@@ -174,8 +162,6 @@ class Form(NamedTuple):
     split: int
     stages: int
     warps: int
-    early: int = -1
-    """Columns of its lines that a program asks for while the kernel before ends; negative: it begins behind its end."""
     apart: bool = False
     """The norm is a kernel of its own: none of the tiles of x goes through registers."""
 
@@ -194,21 +180,9 @@ FORMS = (
 APART = tuple(form._replace(apart=True) for form in FORMS if form.split == 1)
 
 
-class Ahead(NamedTuple):
-    """Weights [N, K] that a later product reads, and the columns of them that are asked for."""
-
-    weight: Tensor
-    columns: int
-
-
 def tile_of(rows: int) -> int:
     """Rows of the tile that so many are padded to."""
     return max(16, int(triton.next_power_of_2(rows)))
-
-
-def _piece(columns: int, size: int) -> int:
-    """Numbers that are asked for at a time: as many as divide `columns`."""
-    return math.gcd(columns, PIECE // size)
 
 
 def launch(
@@ -225,37 +199,32 @@ def launch(
     residual: Tensor | None = None,
     sums: Tensor | None = None,
     counters: Tensor | None = None,
-    ahead: Ahead | None = None,
     warmup: bool = False,
+    early: bool | None = None,
 ) -> None:
     """x [M, K] times weight [N, K] into out [M, N] (gated: [M, N / 2]).
 
     norm fp32 [K] with squares fp32 [M, parts], which add up to each row's sum of squares: x is normed first. residual
     [M, N] is added; sums [M, blocks] then gets the sum of squares of out, by blocks of form.block. counters int32
-    [blocks] are 0 before and after, where form.split > 1. With `warmup` the kernel is only compiled.
+    [blocks] are 0 before and after, where form.split > 1. With `warmup` the kernel is only compiled. `early` as in
+    `begun_early`.
     """
     (rows, width), lines = x.shape, out.shape[1]
     each = form.block // 2 if gated else form.block
     blocks = triton.cdiv(lines, each)
-    own = max(0, min(form.early, width // form.split))
     left = x
     if form.split > 1:
         left = torch.empty(blocks, form.split, form.block, tile_of(rows), dtype=torch.float32, device=x.device)
     parts = 1 if squares is None else squares.shape[1]
-    asked, columns = ahead or Ahead(weight, 0)
     with torch.cuda.device_of(x):
         _product.run(
             x, x if squares is None else squares, x if norm is None else norm, eps, weight,
             weight if bias is None else bias, x if residual is None else residual, out,
-            out if sums is None else sums, left, left if counters is None else counters, asked, rows, parts,
+            out if sums is None else sums, left, left if counters is None else counters, rows, parts,
             WIDTH=width, LINES=lines, NORM=norm is not None, GATE=gated, ADD=residual is not None,
             BIAS=bias is not None, PARTS=triton.next_power_of_2(parts), TILE=tile_of(rows), BLOCK=form.block,
-            COLUMNS=form.columns, SPLIT=form.split, STAGES=form.stages, PDL=form.early >= 0,
-            OWN=own, PIECE=_piece(own, weight.itemsize),
-            AHEAD=asked.shape[0] if columns else 0, AHEAD_WIDTH=asked.shape[1], AHEAD_COLUMNS=columns,
-            AHEAD_PIECE=_piece(columns, asked.itemsize),
-            THREADS=32 * form.warps, num_warps=form.warps, launch_pdl=form.early >= 0,
-            grid=(blocks, form.split), warmup=warmup,
+            COLUMNS=form.columns, SPLIT=form.split, STAGES=form.stages,
+            num_warps=form.warps, grid=(blocks, form.split), warmup=warmup, **begun_early(x, early),
         )  # fmt: skip
 
 
@@ -268,22 +237,22 @@ def summed(x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(x):
         _squares[(rows,)](
             x, x if added is None else added, total, sums, ADD=added is not None, WIDTH=width, COLUMNS=columns,
-            num_warps=8 if columns > 1024 else 4,
+            num_warps=8 if columns > 1024 else 4, **begun_early(x),
         )  # fmt: skip
     return total, sums
 
 
 def normed(
-    x: Tensor, added: Tensor | None, norm: Tensor, eps: float, early: bool, warmup: bool = False
+    x: Tensor, added: Tensor | None, norm: Tensor, eps: float, warmup: bool = False, early: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x + added (None: nothing) and its norm, [M, K] each; norm fp32 [K]."""
+    """x + added (None: nothing) and its norm, [M, K] each; norm fp32 [K]. The rest as in `launch`."""
     rows, width = x.shape
     total, out = x if added is None else torch.empty_like(x), torch.empty_like(x)
     columns = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
         _norm.run(
             x, x if added is None else added, norm, total, out, eps, ADD=added is not None, WIDTH=width,
-            COLUMNS=columns, PDL=early, num_warps=8 if columns > 1024 else 4, launch_pdl=early, grid=(rows,),
-            warmup=warmup,
+            COLUMNS=columns, num_warps=8 if columns > 1024 else 4, grid=(rows,), warmup=warmup,
+            **begun_early(x, early),
         )  # fmt: skip
     return total, out

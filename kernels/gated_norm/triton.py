@@ -19,10 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..support import begins_early
+from ..support import FEW, begun_early
 
-FEW = 512
-"""Tokens up to which the kernel begins while the one before ends: where that takes longer than the norm."""
 ROWS = 16
 WIDE = 1024
 """Wider heads are taken a token at a time."""
@@ -119,10 +117,9 @@ class GatedNorm(torch.autograd.Function):
         out = torch.empty(z.shape, dtype=z.dtype, device=z.device)
         block = _block(width)
         grid = triton.cdiv(y.shape[0], block["ROWS"]), y.shape[1] // width
-        early = begins_early(y.device) and y.shape[0] <= FEW
         _forward[grid](
             y, z, weight, bias, out, y.shape[0], y.stride(0), z.stride(0), out.stride(0), width, eps,
-            **block, PDL=early, launch_pdl=early,
+            **block, **begun_early(y, None if y.shape[0] <= FEW else False),
         )  # fmt: skip
         ctx.save_for_backward(y, z, weight, bias)
         ctx.width, ctx.eps = width, eps

@@ -13,10 +13,10 @@ from mambabench.kernels.support import VARIABLE
 EPS = 1e-5
 FORMS = [
     (64, 64, 1, 3, 4),
-    (128, 32, 1, 2, 8, -1, True),
+    (128, 32, 1, 2, 8, True),
     (16, 32, 2, 4, 2),
     (32, 16, 4, 3, 4),
-    (16, 256, 3, 1, 4, -1, True),
+    (16, 256, 3, 1, 4, True),
 ]
 SHAPES = [
     # rows, width, lines, residual
@@ -257,24 +257,28 @@ def test_on_a_gpu_it_is_as_near_to_fp64_as_separate_kernels(width, lines, rows, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("early", [-1, 0, 512])
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
 def test_on_a_gpu_every_form_is_right_and_rows_do_not_depend_on_each_other(early) -> None:
     forms = importlib.import_module(fused.MODULE)
     into, stream, out, x, before = drawn(16, 2560, 4096, torch.bfloat16, "cuda", gated=True)
     exact, _ = reference.project(doubled(into), doubled(stream), torch.float64)
-    every = [form._replace(early=early) for form in (*forms.FORMS, *forms.APART)]
-    forms.compile_forms(lambda f, warm: forms.project(stream.h, into, stream, torch.bfloat16, f, warm), every)
-    forms.compile_forms(lambda f, warm: forms.add_projected(x, out, before, f, warm), every)
+    every = (*forms.FORMS, *forms.APART)
+
+    def projected(stream, form, warmup=False):
+        return forms.project(stream.h, into, stream, torch.bfloat16, form, warmup, early)[0]
+
+    def added(x, stream, form, warmup=False):
+        return forms.add_projected(x, out, stream, form, warmup, early)
+
+    forms.compile_forms(lambda form, warm: projected(stream, form, warm), every)
+    forms.compile_forms(lambda form, warm: added(x, before, form, warm), every)
     for form in every:
-        whole = forms.project(stream.h, into, stream, torch.bfloat16, form)[0]
+        whole, summed = projected(stream, form), added(x, before, form)
         near(whole, exact, 0.01)
-        summed = forms.add_projected(x, out, before, form)
         check_sum(summed, out, x, before, 0.01)
         for rows, _ in itertools.product((1, 5, 13), range(3)):
-            part = Stream(stream.h[:rows])
-            y = forms.project(part.h, into, part, torch.bfloat16, form)[0]
-            assert torch.equal(y, whole[:rows]), form
-            few = forms.add_projected(x[:rows], out, Stream(before.h[:rows]), form)
+            assert torch.equal(projected(Stream(stream.h[:rows]), form), whole[:rows]), form
+            few = added(x[:rows], Stream(before.h[:rows]), form)
             assert torch.equal(few.h, summed.h[:rows]), form
             assert torch.equal(few.squares, summed.squares[:rows]), form
         assert not into.counters.any()
@@ -282,40 +286,32 @@ def test_on_a_gpu_every_form_is_right_and_rows_do_not_depend_on_each_other(early
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("early", [-1, 0, 512])
-def test_on_a_gpu_kernels_that_begin_early_wait_for_what_they_read(early) -> None:
-    """A chain of products, each of which reads what the one before wrote, in a graph."""
+@pytest.mark.parametrize("apart", [False, True], ids=["norm inside", "norm apart"])
+@pytest.mark.parametrize("split", [1, 4])
+def test_on_a_gpu_kernels_that_begin_early_wait_for_what_they_read(split, apart) -> None:
+    """A chain of products, each of which reads what the one before wrote, in a graph, in memory that it uses again."""
     forms = importlib.import_module(fused.MODULE)
     parts = [drawn(5, 2048, 2048, torch.bfloat16, "cuda", seed=i, bias=False) for i in range(6)]
-    form = forms.FORMS[0]._replace(early=early)
+    into_form = forms.FORMS[0]._replace(apart=apart)
+    out_form = next(form for form in forms.FORMS if form.split == split)
 
-    def chain(h, form):
+    def chain(h, early):
         stream = Stream(h)
-        for into, _, out, _, _ in parts:
-            y, stream = forms.project(stream.h, into, stream, h.dtype, form)
-            stream = forms.add_projected(y, out, stream, form)
+        for into, _, out, _, _ in parts * 3:
+            y, stream = forms.project(stream.h, into, stream, h.dtype, into_form, early=early)
+            stream = forms.add_projected(y, out, stream, out_form, early=early)
         return stream.h
 
     h = parts[0][1].h.clone()
-    chain(h, form)
+    chain(h, True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = chain(h, form)
-    for seed in range(5):
+        y = chain(h, True)
+    for seed in range(20):
         h.copy_(torch.randn(h.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
-        assert torch.equal(y, chain(h, forms.FORMS[0]))
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_asking_ahead_changes_nothing() -> None:
-    room = importlib.import_module("mambabench.kernels.few_rows.triton")
-    _, _, out, x, _ = drawn(3, 2048, 512, torch.bfloat16, "cuda", bias=False)
-    ys = torch.empty(2, 3, 512, dtype=torch.bfloat16, device="cuda")
-    room.launch(x, out.weight, ys[0], room.FORMS[0])
-    room.launch(x, out.weight, ys[1], room.FORMS[0], ahead=room.Ahead(torch.zeros_like(out.weight), 640))
-    assert torch.equal(*ys)
+        assert torch.equal(y, chain(h, False))
 
 
 @pytest.mark.gpu
