@@ -34,7 +34,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _pieces(pointers, inside, PARTS: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pieces(  # type: ignore[no-untyped-def]
+    pointers, inside, PARTS: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr, CACHE: tl.constexpr = ""
+):
     """SIZE numbers of each of `pointers` [BLOCK], as PARTS tiles [BLOCK, Q]."""
     n = tl.arange(0, Q)
     found = ()
@@ -42,7 +44,7 @@ def _pieces(pointers, inside, PARTS: tl.constexpr, Q: tl.constexpr, SIZE: tl.con
         there = inside[:, None]
         if PARTS * Q > SIZE:
             there = there & (n[None, :] + j * Q < SIZE)
-        found = found + (tl.load(pointers[:, None] + j * Q + n[None, :], mask=there, other=0.0),)
+        found = found + (tl.load(pointers[:, None] + j * Q + n[None, :], mask=there, other=0.0, cache_modifier=CACHE),)
     return found
 
 
@@ -78,14 +80,15 @@ def _selective(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Programs behind those of the channels copy what new tokens leave in the ring: nobody reads it in this call.
 
-    Old tokens are replayed while the kernel before, which brings the new ones, may still run. The next token is always
+    Old tokens are replayed while the kernel before, which brings the new ones, may still run: they are read from the L2
+    cache, since nothing has yet made a processor's own let go of what earlier calls read. The next token is always
     fetched before one is worked on; behind the last one that is any, and not used.
     """
     parts: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
     kept: tl.constexpr = SOURCES + NUMBERS + CHANNELS
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    start = tl.load(start_ptr + row)
+    start = tl.load(start_ptr + row, cache_modifier=".cg")
     ring_ptr += row * SLOTS * kept
     x_ptr += row * COUNT * x_token
     b_ptr += row * COUNT * b_token
@@ -96,19 +99,20 @@ def _selective(  # type: ignore[no-untyped-def]
         source = d // (SPAN * REPEAT) * SPAN + d % SPAN
         group = source // GROUP * SIZE
         states_at = state_ptr + (row * CHANNELS + d) * SIZE
-        states = _pieces(states_at, there, PARTS, Q, SIZE)
-        saved = tl.load(saved_ptr + row)
+        states = _pieces(states_at, there, PARTS, Q, SIZE, ".cg")
+        saved = tl.load(saved_ptr + row, cache_modifier=".cg")
         replayed = start - saved
 
         slot = saved % SLOTS
         slot_at = ring_ptr + slot * kept
-        old_x = tl.load(slot_at + source, mask=there)
-        old_raw = tl.load(slot_at + SOURCES + NUMBERS + d, mask=there)
-        old_b = _pieces(slot_at + SOURCES + group, there, PARTS, Q, SIZE)
+        old_x = tl.load(slot_at + source, mask=there, cache_modifier=".cg")
+        old_raw = tl.load(slot_at + SOURCES + NUMBERS + d, mask=there, cache_modifier=".cg")
+        old_b = _pieces(slot_at + SOURCES + group, there, PARTS, Q, SIZE, ".cg")
         window = ()
         for tap in tl.static_range(TAPS - 1):
             before = (saved - (TAPS - 1 - tap) + SLOTS) % SLOTS
-            window = window + (tl.load(ring_ptr + before * kept + source, mask=there).to(tl.float32),)
+            old = tl.load(ring_ptr + before * kept + source, mask=there, cache_modifier=".cg")
+            window = window + (old.to(tl.float32),)
         taps = ()
         for tap in tl.static_range(TAPS):
             taps = taps + (tl.load(taps_ptr + d * TAPS + tap, mask=there),)
@@ -123,9 +127,9 @@ def _selective(  # type: ignore[no-untyped-def]
             now, now_raw, now_b = old_x.to(tl.float32), old_raw, old_b
             slot = tl.where(slot + 1 == SLOTS, 0, slot + 1)
             slot_at = ring_ptr + slot * kept
-            old_x = tl.load(slot_at + source, mask=there)
-            old_raw = tl.load(slot_at + SOURCES + NUMBERS + d, mask=there)
-            old_b = _pieces(slot_at + SOURCES + group, there, PARTS, Q, SIZE)
+            old_x = tl.load(slot_at + source, mask=there, cache_modifier=".cg")
+            old_raw = tl.load(slot_at + SOURCES + NUMBERS + d, mask=there, cache_modifier=".cg")
+            old_b = _pieces(slot_at + SOURCES + group, there, PARTS, Q, SIZE, ".cg")
             _, states = _token(now, window, taps, bias, now_raw, step, decays, states, now_b, TAPS, PARTS, SILU)
             if TAPS > 1:
                 window = window[1:] + (now,)
