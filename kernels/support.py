@@ -25,7 +25,7 @@ VARIABLE = "MAMBABENCH_KERNELS"
 EARLY = "MAMBABENCH_EARLY"
 """`off` in this environment variable has kernels of decoding begin behind the end of the one before."""
 FEW = 512
-"""Tokens up to which other kernels begin early too: beyond, they take longer than what they wait for."""
+"""Rows up to which a kernel that serves any number of them begins early: beyond, a launch is little of its time."""
 ELSEWHERE = "the tensors are on"
 
 
@@ -112,11 +112,12 @@ def begins_early(device: torch.device) -> bool:
     return can and os.environ.get(EARLY) != "off"
 
 
-def begun_early(tensor: Tensor, early: bool | None = None) -> dict[str, bool]:
-    """What a Triton kernel is launched with that begins early on the tensor's device (`early`: whether it does, None
-    where the device can). In every program it first waits, by `gdc_wait` where PDL is set, and only then lets its
-    successor begin, by `gdc_launch_dependents`."""
-    early = begins_early(tensor.device) if early is None else early
+def begun_early(tensor: Tensor, early: bool | None = None, rows: int = 0) -> dict[str, bool]:
+    """What a Triton kernel is launched with that begins early on the tensor's device (`early`: whether it does; None:
+    where the device can and `rows` are few). In every program it first waits, by `gdc_wait` where PDL is set, and only
+    then lets its successor begin, by `gdc_launch_dependents`."""
+    if early is None:
+        early = rows <= FEW and begins_early(tensor.device)
     return {"PDL": early, "launch_pdl": early}
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..support import FEW, begun_early
+from ..support import begun_early
 
 ROWS = 16
 WIDE = 1024
@@ -119,7 +119,7 @@ class GatedNorm(torch.autograd.Function):
         grid = triton.cdiv(y.shape[0], block["ROWS"]), y.shape[1] // width
         _forward[grid](
             y, z, weight, bias, out, y.shape[0], y.stride(0), z.stride(0), out.stride(0), width, eps,
-            **block, **begun_early(y, None if y.shape[0] <= FEW else False),
+            **block, **begun_early(y, rows=y.shape[0]),
         )  # fmt: skip
         ctx.save_for_backward(y, z, weight, bias)
         ctx.width, ctx.eps = width, eps

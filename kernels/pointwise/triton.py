@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..support import begun_early
 
 BLOCK = 2048
 SMALL, FEW = 512, 64
@@ -34,7 +37,10 @@ def _swiglu_backward(upstream, gate, up, to_gate, to_up, count, BLOCK: tl.conste
 
 
 @triton.jit
-def _swiglu_packed(both, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_packed(both, out, width, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -49,7 +55,8 @@ def swiglu_packed(both: Tensor) -> Tensor:
     out = torch.empty(*both.shape[:-1], width, dtype=both.dtype, device=both.device)
     block = SMALL if rows < FEW else BLOCK
     with torch.cuda.device_of(both):
-        _swiglu_packed[(rows, triton.cdiv(width, block))](both, out, width, BLOCK=block)
+        grid = rows, triton.cdiv(width, block)
+        _swiglu_packed[grid](both, out, width, BLOCK=block, **begun_early(both, rows=rows))
     return out
 
 

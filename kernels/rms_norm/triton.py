@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..support import begun_early
 
 NUMBERS = 4096
 """About as many in a program at a time."""
@@ -30,7 +33,12 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_forward(x, added, weight, total, out, width, eps, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_forward(  # type: ignore[no-untyped-def]
+    x, added, weight, total, out, width, eps, WIDTH: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     column = tl.arange(0, WIDTH)
     inside = column < width
     at = tl.program_id(0).to(tl.int64) * width + column
@@ -101,11 +109,12 @@ def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[
 def add_forward(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The sum and its norm. A program has one row, whatever else there is: in decoding there are few."""
     width, total, out = x.shape[-1], torch.empty_like(x), torch.empty_like(x)
-    columns = triton.next_power_of_2(width)
+    rows, columns = x.numel() // width, triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
-        _add_forward[(x.numel() // width,)](
-            x, added, weight.contiguous(), total, out, width, eps, WIDTH=columns, num_warps=8 if columns > 1024 else 4
-        )
+        _add_forward[(rows,)](
+            x, added, weight.contiguous(), total, out, width, eps, WIDTH=columns, num_warps=8 if columns > 1024 else 4,
+            **begun_early(x, rows=rows),
+        )  # fmt: skip
     return total, out
 
 
