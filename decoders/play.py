@@ -14,7 +14,7 @@ from ..harness.interfaces import DeviceDraft, Draft, Limits, Prompt, Recording, 
 from .adaptive import Chooser
 from .batch import Batch
 from .results import Results, Round
-from .rounds import Board, append, draft_round, drafting, plain_round, scripted_round
+from .rounds import Board, append, draft_round, drafting, plain_round
 from .texts import Texts
 
 BLOCK = 256
@@ -70,17 +70,14 @@ class Rounds:
             board.recorded.clear()
             board.memory = None
             on_device = hasattr(draft, "follow")
-            more = on_device and self.steady and self.script is None and self.limits.temperature > 0
+            more = on_device and self.steady and self.limits.temperature > 0
             opened = draft.open(self.model, self.prompts, self.limits, self.steps if more else self.steps - 1)
             board.memory = (opened,)
         follow = drafting(draft, board.memory[0])
         if not getattr(draft, "records", _never)(board.memory[0]):
             self._recording = None
         given = self.model, self.state, board, self.limits, follow
-        if self.script is None:
-            self._play = partial(draft_round, *given, self.steady)
-        else:
-            self._play = partial(scripted_round, *given, self.script)
+        self._play = partial(draft_round, *given, self.steady, self.script)
 
     def play(self, k: int) -> None:
         """Starts a round of k drafts. The first of its kind runs as it is, the second is recorded."""

@@ -50,28 +50,20 @@ def plain_round(model: Stepper, state: Any, board: Board, limits: Limits, k: int
 
 
 def draft_round(
-    model: Stepper, state: Any, board: Board, limits: Limits, draft: Drafting, steady: bool, k: int
+    model: Stepper, state: Any, board: Board, limits: Limits, draft: Drafting, steady: bool, rate: float | None, k: int
 ) -> None:
     """Lets a draft propose k tokens a row, and the model judge them. With `steady`, a draft that samples proposes one
-    more, to be judged in the bonus token's place (`sampling.judge`)."""
+    more, to be judged in the bonus token's place (`sampling.judge`). With a `rate` the verdict is thrown away: each
+    draft stands by chance, at this rate if those before it do."""
     samples = limits.temperature > 0
     asked = k + 1 if samples and steady else k
     with section(DRAFT):
         real, q = draft(board.texts, asked)
     logits = _run(model, state, board, k)
     if q is None or not samples:
-        _pick(board, limits, logits, real)
+        _pick(board, limits, logits, real, rate)
     else:
-        _judge(board, limits, logits, real, q, asked)
-
-
-def scripted_round(
-    model: Stepper, state: Any, board: Board, limits: Limits, draft: Drafting, rate: float, k: int
-) -> None:
-    """A round whose verdict is thrown away: each draft stands by chance, at this rate if those before it do."""
-    with section(DRAFT):
-        real, _ = draft(board.texts, k)
-    _pick(board, limits, _run(model, state, board, k), real, rate)
+        _judge(board, limits, logits, real, q, asked, rate)
 
 
 def append(board: Board, limits: Limits, logits: Tensor) -> None:
@@ -97,15 +89,18 @@ def _pick(board: Board, limits: Limits, logits: Tensor, real: Tensor, rate: floa
         finish(tokens, drafts, real, texts.rows, ring, rate)
 
 
-def _judge(board: Board, limits: Limits, logits: Tensor, real: Tensor, q: Tensor | Drawn, asked: int) -> None:
+def _judge(
+    board: Board, limits: Limits, logits: Tensor, real: Tensor, q: Tensor | Drawn, asked: int, rate: float | None
+) -> None:
     """The end of a round whose drafts were drawn from q."""
     texts, ring = board.texts, board.results.ring
     if isinstance(q, Drawn):
-        finish_rejected(kept(logits, limits), q, texts.inputs.drafts(asked), real, texts.rows, ring)
+        finish_rejected(kept(logits, limits), q, texts.inputs.drafts(asked), real, texts.rows, ring, rate)
         return
     drafts, before = texts.inputs.drafts(q.shape[1]), texts.inputs.positions[1]
     accepted, tokens = judge(logits, limits, q, drafts, real, texts.stream, before)
-    finish(tokens, drafts[:, : logits.shape[1] - 1], real, texts.rows, ring, accepted=accepted)
+    drafts = drafts[:, : logits.shape[1] - 1]
+    finish(tokens, drafts, real, texts.rows, ring, rate, accepted if rate is None else None)
 
 
 def drafting(draft: Draft | DeviceDraft, memory: Any) -> Drafting:

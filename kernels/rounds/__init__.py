@@ -112,13 +112,16 @@ def drawn(
     return reference.drawn(logits, temperature, stream, before, purpose, kept, place, out)
 
 
-def finish_rejected(target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring) -> None:
+def finish_rejected(
+    target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring, chance: float | None = None
+) -> None:
     """The end of a round in which drafts int64 [B, J], drawn from `kept`, are judged as `reject` does, against logits
-    target [B, K + 1, V] of the same temperature; real int [B], J <= K + 1."""
+    target [B, K + 1, V] of the same temperature; real int [B], J <= K + 1. With a `chance` that verdict is thrown away,
+    and each draft stands as `reference.finish` says."""
     if chosen("finish_rejected", fused.supports_logits(target)):
-        kernel(fused.DRAWING, "finish_rejected")(target, kept, drafts, real, rows, ring)
+        kernel(fused.DRAWING, "finish_rejected")(target, kept, drafts, real, rows, ring, chance)
     else:
-        reference.finish_rejected(target, kept, drafts, real, rows, ring)
+        reference.finish_rejected(target, kept, drafts, real, rows, ring, chance)
 
 
 def keep(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

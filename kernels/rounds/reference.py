@@ -179,14 +179,16 @@ def drawn(
     return tokens if out is None else out.copy_(tokens)
 
 
-def finish_rejected(target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring) -> None:
+def finish_rejected(
+    target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring, chance: float | None = None
+) -> None:
     """`reject` by logits, then `finish`; arguments as in the room's `finish_rejected`."""
     count = target.shape[1]
     position = rows.length.unsqueeze(1) + torch.arange(count, device=target.device)
     accept, token = (uniform(rows.stream.unsqueeze(1), position, purpose) for purpose in (ACCEPT, TOKEN))
     q = kept.dense(drafts.shape[1])
     accepted, tokens = reject(softmax(target, kept.temperature), q, drafts, real, accept, token)
-    finish(tokens, drafts[:, : count - 1], real, rows, ring, accepted=accepted)
+    finish(tokens, drafts[:, : count - 1], real, rows, ring, chance, accepted if chance is None else None)
 
 
 def reject(

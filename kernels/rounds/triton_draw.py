@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import reference
 from .reference import Drawn, parts_of
-from .triton import GIVEN, begun_early, end_round, of_round, random_number
+from .triton import CHANCE, GIVEN, begun_early, end_round, of_round, random_number
 
 if TYPE_CHECKING:
     from .reference import Ring, Rows
@@ -214,8 +214,8 @@ def _after(  # type: ignore[no-untyped-def]
     target, kept, verdict, masses, vocabulary, parts, count, judged, drafts, real,
     ids, length, full, running, stops, stream, slots, turn, fed, positions,
     stride, ring, batch, width, stop_count, apart, places, k, across, along,
-    TEMPERATURE: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, K1: tl.constexpr, PLACES: tl.constexpr,
-    MODE: tl.constexpr, PDL: tl.constexpr,
+    TEMPERATURE: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, CHANCE_OF: tl.constexpr, K1: tl.constexpr,
+    PLACES: tl.constexpr, MODE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Draws the token after the drafts that stand, and ends the round."""
     if PDL:
@@ -239,17 +239,20 @@ def _after(  # type: ignore[no-untyped-def]
     token = chosen * PART + _token_of(tl.where(any_left, rest, p), passed, reach, PART)
     token = tl.minimum(token, vocabulary - 1).to(tl.int64)
     place = tl.arange(0, K1)
-    draft = tl.load(drafts + row * across + place * along, mask=place < judged, other=0)
+    # Only chance has a use for what lies behind the draws.
+    draft = tl.load(drafts + row * across + tl.where(place < judged, place, 0) * along)
     all_stand = tl.load(facts + 1) > 0
     token = tl.where((place == end) & (all_stand == 0), token, draft)
     end_round(
-        row, token, drafts, real, end, None,
+        row, token, drafts, real, end, CHANCE_OF,
         ids, length, full, running, stops, stream, slots, turn, fed, positions,
         stride, ring, batch, width, stop_count, apart, places, k, across, along, K1, PLACES, MODE,
     )  # fmt: skip
 
 
-def finish_rejected(target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring) -> None:
+def finish_rejected(
+    target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, rows: Rows, ring: Ring, chance: float | None = None
+) -> None:
     """Rejection sampling of drafts int64 [B, J], any strides, that `kept` tells of, against logits target [B, T, V],
     and the end of the round."""
     batch, count, width = target.shape
@@ -265,6 +268,6 @@ def finish_rejected(target: Tensor, kept: Drawn, drafts: Tensor, real: Tensor, r
     )  # fmt: skip
     given, constants = of_round(rows, ring, drafts[:, : count - 1])
     _after[(batch,)](
-        target, kept.logits, verdict, masses, width, parts, count, judged, drafts, real, *given, MODE=GIVEN,
-        **constants, **shapes,
+        target, kept.logits, verdict, masses, width, parts, count, judged, drafts, real, *given, CHANCE_OF=chance,
+        MODE=GIVEN if chance is None else CHANCE, **constants, **shapes,
     )  # fmt: skip

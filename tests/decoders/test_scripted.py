@@ -1,6 +1,9 @@
 import pytest
-from mambabench.decoders.plugin import ScriptedConfig
+from mambabench.decoders import rounds
+from mambabench.decoders.plugin import ModelConfig, ScriptedConfig
 from mambabench.decoders.scripted import acceptance, scripted
+from mambabench.decoders.speculative import SpeculativeDecoder
+from mambabench.decoders.stepping import ModelDraft
 from mambabench.harness.conformance_decoders import answer_with_records, check_decoder, check_records
 from mambabench.harness.interfaces import Limits, Prompt
 from mambabench.harness.metrics import mean_accepted_length
@@ -30,3 +33,31 @@ def test_the_rate_gives_the_tokens(k):
     for tokens in (1.01, (k + 2) / 2, k + 0.99):
         rate = acceptance(tokens, k)
         assert sum(rate**place for place in range(k + 1)) == pytest.approx(tokens)
+
+
+class Small(ModelDraft):
+    """A toy model as the draft of any toy model."""
+
+    def __init__(self):
+        super().__init__(ModelConfig(model="small"))
+
+    def model(self, target):
+        return MockStepper(seed=9, letters=target.tokenizer.letters)
+
+
+def test_sampled_drafts_are_judged_as_ever_and_then_stand_by_chance(monkeypatch):
+    judged = []
+
+    def finish(*given):
+        judged.append((given[2].shape[1], given[6]))
+        finish_rejected(*given)
+
+    finish_rejected = rounds.finish_rejected
+    monkeypatch.setattr(rounds, "finish_rejected", finish)
+    prompts = [Prompt((1, 2), row) for row in range(40)]
+    decoder = SpeculativeDecoder(Small(), 3, script=acceptance(2.5, 3))
+    answers, records = answer_with_records(decoder, MockStepper(), prompts, Limits(new_tokens=100, temperature=1.0))
+    check_records(records, answers)
+    accepted = [r["accepted"] for r in records if r["kind"] == "round"]
+    assert mean_accepted_length(accepted) == pytest.approx(2.5, rel=0.05)
+    assert set(judged) == {(3 + 1, acceptance(2.5, 3))}, "one draft more, to be judged in the bonus token's place"

@@ -64,9 +64,9 @@ def test_a_part_without_any_probability_is_never_drawn(interpreted):
     assert interpreted.drawn(logits, 1.0, *key, TOKEN, None, 0, None).tolist() == [8999, 4096]
 
 
-def judged(way, seed, count, drafts, width, temperature=0.8, device="cpu"):
-    """The end of a round whose drafts were drawn from logits that are close to the target's: the drafts that stand and
-    the token after, and the texts."""
+def judged(way, seed, count, drafts, width, chance=None, temperature=0.8, device="cpu"):
+    """The end of a round whose drafts were drawn from logits that are close to the target's: the drafts that stand, or
+    do by chance, and the token after, and the texts."""
     batch = 3
     target = some((batch, count, width), seed).float()
     near = target[:, :drafts] + 0.4 * torch.randn(batch, drafts, width, generator=torch.Generator().manual_seed(seed))
@@ -87,7 +87,7 @@ def judged(way, seed, count, drafts, width, temperature=0.8, device="cpu"):
     ring = torch.zeros(2, batch, count + 2, dtype=torch.int64), torch.zeros_like(length)
     inputs = Inputs(*(x.to(device) for x in inputs))
     rows, ring = Rows(*(x.to(device) for x in (*rows, stops, stream)), inputs), Ring(*(x.to(device) for x in ring))
-    way(target.to(device), kept, inputs.drafts(drafts), real.to(device), rows, ring)
+    way(target.to(device), kept, inputs.drafts(drafts), real.to(device), rows, ring, chance)
     tokens, accepted, length = ring.slots[0, :, :count].cpu(), ring.slots[0, :, -1].cpu(), rows.length.cpu()
     counted = torch.arange(count) <= accepted.unsqueeze(1)
     text = rows.ids.cpu().where(torch.arange(99) < length.unsqueeze(1), -1)
@@ -117,6 +117,19 @@ def test_drafts_are_judged_as_in_the_plain_form(interpreted, count, drafts, widt
     assert seen == set(range(count))
 
 
+@pytest.mark.parametrize(("count", "drafts", "width"), [(2, 1, 9), (4, 3, 50), (5, 5, 5000)])
+@pytest.mark.parametrize("chance", [0.0, 0.5, 1.0])
+def test_chance_decides_in_place_of_the_verdict(interpreted, count, drafts, width, chance):
+    seen = set()
+    for seed in range(4):
+        given = (seed, count, drafts, width, chance)
+        ours, plain = judged(interpreted.finish_rejected, *given), judged(reference.finish_rejected, *given)
+        assert all(map(torch.equal, ours, plain))
+        seen |= set(ours[0].tolist())
+    assert seen == {0.0: {0}, 1.0: {count - 1}}.get(chance, seen)
+    assert len(seen) > 1 or chance != 0.5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 128_256), (2, 5, 128_256)])
 def test_on_a_gpu_draws_are_those_of_the_cpu(shape):
@@ -127,9 +140,10 @@ def test_on_a_gpu_draws_are_those_of_the_cpu(shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("chance", [None, 0.5])
 @pytest.mark.parametrize(("count", "drafts", "width"), [*SIZES, (5, 5, 128_256)])
-def test_on_a_gpu_drafts_are_judged_as_on_the_cpu(count, drafts, width):
+def test_on_a_gpu_drafts_are_judged_as_on_the_cpu(count, drafts, width, chance):
     for seed in range(12):
-        given = (seed, count, drafts, width)
+        given = (seed, count, drafts, width, chance)
         there = judged(finish_rejected, *given, device="cuda")
         assert all(map(torch.equal, there, judged(reference.finish_rejected, *given)))
