@@ -109,4 +109,5 @@ def pins(frozen: str) -> list[str]:
 @nox.session(venv_backend="none", requires=["env"])
 def kernels(session: nox.Session) -> None:
     """Time the kernels on a GPU, beside what its memory and tensor cores allow. Arguments after `--` go to pytest."""
-    run(session, "python", "-m", "pytest", "-m", "gpu", "tests/bench", *session.posargs)
+    shown = "--benchmark-columns=median,iqr,rounds,iterations"
+    run(session, "python", "-m", "pytest", "-m", "gpu", "--benchmark-enable", shown, "tests/bench", *session.posargs)
