@@ -32,10 +32,14 @@ def _window_at(padded: Tensor, taps: int, lengths: Tensor | None) -> Tensor:
 
 
 def window_at(u: Tensor, taps: int, window: Tensor | None, lengths: Tensor) -> Tensor:
-    """The W - 1 inputs before position `lengths` [B] of u [B, L, E] behind its window [B, W - 1, E], taps = W."""
+    """The W - 1 inputs before position `lengths` [B] of u [B, L, E] behind its window [B, W - 1, E], taps = W. Reads
+    no more of u than those."""
+    index = (lengths.long()[:, None] + torch.arange(1 - taps, 0, device=u.device)).unsqueeze(-1)
+    wide = index.expand(-1, -1, u.shape[2])
+    found = u.gather(1, wide.clamp(min=0))
     if window is None:
-        window = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
-    return _window_at(torch.cat((window.to(u.dtype), u), dim=1), taps, lengths)
+        return found.masked_fill_(index < 0, 0)
+    return torch.where(index < 0, window.to(u.dtype).gather(1, (wide + taps - 1).clamp(max=taps - 2)), found)
 
 
 def conv_loop(
