@@ -85,8 +85,8 @@ def test_mamba2_convolution(
     row, start = batch - 1, int(starts[0][batch - 1])
     before = layer.window[row, torch.arange(start - inputs.TAPS + 1, start) % layer.window.shape[1]]
     joined, channels = torch.cat((before, layer.u[row])).double(), len(layer.weight)
-    convolved = F.conv1d(joined[:, :channels].T, layer.weight.double()[:, None], layer.bias.double(), groups=channels)
-    kept, left = F.silu(convolved.T).tensor_split((layer.whole.shape[2],), dim=1)
+    convolved = (joined[:, :channels].unfold(0, inputs.TAPS, 1) * layer.weight).sum(2) + layer.bias
+    kept, left = F.silu(convolved).tensor_split((layer.whole.shape[2],), dim=1)
     slots = torch.arange(start, start + TOKENS) % layer.whole.shape[1]
     dt = F.softplus(layer.u[row, :, channels:].double() + layer.dt_bias)
     assert_near([found[0][row], found[1][row, slots], found[2][row, slots]], [left, kept, dt])

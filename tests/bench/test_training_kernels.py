@@ -128,6 +128,8 @@ def test_causal_attention(
         assert_near(found[:1, :128], wanted)
     elif length <= 128:
         assert_near([t[:1] for t in found], torch.autograd.grad(wanted, first, back))
+    else:
+        assert all(t.isfinite().all() and t.count_nonzero() for t in found)
 
 
 @sized
