@@ -31,9 +31,9 @@ class Acceptance:
     title = "Acceptance of drafts"
     note = (
         "Over all rounds, short drafts included: the mean accepted length is 1 + the sum of the acceptance per "
-        "position. Accepting and rejecting: shares of rounds in which at least one drafted token is accepted, or "
-        "rejected; a round that drafts nothing does neither. Scripted: drafts stood by chance at this rate, whatever "
-        "the model said."
+        "position. K: the most tokens that a round drafted; drafted: their mean. Accepting and rejecting: shares of "
+        "rounds in which at least one drafted token is accepted, or rejected; one that drafts nothing does neither. "
+        "Scripted: drafts stood by chance at this rate, whatever the model said."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -60,7 +60,7 @@ class Acceptance:
             return None
         longest = max((int(row.get("k", 0)) for row in rows), default=0)
         positions = [name for name, _ in _positions([0.0] * longest)]
-        figures = ["scripted %", "accepted length", "k", *positions, "rounds", "accepting %", "rejecting %"]
+        figures = ["scripted %", "accepted length", "k", "drafted", *positions, "rounds", "accepting %", "rejecting %"]
         frame = table_of(with_teachers(results, rows, cells), [*WHO, "temperature", "state", *figures])
         if frame["temperature"].nunique() <= 1:
             frame = frame.drop(columns="temperature")
@@ -71,6 +71,7 @@ def _figures(rounds: pd.DataFrame) -> dict[str, Any]:
     (figures,) = acceptance_frame(rounds, by=("suite",)).to_dict("records")
     return {
         "k": int(figures["k"]),
+        "drafted": float(rounds["drafted"].mean()),
         "rounds": int(figures["rounds"]),
         "accepted length": accepted_length(rounds),
         "scripted %": scripted(rounds),

@@ -97,7 +97,7 @@ def _estimate(cell: Estimate) -> str:
 
 def _places(error: float, value: float, least: int) -> int:
     """Decimal places that show an error's first digit (two digits of an error that begins with 1)."""
-    if not error > 0:
+    if not error > 1e-9 * abs(value):  # what rounding leaves of nothing
         return least if abs(value) >= 1 or value == 0 else 3
     exponent = math.floor(math.log10(error))
     first = int(error / 10**exponent)

@@ -138,26 +138,35 @@ def drawn_p(samples: pd.DataFrame) -> float | None:
 
 
 def _of_near_ties(samples: pd.DataFrame) -> str:
-    """The rule below float64. More excused tokens than the reference's text lets expect are a `no` only where chance
-    does not explain them: else too few tokens were checked to tell."""
+    """The rule below float64, for each batch size by itself, since their texts are nearly the same: counts of several
+    are not so many tokens checked. More excused tokens than the reference's text lets expect are a `no` only where
+    chance does not explain them, at one of the sizes: else too few tokens were checked to tell."""
     plain = samples["task"] == PLAIN
-    (beyond, tokens), (excused, _), (usual, of) = (
-        (int(rows["value"].sum()), int(rows["weight"].sum()))
-        for rows in (
-            samples[~plain & (samples["metric"] == BEYOND)],
-            samples[~plain & (samples["metric"] == EXCUSED)],
-            samples[plain & (samples["metric"] == EXCUSED)],
-        )
+    sizes = list(samples[~plain].groupby(["suite", "task"], sort=False))
+    told = []
+    for (suite, task), own in sizes:
+        usual, of = _counts(samples[plain & (samples["suite"] == suite)], EXCUSED)
+        (excused, tokens), (beyond, _) = (_counts(own, metric) for metric in (EXCUSED, BEYOND))
+        at = f" at {task}" if len(sizes) > 1 else ""
+        if not tokens or not of:
+            told.append("unchecked")
+        elif beyond:
+            told.append(f"no: {beyond} of {tokens} tokens are beyond the noise{at}")
+        elif excused * of <= EXCESS * usual * tokens:
+            told.append("yes")
+        elif st.poisson_excess(excused, tokens, usual, of, EXCESS) < CHANCE / len(sizes):
+            told.append(f"no: {excused} of {tokens} tokens excused{at}, in the reference's text {usual} of {of}")
+        else:
+            told.append(f"unchecked: too few near ties to tell ({excused} of {tokens}{at}, {usual} of {of})")
+    return min(
+        told, key=lambda verdict: ("no", "unchecked", "yes").index(verdict.partition(":")[0]), default="unchecked"
     )
-    if not tokens or not of:
-        return "unchecked"
-    if beyond:
-        return f"no: {beyond} of {tokens} tokens are beyond the noise"
-    if excused * of <= EXCESS * usual * tokens:
-        return "yes"
-    if st.poisson_excess(excused, tokens, usual, of, EXCESS) < CHANCE:
-        return f"no: {excused} of {tokens} tokens excused, in the reference's text {usual} of {of}"
-    return f"unchecked: too few near ties to tell ({excused} of {tokens}, {usual} of {of})"
+
+
+def _counts(samples: pd.DataFrame, metric: str) -> tuple[int, int]:
+    """Tokens that a metric counts, and all tokens."""
+    of = samples[samples["metric"] == metric]
+    return int(of["value"].sum()), int(of["weight"].sum())
 
 
 def _share(samples: pd.DataFrame, metric: str) -> float | None:

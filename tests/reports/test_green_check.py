@@ -34,14 +34,15 @@ class Timed:
         self.builder.step(label, records=records, use="losslessness", traits=("pair",), **options)
 
     def near_ties(self, excused, usual, beyond=0, tokens=1_000, of=500, **options):
-        """A check below float64, in which no text is equal."""
-        counts = {
-            ("batch 1", "equal"): (0, 1),
-            ("batch 1", "excused"): (excused, tokens),
-            ("batch 1", "beyond_noise"): (beyond, tokens),
-            ("plain", "excused"): (usual, of),
-            ("plain", "beyond_noise"): (0, of),
-        }
+        """A check below float64, in which no text is equal. `excused`: of batch 1, or by batch size."""
+        sizes = excused if isinstance(excused, dict) else {1: excused}
+        counts = {("plain", "excused"): (usual, of), ("plain", "beyond_noise"): (0, of)}
+        for size, near in sizes.items():
+            counts |= {
+                (f"batch {size}", "equal"): (0, 1),
+                (f"batch {size}", "excused"): (near, tokens),
+                (f"batch {size}", "beyond_noise"): (beyond if size == 1 else 0, tokens),
+            }
         (like,) = self.stores.samples(self.rng, "batch 1", items=1)
         samples = [
             {**like, "task": task, "metric": metric, "value": float(value), "weight": float(weight)}
@@ -233,6 +234,32 @@ def test_below_float64_near_ties_decide_and_no_more_of_them_than_the_reference_n
     row = found("losslessness")
     assert (row["lossless"], row["noise"], row["beyond noise"]) == (verdict, 0.125, beyond)
     assert (row["excused %"], row["reference's %"]) == (excused / 10, usual / 5)
+
+
+def test_near_ties_of_nearly_the_same_texts_at_several_batch_sizes_are_not_added_up(timed):
+    start, found = timed
+    store = start()
+    store.speed()
+    store.near_ties({1: 44, 4: 44, 8: 44}, 200, of=10_000)
+    # One size alone has too few to tell, and the others say the same again; 132 of 3,000 would be enough.
+    assert found()["lossless"] == "unchecked: too few near ties to tell (44 of 1000 at batch 1, 200 of 10000)"
+
+
+@pytest.mark.parametrize(
+    ("excused", "verdict"),
+    [
+        ({1: 18, 4: 27}, "yes"),
+        ({1: 18, 4: 90}, "no: 90 of 1000 tokens excused at batch 4, in the reference's text 9 of 500"),
+        ({1: 38, 4: 90}, "no: 90 of 1000 tokens excused at batch 4, in the reference's text 9 of 500"),
+        ({1: 18, 4: 38}, "unchecked: too few near ties to tell (38 of 1000 at batch 4, 9 of 500)"),
+    ],
+)
+def test_each_batch_size_is_held_against_the_reference_by_itself(timed, excused, verdict):
+    start, found = timed
+    store = start()
+    store.speed()
+    store.near_ties(excused, 9)
+    assert found()["lossless"] == verdict
 
 
 def test_a_check_in_float64_beside_one_below_it_must_be_green_too(timed):
