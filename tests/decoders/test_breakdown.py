@@ -4,9 +4,6 @@ import time
 
 import pytest
 import torch
-from mambabench.backends.config import HybridConfig
-from mambabench.backends.model import HybridForCausalLM
-from mambabench.backends.stepper import HybridStepper
 from mambabench.decoders import breakdown as module
 from mambabench.decoders.breakdown import DRAFT, REST, TARGET, apart, breakdown, section
 from mambabench.decoders.ngram import NgramDraft
@@ -16,8 +13,10 @@ from mambabench.decoders.standard import StandardDecoder
 from mambabench.decoders.stepping import LayersDraft
 from mambabench.harness.cli.generate import shares
 from mambabench.harness.interfaces import Limits, Prompt, silent
-from mambabench.harness.mockmodel import MockStepper, MockTokenizer
+from mambabench.harness.mockmodel import MockStepper
 from mambabench.kernels.rounds import MARK
+
+from .hybrids import hybrid
 
 TIMES = ("draft kernels", "target kernels", "picks and bookkeeping", "between kernels", "waiting for the host")
 
@@ -99,22 +98,18 @@ def test_time_in_which_kernels_overlap_is_counted_once():
     assert apart(ran) == (4, {DRAFT: 0.0, TARGET: 1.5, REST: 7.0})
 
 
-def hybrid(device, dtype):
-    torch.manual_seed(0)
-    mixers = ["attention", "mamba2", "attention", "mamba2"]
-    config = HybridConfig(
-        vocab_size=9, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, mixers=mixers
-    )
-    return HybridStepper(HybridForCausalLM(config).to(device, dtype), MockTokenizer("abcdefgh"))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["plain", "ngram", "layers"])
 def test_on_a_gpu_the_profiler_sees_the_parts_of_a_recorded_round(name):
     of = {"plain": None, "ngram": NgramDraft(), "layers": LayersDraft(LayersConfig())}[name]
     decoder = StandardDecoder() if of is None else SpeculativeDecoder(of, 3)
     prompts = [Prompt((1, 2, 3)), Prompt((2, 1))]
-    figures = decoder.profile(hybrid("cuda", torch.bfloat16), prompts, Limits(new_tokens=30), 10)
+    figures = decoder.profile(
+        hybrid("a2a2", "cuda", torch.bfloat16, hidden_size=64, intermediate_size=96, chunk=64),
+        prompts,
+        Limits(new_tokens=30),
+        10,
+    )
     print(name, {what: f"{value:.3g} {unit}" for what, (value, unit) in figures.items()})
     assert figures["kernels"][0] == round(figures["kernels"][0]) > 10
     assert (figures["draft kernels"][0] > 0) == (of is not None)

@@ -12,9 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mambabench.backends import graphs
-from mambabench.backends.config import HybridConfig
-from mambabench.backends.model import HybridForCausalLM
-from mambabench.backends.stepper import HybridStepper
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.plugin import LayersConfig, StandardConfig
 from mambabench.decoders.results import Results
@@ -23,30 +20,12 @@ from mambabench.decoders.standard import StandardDecoder
 from mambabench.decoders.stepping import LayersDraft
 from mambabench.harness.conformance_decoders import answer_with_records, check_records
 from mambabench.harness.interfaces import Limits, Prompt, silent
-from mambabench.harness.mockmodel import MockStepper, MockTokenizer
+from mambabench.harness.mockmodel import MockStepper
 
-LETTERS = "abcdefgh"
+from .hybrids import hybrid
 
-
-def hybrid(device: str = "cpu", dtype: torch.dtype = torch.float64, recorded: bool | None = None) -> HybridStepper:
-    torch.manual_seed(0)
-    model = HybridForCausalLM(
-        HybridConfig(
-            vocab_size=len(LETTERS) + 1,
-            hidden_size=16,
-            intermediate_size=24,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.4,
-            mixers=["attention", "mamba2", "attention"],
-            chunk=8,
-        )
-    )
-    return HybridStepper(model.to(device, dtype), MockTokenizer(LETTERS), graphs=recorded)
-
-
-PLAIN = hybrid(recorded=False)
+MIXERS = "a2a"
+PLAIN = hybrid(MIXERS, graphs=False)
 
 
 @pytest.fixture
@@ -96,7 +75,7 @@ requests = st.lists(st.tuples(pairs, st.integers(1, 12)), min_size=1, max_size=3
 @given(requests, st.sampled_from([(), (0, 3)]), st.sampled_from([(), ("ab",)]), st.sampled_from([0.0, 0.8]))
 @pytest.mark.parametrize("name", decoders())
 def test_texts_are_those_of_rounds_one_by_one(starts, apart, name, requests, stops, strings, temperature):
-    decoder, model = decoders()[name](), hybrid(recorded=True)
+    decoder, model = decoders()[name](), hybrid(MIXERS, graphs=True)
     for number, (prompts, new_tokens) in enumerate(requests):
         limits = Limits(
             new_tokens=new_tokens, stop_tokens=stops, stop_strings=strings, temperature=temperature, seed=number
@@ -115,7 +94,7 @@ def ask(decoder, model, new_tokens=20, **limits):
 
 @pytest.mark.parametrize("name", ["plain", "ngram", "layers"])
 def test_a_round_is_recorded_once_for_all_requests(starts, name):
-    model, decoder = hybrid(recorded=True), decoders()[name]()
+    model, decoder = hybrid(MIXERS, graphs=True), decoders()[name]()
     for seed, stop in ((0, ()), (1, ()), (2, ())):
         ask(decoder, model, seed=seed, temperature=0.5, stop_tokens=stop)
         gc.collect()
@@ -126,7 +105,7 @@ def test_a_round_is_recorded_once_for_all_requests(starts, name):
 
 
 def test_each_k_is_recorded(starts):
-    model, decoder = hybrid(recorded=True), decoders()["adaptive"]()
+    model, decoder = hybrid(MIXERS, graphs=True), decoders()["adaptive"]()
     ask(decoder, model)
     ask(decoder, model)
     assert model.facts()["graphs"] == (3, "")
@@ -141,7 +120,7 @@ def test_a_draft_that_asks_on_the_host_is_not_recorded(starts):
             ids = torch.tensor([[text[-1]] * k for text in texts])
             return ids, torch.full((len(texts),), k, dtype=torch.int32), None
 
-    model, limits = hybrid(recorded=True), Limits(new_tokens=9)
+    model, limits = hybrid(MIXERS, graphs=True), Limits(new_tokens=9)
     model._recorder.record = None  # calls of their own are not what is asked here
     state_graphs = graphs.Graphs.run
     graphs.Graphs.run = lambda self, work, ids, start, settle: work(ids, start)
@@ -169,7 +148,7 @@ def test_no_round_is_played_that_cannot_be_needed(apart):
 @pytest.mark.parametrize("name", decoders())
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_on_a_gpu_the_text_is_that_of_the_cpu(name, temperature):
-    model, decoder = hybrid("cuda"), decoders()[name]()
+    model, decoder = hybrid(MIXERS, "cuda"), decoders()[name]()
     for seed in range(3):
         limits = Limits(new_tokens=40, stop_tokens=(3,) if seed == 2 else (), temperature=temperature, seed=seed)
         prompts = [Prompt(tuple(range(1, 4 + 2 * row)), 7 * row + seed) for row in range(3)]

@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from mambabench.backends.config import HybridConfig
 from mambabench.backends.graphs import VARIABLE
-from mambabench.backends.model import HybridForCausalLM
-from mambabench.backends.stepper import HybridStepper
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.play import Rounds
 from mambabench.decoders.plugin import LayersConfig, StandardConfig
@@ -13,29 +10,20 @@ from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.decoders.stepping import LayersDraft
 from mambabench.harness.interfaces import Limits, Prompt, silent
-from mambabench.harness.mockmodel import MockTokenizer
+
+from .hybrids import hybrid
 
 pytestmark = pytest.mark.gpu
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MIXERS = "a2a2"
+SIZES = {
+    "letters": "abcdefghijklmnopqrstuvwxyz",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "initializer_range": 0.3,
+    "chunk": 64,
+}
 PROMPTS = [Prompt(tuple(range(1, 2 + 3 * row)), row) for row in range(4)]
-
-
-def hybrid(device: str, dtype: torch.dtype) -> HybridStepper:
-    torch.manual_seed(0)
-    model = HybridForCausalLM(
-        HybridConfig(
-            vocab_size=len(LETTERS) + 1,
-            hidden_size=64,
-            intermediate_size=96,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.3,
-            mixers=["attention", "mamba2", "attention", "mamba2"],
-        )
-    )
-    return HybridStepper(model.to(device, dtype), MockTokenizer(LETTERS))
 
 
 def drafts():
@@ -51,8 +39,8 @@ def test_the_text_is_that_of_the_cpu(draft, limits):
         of = drafts()[draft]
         return StandardDecoder(StandardConfig(look=look)) if of is None else SpeculativeDecoder(of, 3, look=look)
 
-    here = decoder(1).generate(hybrid("cpu", torch.float64), PROMPTS, limits, silent)
-    there = decoder(4).generate(hybrid("cuda", torch.float64), PROMPTS, limits, silent)
+    here = decoder(1).generate(hybrid(MIXERS, "cpu", torch.float64, **SIZES), PROMPTS, limits, silent)
+    there = decoder(4).generate(hybrid(MIXERS, "cuda", torch.float64, **SIZES), PROMPTS, limits, silent)
     assert there == here
 
 
@@ -61,7 +49,7 @@ def test_the_text_is_that_of_the_cpu(draft, limits):
 @pytest.mark.parametrize("way", ["", "off"], ids=["recorded", "eager"])
 def test_a_round_does_not_wait_for_the_host(draft, limits, way, monkeypatch):
     monkeypatch.setenv(VARIABLE, way)
-    model, of = hybrid("cuda", torch.bfloat16), drafts()[draft]
+    model, of = hybrid(MIXERS, "cuda", torch.bfloat16, **SIZES), drafts()[draft]
     limits = Limits(new_tokens=60, stop_tokens=(3,), **limits)
     rounds = Rounds(model, PROMPTS, limits, 4 if of else 1, draft=of, look=6)
     rounds.prefill()
