@@ -188,6 +188,7 @@ def assert_near() -> Callable[..., None]:
     return check
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What a call takes, as a table."""
     if not MEASURED:
