@@ -25,106 +25,85 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..support import begins_early
 from .forms import fastest, measurable
 from .ring import between_tokens
-from .triton_pieces import exp, softplus
+from .triton_pieces import after, exp, fetched, mixed, part, softplus, taken, times
 
 if TYPE_CHECKING:
     from .ring import Plan, Ring
 
 
 @triton.jit
-def _times(a, b, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a fp32 [M, K] times b [K, N]: in fp32 if PIECES is 0, in tf32 if 1, else with a as the sum of PIECES bf16."""
-    if PIECES == 0:
-        out = tl.dot(a, b.to(tl.float32), input_precision="ieee")
-    elif PIECES == 1:
-        out = tl.dot(a, b.to(tl.float32), input_precision="tf32")
-    else:
-        first = a.to(tl.bfloat16)
-        rest = a - first.to(tl.float32)
-        second = rest.to(tl.bfloat16)
-        if PIECES == 3:
-            third = (rest - second.to(tl.float32)).to(tl.bfloat16)
-            out = tl.dot(third, b)
-            out = tl.dot(second, b, out)
-        else:
-            out = tl.dot(second, b)
-        out = tl.dot(first, b, out)
-    return out
-
-
-@triton.jit
-def _mixed(a, b, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a [M, K], of the ring, times b fp32 [K, N]: in fp32, or with b as the sum of two bf16."""
-    if EXACT:
-        out = tl.dot(a.to(tl.float32), b, input_precision="ieee")
-    else:
-        first = b.to(tl.bfloat16)
-        second = (b - first.to(tl.float32)).to(tl.bfloat16)
-        out = tl.dot(a, second)
-        out = tl.dot(a, first, out)
-    return out
-
-
-@triton.jit
-def _part(pointers, rows, columns, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What is there of a tile; `columns` need not be looked at where all of them are."""
-    if WHOLE:
-        return tl.load(pointers, mask=rows, other=0.0)
-    return tl.load(pointers, mask=rows & columns, other=0.0)
+def _written(x, weights, b, state, carry, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The checkpoint behind the tokens of x [P, R] and b [R, N]."""
+    inputs = x.to(tl.float32) * weights[None, :]
+    return state * carry + times(inputs, b, 0 if EXACT else 3)
 
 
 @triton.jit
 def _step(  # type: ignore[no-untyped-def]
     x_ptr, b_ptr, c_ptr, dt_ptr, decay_ptr, skip_ptr, state_ptr, start_ptr, saved_ptr, y_ptr,
     x_row, x_slot, b_row, b_slot, c_row, c_token, dt_row, dt_slot,
-    SLOTS, MARGIN, HEADS, X_HEADS, B_HEADS, C_HEADS,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
-    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    MARGIN, HEADS: tl.constexpr, X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr,
+    SETTLE: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, STRAIGHT: tl.constexpr, FETCH: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """What an earlier call left is read while the kernel before, which brings the new tokens, may still run."""
+    """What an earlier call left is read while the kernel before, which brings the new tokens, may still run.
+
+    Replayed tokens are counted back from `start`, so that decays are sums of what is between, not differences of sums.
+    """
     tiles: tl.constexpr = (WIDTH + BLOCK_P - 1) // BLOCK_P
     head = tl.program_id(0) // tiles
     row = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, N)
-    inside = (p < WIDTH)[:, None] & (n < SIZE)[None, :]
+    wide = (p < WIDTH)[:, None]
+    long = n < SIZE
+    inside = wide & long[None, :]
     whole: tl.constexpr = WIDTH % BLOCK_P == 0 and SIZE == N
-
-    states = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :]
-    state = tl.load(states) if whole else tl.load(states, mask=inside, other=0.0)
 
     start = tl.load(start_ptr + row)
     replayed = start - tl.load(saved_ptr + row)
+    decay = tl.load(decay_ptr + head)
+    skip = tl.load(skip_ptr + head)
+    states = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :]
+    state = part(states, wide, long[None, :], whole)
+    dt_ptr += row * dt_row + head
+    x_ptr += row * x_row + head // X_HEADS * WIDTH
+    b_ptr += row * b_row + head // B_HEADS * SIZE
+    c_ptr += row * c_row + head // C_HEADS * SIZE
+    if FETCH:
+        slots = tl.minimum(tl.arange(0, FETCH), SLOTS - 1)
+        fetched(b_ptr + slots[:, None] * b_slot + 64 * tl.arange(0, (N + 63) // 64)[None, :])
+        fetched(x_ptr + slots * x_slot + tl.program_id(0) % tiles * BLOCK_P)
+        fetched(dt_ptr + slots * dt_slot)
     r = tl.arange(0, R)
     t = tl.arange(0, T)
     old = r < replayed
     new = t < COUNT
-    old_slots = ((start - replayed + r) % SLOTS).to(tl.int64)
+    old_slots = ((start - 1 - r) % SLOTS).to(tl.int64)
     new_slots = ((start + t) % SLOTS).to(tl.int64)
-    dt_ptr += row * dt_row + head
     old_dt = tl.load(dt_ptr + old_slots * dt_slot, mask=old, other=0.0)
-    x_ptr += row * x_row + head // X_HEADS * WIDTH
-    b_ptr += row * b_row + head // B_HEADS * SIZE
-    c_ptr += row * c_row + head // C_HEADS * SIZE
-    wide = (p < WIDTH)[:, None]
-    long = n < SIZE
-    old_b = _part(b_ptr + old_slots[:, None] * b_slot + n[None, :], old[:, None], long[None, :], whole)
-    old_x = _part(x_ptr + old_slots[None, :] * x_slot + p[:, None], old[None, :], wide, whole)
-    decay = tl.load(decay_ptr + head)
-    skip = tl.load(skip_ptr + head)
+    old_b = part(b_ptr + old_slots[:, None] * b_slot + n[None, :], old[:, None], long[None, :], whole)
+    old_x = part(x_ptr + old_slots[None, :] * x_slot + p[:, None], old[None, :], wide, whole)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     new_dt = tl.load(dt_ptr + new_slots * dt_slot, mask=new, other=0.0)
-    c = _part(c_ptr + t[None, :] * c_token + n[:, None], new[None, :], long[:, None], whole)
-    new_b = _part(b_ptr + new_slots[:, None] * b_slot + n[None, :], new[:, None], long[None, :], whole)
-    new_x = _part(x_ptr + new_slots[None, :] * x_slot + p[:, None], new[None, :], wide, whole)
+    c = part(c_ptr + t[None, :] * c_token + n[:, None], new[None, :], long[:, None], whole)
+    new_b = part(b_ptr + new_slots[:, None] * b_slot + n[None, :], new[:, None], long[None, :], whole)
+    new_x = part(x_ptr + new_slots[None, :] * x_slot + p[:, None], new[None, :], wide, whole)
+    state = after(state, replayed)
+    old_b = after(old_b, replayed)
+    old_x = after(old_x, replayed)
+    c = after(c, replayed)
+    new_b = after(new_b, replayed)
+    new_x = after(new_x, replayed)
 
     old_decays = old_dt * decay
     total = tl.sum(old_decays, axis=0)
     carry = exp(total)
-    weights = exp(total - tl.cumsum(old_decays, axis=0)) * old_dt
+    weights = exp(tl.cumsum(old_decays, axis=0) - old_decays) * old_dt
     since = tl.cumsum(new_dt * decay, axis=0)
     if EXACT:
         old_mixing = tl.dot(old_b, c, input_precision="ieee")
@@ -136,44 +115,131 @@ def _step(  # type: ignore[no-untyped-def]
     new_mixing = new_mixing * tl.exp(between) * new_dt[:, None]
     new_mixing += tl.where(t[:, None] == t[None, :], skip, 0.0)
 
-    y = _times(state, c, PIECES) * carry
-    y += _mixed(old_x, old_mixing * weights[:, None], EXACT)
+    y = times(state, c, PIECES) * carry
+    y += mixed(old_x, old_mixing * weights[:, None], EXACT)
     y = y * exp(since)[None, :]
-    y += _mixed(new_x, new_mixing, EXACT)
+    y += mixed(new_x, new_mixing, EXACT)
     y_ptr += (row * COUNT * HEADS + head) * WIDTH
     outputs = y_ptr + t[None, :] * (HEADS * WIDTH) + p[:, None]
     tl.store(outputs, y.to(y_ptr.dtype.element_ty), mask=new[None, :] & wide)
 
-    if SETTLE:  # noqa: SIM102 - one of the two is known when the kernel is compiled
-        if (replayed > 0) & (replayed + MARGIN > REPLAY):
-            inputs = old_x.to(tl.float32) * weights[None, :]
+    if SETTLE:
+        due = (replayed > 0) & (replayed + MARGIN > REPLAY)
+        if STRAIGHT:
+            tl.store(states, _written(old_x, weights, old_b, state, carry, EXACT), mask=inside & due)
+        elif due:
             if COLUMNS == N:
-                added = _times(inputs, old_b, 0 if EXACT else 3)
-                if whole:
-                    tl.store(states, state * carry + added)
-                else:
-                    tl.store(states, state * carry + added, mask=inside)
+                tl.store(states, _written(old_x, weights, old_b, state, carry, EXACT), mask=inside)
             else:
+                inputs = old_x.to(tl.float32) * weights[None, :]
                 for first in range(0, N, COLUMNS):
                     m = first + tl.arange(0, COLUMNS)
                     short = m < SIZE
-                    b = _part(b_ptr + old_slots[:, None] * b_slot + m[None, :], old[:, None], short[None, :], whole)
-                    part = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + m[None, :]
-                    added = _times(inputs, b, 0 if EXACT else 3)
-                    before = _part(part, wide, short[None, :], whole)
-                    tl.store(part, before * carry + added, mask=wide & short[None, :])
+                    b = part(b_ptr + old_slots[:, None] * b_slot + m[None, :], old[:, None], short[None, :], whole)
+                    place = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + m[None, :]
+                    added = times(inputs, b, 0 if EXACT else 3)
+                    before = part(place, wide, short[None, :], whole)
+                    tl.store(place, before * carry + added, mask=wide & short[None, :])
+
+
+@triton.jit
+def _joint_step(  # type: ignore[no-untyped-def]
+    x_ptr, b_ptr, c_ptr, dt_ptr, decay_ptr, skip_ptr, state_ptr, start_ptr, saved_ptr, y_ptr,
+    x_row, x_slot, b_row, b_slot, c_row, c_token, dt_row, dt_slot,
+    MARGIN, HEADS: tl.constexpr, X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr,
+    SETTLE: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    STRAIGHT: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same over all slots of the ring in their own order, so that nothing that is read waits for the cursors.
+
+    Slot s has token `start` + index_s, of which those from 0 on are new; replayed ones are counted back from -1. What
+    lies in other slots may be NaN. To a new token's own decay since `start`, decay_s adds what is between it and s.
+    """
+    tiles: tl.constexpr = (WIDTH + BLOCK_P - 1) // BLOCK_P
+    head = tl.program_id(0) // tiles
+    row = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, N)
+    s = tl.arange(0, S)
+    t = tl.arange(0, T)
+    wide = p < WIDTH
+    long = n < SIZE
+    there = s < SLOTS
+    inside = wide[:, None] & long[None, :]
+    whole: tl.constexpr = WIDTH % BLOCK_P == 0 and SIZE == N
+    states = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :]
+
+    start = tl.load(start_ptr + row)
+    replayed = start - tl.load(saved_ptr + row)
+    decay = tl.load(decay_ptr + head)
+    skip = tl.load(skip_ptr + head)
+    if PDL:
+        state = part(states, wide[:, None], long[None, :], whole)
+        gdc_wait()
+        gdc_launch_dependents()
+    dt = tl.load(dt_ptr + row * dt_row + head + s * dt_slot, mask=there, other=0.0)
+    b_ptr += row * b_row + head // B_HEADS * SIZE
+    b = part(b_ptr + s[:, None] * b_slot + n[None, :], there[:, None], long[None, :], whole)
+    c_ptr += row * c_row + head // C_HEADS * SIZE
+    c = part(c_ptr + t[:, None] * c_token + n[None, :], (t < COUNT)[:, None], long[None, :], whole)
+    x_ptr += row * x_row + head // X_HEADS * WIDTH
+    x = part(x_ptr + s[:, None] * x_slot + p[None, :], there[:, None], wide[None, :], whole)
+    if not PDL:
+        state = part(states, wide[:, None], long[None, :], whole)
+
+    ahead = s - start % SLOTS
+    ahead = tl.where(ahead < 0, ahead + SLOTS, ahead)
+    index = tl.where(ahead < COUNT, ahead, ahead - SLOTS)
+    valid = there & (index >= -replayed)
+    dt = tl.where(valid, dt, 0.0)
+    b = tl.where(valid[:, None], b, 0.0)
+    c = after(c, replayed)
+    x = tl.where(valid[:, None], x, 0.0)
+    if PDL:
+        state = after(state, replayed)
+    step = dt * decay
+    signed = tl.where(index < 0, step, -step)
+    low = tl.minimum(index + 1, 0)
+    high = tl.maximum(index, -1)
+    between = (index[:, None] >= low[None, :]) & (index[:, None] <= high[None, :])
+    decays = tl.sum(tl.where(between, signed[:, None], 0.0), axis=0)
+    since = -tl.sum(tl.where((index[:, None] == t[None, :]) & valid[:, None], decays[:, None], 0.0), axis=0)
+    total = tl.sum(tl.where(index < 0, step, 0.0), axis=0)
+
+    if EXACT:
+        mixing = tl.dot(c, tl.trans(b), input_precision="ieee")
+    else:
+        mixing = tl.dot(c, tl.trans(b))
+    mixing = mixing * tl.exp(since[:, None] + decays[None, :]) * dt[None, :]
+    mixing = tl.where(valid[None, :] & (index[None, :] <= t[:, None]), mixing, 0.0)
+    mixing += tl.where(valid[None, :] & (index[None, :] == t[:, None]), skip, 0.0)
+    y = taken(c, tl.trans(state), PIECES) * exp(total + since)[:, None]
+    y += times(mixing, x, 0 if EXACT else 2)
+    y_ptr += (row * COUNT * HEADS + head) * WIDTH
+    outputs = y_ptr + t[:, None] * (HEADS * WIDTH) + p[None, :]
+    tl.store(outputs, y.to(y_ptr.dtype.element_ty), mask=(t < COUNT)[:, None] & wide[None, :])
+
+    if SETTLE:
+        due = (replayed > 0) & (replayed + MARGIN > REPLAY)
+        weights = exp(tl.where(index < 0, decays, 0.0)) * tl.where(index < 0, dt, 0.0)
+        if STRAIGHT:
+            tl.store(states, _written(tl.trans(x), weights, b, state, exp(total), EXACT), mask=inside & due)
+        elif due:
+            tl.store(states, _written(tl.trans(x), weights, b, state, exp(total), EXACT), mask=inside)
 
 
 @triton.jit
 def _convolve(  # type: ignore[no-untyped-def]
     u_ptr, weight_ptr, bias_ptr, dt_bias_ptr, window_ptr, ring_ptr, left_ptr, dt_ptr, start_ptr,
-    u_row, CHANNELS, KEPT, HEADS, WINDOW_SLOTS, SLOTS,
-    COUNT: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
-    PDL: tl.constexpr,
+    u_row, CHANNELS, KEPT, HEADS,
+    WINDOW_SLOTS: tl.constexpr, SLOTS: tl.constexpr, COUNT: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
+    BLOCK: tl.constexpr, H: tl.constexpr, AT_ONCE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program has BLOCK channels of all new tokens of a row; the last ones have the step sizes of BLOCK heads.
+    """A program has BLOCK channels of all new tokens of a row; the last ones have the step sizes of H heads.
 
-    What it reads of the window lies in slots that no new input goes to.
+    What it reads of the window lies in slots that no new input goes to. With AHEAD all of these slots are read before
+    it is known which. AT_ONCE tokens are read before the first of them is worked on.
     """
     if PDL:
         gdc_wait()
@@ -181,40 +247,68 @@ def _convolve(  # type: ignore[no-untyped-def]
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     start = tl.load(start_ptr + row)
-    t = tl.arange(0, T)[:, None]
-    new = t < COUNT
     parts = tl.cdiv(CHANNELS, BLOCK)
-    slots = row * SLOTS + (start + t) % SLOTS
     whole = CHANNELS + HEADS
     u_ptr += row * COUNT * u_row
     window_ptr += row * WINDOW_SLOTS * whole
-    window_slots = (start + t) % WINDOW_SLOTS
+    dt_ptr += row * SLOTS * HEADS
+    ring_ptr += row * SLOTS * KEPT
+    left_ptr += row * COUNT * (CHANNELS - KEPT)
     if part < parts:
-        channel = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
+        channel = part * BLOCK + tl.arange(0, BLOCK)
         there = channel < CHANNELS
-        total = tl.load(bias_ptr + channel, mask=there, other=0.0)
-        for tap in tl.static_range(TAPS - 1):
-            at = t + (tap - TAPS + 1)
-            u = tl.load(u_ptr + at * u_row + channel, mask=(at >= 0) & new & there, other=0.0)
-            before = (start + at + WINDOW_SLOTS) % WINDOW_SLOTS
-            u += tl.load(window_ptr + before * whole + channel, mask=(at < 0) & new & there, other=0.0)
-            total += u.to(tl.float32) * tl.load(weight_ptr + channel * TAPS + tap, mask=there, other=0.0)
-        u = tl.load(u_ptr + t * u_row + channel, mask=new & there, other=0.0)
-        total += u.to(tl.float32) * tl.load(weight_ptr + channel * TAPS + TAPS - 1, mask=there, other=0.0)
-        if SILU:
-            total = total * tl.sigmoid(total)
-        total = total.to(ring_ptr.dtype.element_ty)
-        tl.store(ring_ptr + slots * KEPT + channel, total, mask=new & (channel < KEPT))
-        left = (row * COUNT + t) * (CHANNELS - KEPT) + channel - KEPT
-        tl.store(left_ptr + left, total, mask=new & there & (channel >= KEPT))
-        tl.store(window_ptr + window_slots * whole + channel, u, mask=new & there)
+        bias = tl.load(bias_ptr + channel, mask=there, other=0.0)
+        given = ()
+        for t in tl.static_range(0, min(AT_ONCE, COUNT)):
+            given = given + (tl.load(u_ptr + t * u_row + channel, mask=there, other=0.0),)
+        weights = ()
+        for tap in tl.static_range(TAPS):
+            weights = weights + (tl.load(weight_ptr + channel * TAPS + tap, mask=there, other=0.0),)
+        before = ()
+        if AHEAD:
+            kept = ()
+            for slot in tl.static_range(WINDOW_SLOTS):
+                kept = kept + (tl.load(window_ptr + slot * whole + channel, mask=there, other=0.0),)
+            for tap in tl.static_range(TAPS - 1):
+                wanted = (start + (WINDOW_SLOTS - TAPS + 1 + tap)) % WINDOW_SLOTS
+                u = kept[0]
+                for slot in tl.static_range(1, WINDOW_SLOTS):
+                    u = tl.where(wanted == slot, kept[slot], u)
+                before = before + (u,)
+        else:
+            for tap in tl.static_range(TAPS - 1):
+                wanted = (start + (WINDOW_SLOTS - TAPS + 1 + tap)) % WINDOW_SLOTS
+                before = before + (tl.load(window_ptr + wanted * whole + channel, mask=there, other=0.0),)
+        for t in tl.static_range(COUNT):
+            if t % AT_ONCE == 0 and t > 0:
+                given = ()
+                for more in tl.static_range(0, min(AT_ONCE, COUNT - t)):
+                    given = given + (tl.load(u_ptr + (t + more) * u_row + channel, mask=there, other=0.0),)
+            u = given[t % AT_ONCE]
+            before = before + (u,)
+            total = bias
+            for tap in tl.static_range(TAPS):
+                total += before[tap].to(tl.float32) * weights[tap]
+            before = before[1:]
+            if SILU:
+                total = total * tl.sigmoid(total)
+            total = total.to(ring_ptr.dtype.element_ty)
+            tl.store(ring_ptr + (start + t) % SLOTS * KEPT + channel, total, mask=channel < KEPT)
+            tl.store(left_ptr + t * (CHANNELS - KEPT) + channel - KEPT, total, mask=there & (channel >= KEPT))
+            tl.store(window_ptr + (start + t) % WINDOW_SLOTS * whole + channel, u, mask=there)
     else:
-        head = ((part - parts) * BLOCK + tl.arange(0, BLOCK))[None, :]
-        there = head < HEADS
-        given = tl.load(u_ptr + t * u_row + CHANNELS + head, mask=new & there, other=0.0)
-        tl.store(window_ptr + window_slots * whole + CHANNELS + head, given, mask=new & there)
-        raw = given.to(tl.float32) + tl.load(dt_bias_ptr + head, mask=there, other=0.0)
-        tl.store(dt_ptr + slots * HEADS + head, softplus(raw), mask=new & there)
+        head = (part - parts) * H + tl.arange(0, H)
+        known = head < HEADS
+        dt_bias = tl.load(dt_bias_ptr + head, mask=known, other=0.0)
+        later = tl.arange(0, AT_ONCE)[:, None]
+        for first in tl.static_range(0, COUNT, AT_ONCE):
+            new = (first + later < COUNT) & known[None, :]
+            raw = tl.load(u_ptr + (first + later) * u_row + CHANNELS + head[None, :], mask=new, other=0.0)
+            at = start + first + later
+            tl.store(window_ptr + at % WINDOW_SLOTS * whole + CHANNELS + head[None, :], raw, mask=new)
+            tl.store(
+                dt_ptr + at % SLOTS * HEADS + head[None, :], softplus(raw.to(tl.float32) + dt_bias[None, :]), mask=new
+            )
 
 
 class Form(NamedTuple):
@@ -226,14 +320,41 @@ class Form(NamedTuple):
     columns: int = 0
     """0: what is written is made of what was read, which a program holds all along. Else so many columns at a time are
     read again, from the cache, and fewer registers let more programs run side by side."""
+    joint: bool = False
+    """All slots of the ring are read, so that nothing waits for the cursors, and are one tile."""
+    straight: bool = False
+    """The new checkpoint is worked out beside the outputs whether or not it is due."""
+    fetch: bool = False
+    """Of other forms: all slots are brought into the L2 cache while the cursors are on their way."""
 
 
 TILES = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
-FORMS = tuple(Form(block, warps, columns) for columns in (0, 32) for block, warps in TILES)
+FORMS = (
+    *(Form(block, warps, columns) for columns in (0, 32) for block, warps in TILES),
+    *(Form(*tile, straight=straight, fetch=True) for straight in (True, False) for tile in TILES[:3]),
+    *(Form(*tile, joint=True, straight=straight) for straight in (True, False) for tile in TILES[:-1]),
+)
+JOINT = 32
+"""The most slots of a ring that is read whole."""
 PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
-CONVOLVED = 256
-"""Channels of a program of `convolve`."""
+
+
+class Cut(NamedTuple):
+    """How a call of `convolve` is cut up."""
+
+    block: int
+    """Channels of a program."""
+    warps: int
+    ahead: bool
+    """The whole window is read, so that nothing waits for the cursor."""
+
+
+CUTS = tuple(Cut(32 * each * warps, warps, ahead) for ahead in (True, False) for warps in (1, 4) for each in (1, 2, 4))
+FEW, MANY = Cut(64, 1, True), Cut(256, 4, False)
+"""Of few rows and of many, as long as nothing else was measured."""
+AHEAD = 16
+"""The most slots of a window that is read whole."""
 
 _best: dict[tuple[Any, ...], Form] = {}
 
@@ -241,7 +362,9 @@ _best: dict[tuple[Any, ...], Form] = {}
 def _kind(ring: Ring, C: Tensor, state: Tensor, plan: Plan) -> tuple[Any, ...]:
     """What a form is chosen for: calls of other lengths, but of the same tiles, take about as long."""
     groups = (t.shape[2] for t in (ring.x, ring.B, C))
-    return *state.shape, *groups, _tile(plan.count), _tile(plan.replay), plan.settle, ring.x.dtype, state.device
+    slots = min(ring.dt.shape[1], JOINT + 1), fits(ring, plan)
+    tiles = _tile(plan.count), _tile(plan.replay), *slots
+    return *state.shape, *groups, *tiles, plan.settle, ring.x.dtype, state.device
 
 
 def form_for(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> Form:
@@ -283,22 +406,36 @@ def ring_multistep(
     form = form or form_for(ring, C, A, D, state, plan)
     y = torch.empty(batch, plan.count, heads, width, dtype=ring.x.dtype, device=state.device)
     exact = ring.x.dtype == torch.float32
+    slots = ring.dt.shape[1]
+    tensors = ring.x, ring.B, C, ring.dt, A, D, state, start, saved, y
+    strides = (t.stride(i) for t in (ring.x, ring.B, C, ring.dt) for i in (0, 1))
+    x_heads, b_heads, c_heads = (heads // t.shape[2] for t in (ring.x, ring.B, C))
+    named = {
+        "HEADS": heads, "X_HEADS": x_heads, "B_HEADS": b_heads, "C_HEADS": c_heads,
+        "SLOTS": slots, "WIDTH": width, "SIZE": size, "COUNT": plan.count, "REPLAY": plan.replay,
+        "SETTLE": plan.settle, "BLOCK_P": form.block, "N": _tile(size), "T": _tile(plan.count),
+        "PIECES": 0 if exact else pieces, "EXACT": exact, "PDL": early, "launch_pdl": early, "num_warps": form.warps,
+        "grid": (triton.cdiv(width, form.block) * heads, batch), "warmup": warmup,
+    }  # fmt: skip
     with torch.cuda.device_of(state):
-        _step.run(
-            ring.x, ring.B, C, ring.dt, A, D, state, start, saved, y,
-            *(t.stride(i) for t in (ring.x, ring.B, C, ring.dt) for i in (0, 1)),
-            ring.dt.shape[1], plan.steps, heads, *(heads // t.shape[2] for t in (ring.x, ring.B, C)),
-            WIDTH=width, SIZE=size, COUNT=plan.count, REPLAY=plan.replay, SETTLE=plan.settle,
-            BLOCK_P=form.block, COLUMNS=form.columns or _tile(size), N=_tile(size), T=_tile(plan.count),
-            R=_tile(plan.replay), PIECES=0 if exact else pieces, EXACT=exact, PDL=early,
-            launch_pdl=early, num_warps=form.warps, grid=(triton.cdiv(width, form.block) * heads, batch), warmup=warmup,
-        )  # fmt: skip
+        if form.joint:
+            _joint_step.run(*tensors, *strides, plan.steps, S=_tile(slots), STRAIGHT=form.straight, **named)
+        else:
+            more = {"COLUMNS": form.columns or _tile(size), "R": _tile(plan.replay), "STRAIGHT": form.straight}
+            more["FETCH"] = triton.next_power_of_2(slots) if form.fetch else 0
+            _step.run(*tensors, *strides, plan.steps, **more, **named)
     return y
 
 
 def _tile(size: int) -> int:
     """Matrix products have at least 16 of everything."""
     return max(16, int(triton.next_power_of_2(size)))
+
+
+def fits(ring: Ring, plan: Plan) -> bool:
+    """Whether joint forms serve: in a slot there is a replayed or a new token, never both."""
+    slots = ring.dt.shape[1]
+    return plan.replay + plan.count <= slots <= JOINT
 
 
 def forms_for(ring: Ring, state: Tensor, plan: Plan) -> list[Form]:
@@ -311,7 +448,8 @@ def forms_for(ring: Ring, state: Tensor, plan: Plan) -> list[Form]:
     """
     width, size = (_tile(n) for n in state.shape[2:])
     most = 16 if ring.x.dtype == torch.float32 else 32 if _tile(plan.replay) > 16 else width
-    return [form for form in FORMS if form.block <= min(width, most) and form.columns < size]
+    joint = fits(ring, plan) and ring.x.dtype != torch.float32
+    return [form for form in FORMS if form.block <= min(width, most) and form.columns < size and form.joint <= joint]
 
 
 def convolve(
@@ -324,16 +462,19 @@ def convolve(
     dt: Tensor,
     start: Tensor,
     silu: bool,
+    cut: Cut | None = None,
 ) -> Tensor:
     """Shapes as in `ring`."""
     batch, count = u.shape[:2]
     channels, kept, heads = weight.shape[0], ring.shape[2], dt.shape[2]
     left = torch.empty(batch, count, channels - kept, dtype=ring.dtype, device=ring.device)
-    grid, early = (triton.cdiv(channels, CONVOLVED) + triton.cdiv(heads, CONVOLVED), batch), begins_early(u.device)
+    block, warps, ahead = cut or (FEW if batch <= 8 else MANY)
+    grid, early = (triton.cdiv(channels, block) + triton.cdiv(heads, 8 * warps), batch), begins_early(u.device)
     with torch.cuda.device_of(u):
         _convolve[grid](
             u, weight, bias, dt_bias, window, ring, left, dt, start, between_tokens(u), channels, kept, heads,
-            window.shape[1], ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu, BLOCK=CONVOLVED,
-            T=triton.next_power_of_2(count), PDL=early, launch_pdl=early, num_warps=4,
+            WINDOW_SLOTS=window.shape[1], SLOTS=ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu, BLOCK=block, H=8 * warps,
+            AT_ONCE=min(16, triton.next_power_of_2(count)), AHEAD=ahead and window.shape[1] <= AHEAD, PDL=early,
+            launch_pdl=early, num_warps=warps,
         )  # fmt: skip
     return left
