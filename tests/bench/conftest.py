@@ -6,15 +6,14 @@ them beside what a copy and the tensor cores allow. Without `--benchmark-enable`
 CPU at a tiny size: so every run of the tests checks what is timed.
 """
 
-import importlib.util
 import itertools
 import math
+import runpy
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,15 +161,9 @@ def group(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def inputs() -> ModuleType:
-    """The inputs of decoding kernels; loaded by path, as the scripts do that have them too."""
-    spec = importlib.util.spec_from_file_location("mambabench_bench_inputs", Path(__file__).with_name("inputs.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def inputs() -> SimpleNamespace:
+    """The inputs of decoding kernels; by path, as the scripts have them, since this folder must not be importable."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("inputs.py"))))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +55,7 @@ def attended(given: Any, count: int, causal: bool) -> Tensor:
 @sizes("shape, batch, context, count", [("tiny", 2, 40, 3)], ["Llama-3-8B"], [1, 32], [2048, 16_384], [1, 5, 16])
 @pytest.mark.parametrize("form", ["ours", "sdpa"])
 def test_decode_attention(
-    cold, inputs: ModuleType, device: torch.device, assert_near, shape: str, batch: int, context: int, count: int,
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int, context: int, count: int,
     form: str,
 ) -> None:  # fmt: skip
     """PyTorch's is of a cache that has the new tokens already, and of queries as the cache has heads: it neither turns
@@ -91,7 +91,7 @@ def test_decode_attention(
 )
 @pytest.mark.parametrize("form", ["ours", "cublas"])
 def test_product_of_few_rows(
-    cold, inputs: ModuleType, device: torch.device, assert_near, product: str, rows: int, form: str
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, product: str, rows: int, form: str
 ) -> None:
     """cuBLAS's is the bare product, without the norm, gate or sum that is part of ours."""
     width, lines, kind = inputs.PRODUCTS[product]

@@ -5,7 +5,7 @@ checkpoint: calls go through successive rounds.
 """
 
 import itertools
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +52,7 @@ def heads_of(t: Tensor, groups: int) -> Tensor:
 
 
 @sizes(*layers2)
-def test_mamba2_step(cold, inputs: ModuleType, device: torch.device, assert_near, shape: str, batch: int) -> None:
+def test_mamba2_step(cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int) -> None:
     rounds = inputs.turns(MAMBA2, batch, ROUNDS, device)
     now = itertools.cycle(rounds)
 
@@ -69,7 +69,7 @@ def test_mamba2_step(cold, inputs: ModuleType, device: torch.device, assert_near
 
 @sizes(*layers2)
 def test_mamba2_convolution(
-    cold, inputs: ModuleType, device: torch.device, assert_near, shape: str, batch: int
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int
 ) -> None:
     starts = [turn.start for turn in inputs.turns(MAMBA2, batch, ROUNDS, device)]
     now = itertools.cycle(starts)
@@ -94,7 +94,7 @@ def test_mamba2_convolution(
 
 @sizes(*layers2, tiny=False)
 def test_mamba2_update_of_mamba_ssm(
-    cold, inputs: ModuleType, device: torch.device, assert_near, shape: str, batch: int
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int
 ) -> None:
     update = pytest.importorskip("mamba_ssm.ops.triton.selective_state_update").selective_state_update
     sizes = inputs.MAMBA2[shape]
@@ -123,7 +123,7 @@ def test_mamba2_update_of_mamba_ssm(
 @sizes(*layers2, tiny=False)
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_mamba2_chunk_scan_of_mamba_ssm(
-    cold, inputs: ModuleType, device: torch.device, assert_near, shape: str, batch: int, chunk: int
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int, chunk: int
 ) -> None:
     scan = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     compile_side_by_side(TUNED)
@@ -147,7 +147,7 @@ def test_mamba2_chunk_scan_of_mamba_ssm(
 
 
 @sizes(*layers1)
-def test_mamba1_step(cold, inputs: ModuleType, device: torch.device, assert_near, shape: str, batch: int) -> None:
+def test_mamba1_step(cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int) -> None:
     rounds = inputs.turns(MAMBA1, batch, ROUNDS, device)
     now = itertools.cycle(rounds)
 
@@ -166,7 +166,7 @@ def test_mamba1_step(cold, inputs: ModuleType, device: torch.device, assert_near
 @sizes(*layers1, tiny=False)
 @pytest.mark.parametrize("updates", [1, TOKENS])
 def test_mamba1_updates_of_mamba_ssm(
-    cold, inputs: ModuleType, device: torch.device, assert_near, shape: str, batch: int, updates: int
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int, updates: int
 ) -> None:
     """Gate included, the convolution not; several have one state."""
     update = pytest.importorskip("mamba_ssm.ops.triton.selective_state_update").selective_state_update
