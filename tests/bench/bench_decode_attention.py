@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import runpy
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from mambabench.kernels.decode_attention import triton as room
 from mambabench.kernels.tuning import graph_ms
 from torch import Tensor
 
-HEADS, GROUPS, WIDTH = 32, 8, 128
+inputs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("inputs.py"))))
+SHAPE = "Llama-3-8B"
+HEADS, GROUPS, WIDTH = inputs.HEADS[SHAPE]
 COLD = 400 << 20
 """Bytes that the caches of a graph have together, at least."""
 CALLS = 32
@@ -49,50 +53,46 @@ class Case:
     """The buffers of one batch, context and number of tokens."""
 
     def __init__(self, batch: int, context: int, count: int) -> None:
-        dice = torch.Generator("cuda").manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=dice)
-
-        self.live = 2 * batch * (context + count) * GROUPS * WIDTH * 2
+        torch.manual_seed(0)
+        self.live = inputs.live_bytes(SHAPE, batch, context, count)
         copies = max(2, min(-(-COLD // self.live), MOST // self.live))
-        self.caches = [draw(2, batch, context + count + 64, GROUPS, WIDTH) for _ in range(copies)]
-        self.projected = draw(batch * count, (HEADS + 2 * GROUPS) * WIDTH)
-        self.queries = draw(batch, GROUPS, HEADS // GROUPS * count, WIDTH)
-        self.rotary = draw(context + count + 64, 2, WIDTH)
-        self.start = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        self.given = [inputs.attention(SHAPE, batch, context, count) for _ in range(copies)]
+        self.queries = torch.randn(
+            batch, GROUPS, HEADS // GROUPS * count, WIDTH, device=self.given[0].keys.device, dtype=torch.bfloat16
+        )
 
-    def ours(self, cache: Tensor, form: room.Form) -> Tensor:
-        return room.decode_attention(self.projected, *cache, self.start, self.rotary, 0, None, form)
+    def ours(self, given: Any, form: room.Form) -> Tensor:
+        return room.decode_attention(*given, 0, None, form)
 
     def wrong(self, form: room.Form) -> str:
         """Why the form must not be timed."""
-        cache = self.caches[0]
-        wanted = reference.decode_attention(self.projected, *cache.clone(), self.start, self.rotary).double()
-        apart = float((self.ours(cache, form).double() - wanted).norm() / wanted.norm())
+        given = self.given[0]
+        copy = given._replace(keys=given.keys.clone(), values=given.values.clone())
+        wanted = reference.decode_attention(*copy).double()
+        apart = float((self.ours(given, form).double() - wanted).norm() / wanted.norm())
         return "" if apart <= TOLERANCE else f"{apart:.1e} from the reference"
 
     def time(self, form: room.Form) -> float:
-        return graph_us([lambda cache=c: self.ours(cache, form) for c in self._rotated()])
+        return graph_us([lambda given=g: self.ours(given, form) for g in self._rotated()])
 
     def plain(self) -> float:
         """PyTorch's attention over the live part, without rotation or writing."""
-        reached = int(self.start[0])
+        reached = int(self.given[0].start[0])
 
-        def call(cache: Tensor) -> Tensor:
-            keys, values = (t[:, :reached].transpose(1, 2) for t in cache)
+        def call(given: Any) -> Tensor:
+            keys, values = (t[:, :reached].transpose(1, 2) for t in (given.keys, given.values))
             return F.scaled_dot_product_attention(self.queries, keys, values)
 
-        return graph_us([lambda cache=c: call(cache) for c in self._rotated()])
+        return graph_us([lambda given=g: call(given) for g in self._rotated()])
 
-    def _rotated(self) -> list[Tensor]:
-        count = max(CALLS, len(self.caches)) if self.live < COLD else 2 * len(self.caches)
-        return [self.caches[i % len(self.caches)] for i in range(count)]
+    def _rotated(self) -> list[Any]:
+        count = max(CALLS, len(self.given)) if self.live < COLD else 2 * len(self.given)
+        return [self.given[i % len(self.given)] for i in range(count)]
 
 
 def forms(case: Case, count: int) -> list[room.Form]:
     """The one that is chosen, first, and those near it."""
-    chosen = room.form_for(case.caches[0][0], HEADS // GROUPS * count, 0)
+    chosen = room.form_for(case.given[0].keys, HEADS // GROUPS * count, 0)
     parts = sorted({p for p in (chosen.parts // 2, chosen.parts, 2 * chosen.parts, 4 * chosen.parts) if 1 <= p <= 64})
     found = [room.Form(*sizes) for sizes in itertools.product(parts, (32, 64, 128), (2, 3, 4), (4, 8))]
     return [chosen, *(form for form in found if form != chosen)]
