@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import runpy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,24 +44,8 @@ NAMES = ("qkv", "o", "gate_up", "down")
 """A layer's products."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    width: int
-    lines: int
-    """Of the weights."""
-    kind: str
-    """norm, gate (with a norm), sum, or head (norm, fp32 out)."""
-
-
-SHAPES = {
-    "qkv": Shape(4096, 6144, "norm"),
-    "o": Shape(4096, 4096, "sum"),
-    "gate_up": Shape(4096, 28672, "gate"),
-    "down": Shape(14336, 4096, "sum"),
-    "head": Shape(4096, 128256, "head"),
-    "in_proj": Shape(2560, 10576, "norm"),
-    "out_proj": Shape(5120, 2560, "sum"),
-}
+inputs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("inputs.py"))))
+SHAPES = {name: shape for name, shape in inputs.PRODUCTS.items() if not name.startswith("tiny")}
 
 
 def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 7) -> float:
@@ -81,7 +66,7 @@ def draw(*shape: int, scale: float = 1.0) -> Tensor:
 class Case:
     """The buffers of one shape."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Any) -> None:
         self.shape, self.gated = shape, shape.kind == "gate"
         self.outs = shape.lines // 2 if self.gated else shape.lines
         self.bytes = shape.width * shape.lines * 2
