@@ -207,10 +207,7 @@ def _joint_step(  # type: ignore[no-untyped-def]
     since = -tl.sum(tl.where((index[:, None] == t[None, :]) & valid[:, None], decays[:, None], 0.0), axis=0)
     total = tl.sum(tl.where(index < 0, step, 0.0), axis=0)
 
-    if EXACT:
-        mixing = tl.dot(c, tl.trans(b), input_precision="ieee")
-    else:
-        mixing = tl.dot(c, tl.trans(b))
+    mixing = tl.dot(c, tl.trans(b), input_precision="ieee") if EXACT else tl.dot(c, tl.trans(b))
     mixing = mixing * tl.exp(since[:, None] + decays[None, :]) * dt[None, :]
     mixing = tl.where(valid[None, :] & (index[None, :] <= t[:, None]), mixing, 0.0)
     mixing += tl.where(valid[None, :] & (index[None, :] == t[:, None]), skip, 0.0)
@@ -260,32 +257,32 @@ def _convolve(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + channel, mask=there, other=0.0)
         given = ()
         for t in tl.static_range(0, min(AT_ONCE, COUNT)):
-            given = given + (tl.load(u_ptr + t * u_row + channel, mask=there, other=0.0),)
+            given += (tl.load(u_ptr + t * u_row + channel, mask=there, other=0.0),)  # type: ignore[assignment]
         weights = ()
         for tap in tl.static_range(TAPS):
-            weights = weights + (tl.load(weight_ptr + channel * TAPS + tap, mask=there, other=0.0),)
+            weights += (tl.load(weight_ptr + channel * TAPS + tap, mask=there, other=0.0),)  # type: ignore[assignment]
         before = ()
         if AHEAD:
             kept = ()
             for slot in tl.static_range(WINDOW_SLOTS):
-                kept = kept + (tl.load(window_ptr + slot * whole + channel, mask=there, other=0.0),)
+                kept += (tl.load(window_ptr + slot * whole + channel, mask=there, other=0.0),)  # type: ignore[assignment]
             for tap in tl.static_range(TAPS - 1):
                 wanted = (start + (WINDOW_SLOTS - TAPS + 1 + tap)) % WINDOW_SLOTS
-                u = kept[0]
+                u = kept[0]  # type: ignore[misc]
                 for slot in tl.static_range(1, WINDOW_SLOTS):
                     u = tl.where(wanted == slot, kept[slot], u)
-                before = before + (u,)
+                before += (u,)  # type: ignore[assignment]
         else:
             for tap in tl.static_range(TAPS - 1):
                 wanted = (start + (WINDOW_SLOTS - TAPS + 1 + tap)) % WINDOW_SLOTS
-                before = before + (tl.load(window_ptr + wanted * whole + channel, mask=there, other=0.0),)
+                before += (tl.load(window_ptr + wanted * whole + channel, mask=there, other=0.0),)  # type: ignore[assignment]
         for t in tl.static_range(COUNT):
             if t % AT_ONCE == 0 and t > 0:
                 given = ()
                 for more in tl.static_range(0, min(AT_ONCE, COUNT - t)):
-                    given = given + (tl.load(u_ptr + (t + more) * u_row + channel, mask=there, other=0.0),)
+                    given += (tl.load(u_ptr + (t + more) * u_row + channel, mask=there, other=0.0),)  # type: ignore[assignment]
             u = given[t % AT_ONCE]
-            before = before + (u,)
+            before += (u,)  # type: ignore[assignment]
             total = bias
             for tap in tl.static_range(TAPS):
                 total += before[tap].to(tl.float32) * weights[tap]
@@ -473,8 +470,8 @@ def convolve(
     with torch.cuda.device_of(u):
         _convolve[grid](
             u, weight, bias, dt_bias, window, ring, left, dt, start, between_tokens(u), channels, kept, heads,
-            WINDOW_SLOTS=window.shape[1], SLOTS=ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu, BLOCK=block, H=8 * warps,
-            AT_ONCE=min(16, triton.next_power_of_2(count)), AHEAD=ahead and window.shape[1] <= AHEAD, PDL=early,
-            launch_pdl=early, num_warps=warps,
+            WINDOW_SLOTS=window.shape[1], SLOTS=ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu,
+            BLOCK=block, H=8 * warps, AT_ONCE=min(16, triton.next_power_of_2(count)),
+            AHEAD=ahead and window.shape[1] <= AHEAD, PDL=early, launch_pdl=early, num_warps=warps,
         )  # fmt: skip
     return left
