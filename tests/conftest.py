@@ -5,7 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -69,6 +69,19 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def begin_early(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Whether kernels begin while the one before ends, from now on."""
+    support = importlib.import_module("mambabench.kernels.support")
+
+    def choose(early: bool) -> None:
+        monkeypatch.setenv(support.EARLY, "" if early else "off")
+        support.begins_early.cache_clear()
+
+    yield choose
+    support.begins_early.cache_clear()
 
 
 @pytest.fixture(scope="session")

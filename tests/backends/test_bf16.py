@@ -1,22 +1,27 @@
 """In bf16 a model is as near to its exact logits whichever way and by whichever kernels it runs.
 
 On a GPU kernels round at other places than our own form, so that their logits differ by about as much as either differs
-from the exact ones. Each way is held to these, which are those in fp64
-of the same weights, and to the error of the plainest way, which is full recomputation by our own form.
+from the exact ones. Each way is held to these, which are those in fp64 of the same weights, and to the error of the
+plainest way, which is full recomputation by our own form.
 """
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from mambabench.backends import graphs
 from mambabench.backends import state as states
 from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend, RemovedBackend, TeacherBackend
+from mambabench.backends.mixers import MAMBAS
 from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig, RemovedConfig, TeacherConfig
 from mambabench.backends.stepper import HybridStepper
+from mambabench.harness.interfaces import Rollback
 from mambabench.kernels import support
+from mambabench.kernels.support import Support
 from torch import Tensor
 
 ROWS, LENGTH, STEPS = 24, 40, 5
@@ -37,17 +42,36 @@ MODELS = {
     "removed": [(RemovedBackend(RemovedConfig()), [1, 3])],
     "mamba-ssm": [(TeacherBackend(TeacherConfig()), [])],
 }
-WAYS = [
-    pytest.param("cpu", "off", "0", id="cpu"),
-    *(
-        pytest.param("cuda:0", recorded, replay, marks=pytest.mark.gpu, id=name)
-        for name, recorded, replay in (("eager", "off", "0"), ("graphs", "", "0"), ("graphs, longer rings", "", "7"))
-    ),
+
+
+class Way(NamedTuple):
+    device: str = "cuda:0"
+    graphs: str = ""
+    replay: str = "0"
+    """Tokens between checkpoints, at least."""
+    early: bool = True
+    rings: bool = False
+    """On a CPU too, layers keep rings of what goes into the state."""
+
+
+WAYS = {
+    "cpu": Way("cpu"),
+    "cpu, rings": Way("cpu", replay="7", rings=True),
+    "eager": Way(graphs="off"),
+    "graphs": Way(),
+    "graphs, longer rings": Way(replay="7"),
+    "graphs, kernels one after the other": Way(early=False),
+}
+RINGS = "mamba", "mamba2", "mamba2 and mamba", "mamba-ssm"
+"""Models whose layers kernels read rings of; these turn no queries and keys."""
+CASES = [
+    pytest.param(model, way, id=f"{model}-{name}", marks=[pytest.mark.gpu] if way.device != "cpu" else [])
+    for model, (name, way) in itertools.product(MODELS, WAYS.items())
+    if not way.rings or model in RINGS
 ]
-"""Device, whether calls are recorded, and tokens between checkpoints."""
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture
 def model(
     request: pytest.FixtureRequest, llama: Path, make_native: Callable[..., tuple[Path, object, object]], tmp_path: Path
 ) -> tuple[TeacherBackend, Path]:
@@ -71,7 +95,7 @@ def whole(model: HybridStepper, ids: Tensor) -> Tensor:
     return torch.stack([model.prefill(ids[:, : t + 1], lengths * (t + 1), s) for t, s in enumerate(opened)], dim=1)
 
 
-def driven(model: HybridStepper, ids: Tensor, seed: int) -> dict[str, Tensor]:
+def driven(model: HybridStepper, ids: Tensor, seed: int, rollback: Rollback) -> dict[str, Tensor]:
     """Logits [B, L, V] by steps and at the ends of prompts that go on, NaN where there are none: rows of several
     lengths, after rounds that were taken back."""
     dice = random.Random(seed)
@@ -81,7 +105,7 @@ def driven(model: HybridStepper, ids: Tensor, seed: int) -> dict[str, Tensor]:
         name: torch.full((*ids.shape, model.vocab_size), torch.nan, device=ids.device)
         for name in ("stepped", "resumed")
     }
-    state = model.open(len(ids), ids.shape[1], STEPS)
+    state = model.open(len(ids), ids.shape[1], STEPS, rollback)
     model.prefill(ids[:, :12], end, state)
     while (count := min(dice.randint(1, STEPS), ids.shape[1] - int(end.max()))) > 0:
         columns = end.long().unsqueeze(1) + torch.arange(count, device=ids.device)
@@ -107,17 +131,20 @@ def logprobs(model: HybridStepper, ids: Tensor) -> Tensor:
     return model.score(ids, lengths).logprob
 
 
-@pytest.mark.parametrize(("device", "recorded", "replay"), WAYS)
+@pytest.mark.parametrize(("model", "way"), CASES, indirect=["model"])
 def test_no_way_to_run_it_is_further_from_the_exact_logits_than_our_own_form(
-    device: str,
-    recorded: str,
-    replay: str,
     model: tuple[TeacherBackend, Path],
+    way: Way,
+    begin_early: Callable[[bool], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(graphs.VARIABLE, recorded)
-    monkeypatch.setenv(states.VARIABLE, replay)
-    backend, artifact = model
+    monkeypatch.setenv(graphs.VARIABLE, way.graphs)
+    monkeypatch.setenv(states.VARIABLE, way.replay)
+    begin_early(way.early)
+    if way.rings:
+        for name in ("ring_supports", "selective_ring_supports"):
+            monkeypatch.setattr(states, name, lambda *given: Support.yes())
+    (backend, artifact), device = model, way.device
     ids = torch.randint(61, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = backend.module(artifact).double()(input_ids=ids).logits.to(device)
@@ -127,7 +154,8 @@ def test_no_way_to_run_it_is_further_from_the_exact_logits_than_our_own_form(
         plain = backend.load(artifact, device, "bfloat16")
         own, own_said = whole(plain, ids), logprobs(plain, ids)
     fused = backend.load(artifact, device, "bfloat16")
-    rounds = [driven(fused, ids, seed) for seed in range(8)]
+    kept: list[Rollback] = ["replay", "snapshot"] if MAMBAS.keys() & set(fused.config.mixers) else ["replay"]
+    rounds = {rollback: [driven(fused, ids, seed, rollback) for seed in range(8)] for rollback in kept}
 
     def errors(logits: Tensor) -> tuple[float, float]:
         """Of these logits, and of our own form's at the same places."""
@@ -136,7 +164,10 @@ def test_no_way_to_run_it_is_further_from_the_exact_logits_than_our_own_form(
         truth = exact.expand_as(logits)[there]
         return tuple(float((t.expand_as(logits)[there] - truth).norm() / truth.norm()) for t in (logits, own))
 
-    found = {name: errors(torch.stack([each[name] for each in rounds])) for name in rounds[0]}
+    found = {
+        f"{name}, {rollback}": errors(torch.stack([each[name] for each in rounds[rollback]]))
+        for rollback, name in itertools.product(kept, ("stepped", "resumed"))
+    }
     found["whole"] = errors(whole(fused, ids))
     found["scored"] = tuple(float((t - said).square().mean().sqrt()) for t in (logprobs(fused, ids), own_said))
     assert found["whole"][1] < BF16

@@ -17,8 +17,8 @@ import pytest
 import torch
 from mambabench import MambabenchError
 from mambabench.backends import graphs
-from mambabench.backends.hybrid import TeacherBackend
-from mambabench.backends.plugin import TeacherConfig
+from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend, TeacherBackend
+from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig, TeacherConfig
 from mambabench.backends.stepper import BLOCK, HybridStepper
 from mambabench.harness.conformance import check_backend
 from mambabench.kernels import decode_attention as room
@@ -253,6 +253,38 @@ def test_on_a_gpu_a_graph_is_what_its_kernels_are(half: Path, dtype: str) -> Non
         assert (one - two).abs().max() <= 1e-3 * two.abs().max()
         start += torch.randint(1, 6, (3,), generator=dice, dtype=torch.int32)
     assert models[0].facts()["graphs"] == (1, "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recorded", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("kind", [Mamba2HybridBackend(Mamba2HybridConfig(chunk=8)), MambaBackend(MambaConfig())])
+def test_on_a_gpu_kernels_that_begin_early_give_the_same_bits(
+    kind: Mamba2HybridBackend | MambaBackend,
+    recorded: bool,
+    dtype: str,
+    make_llama: Callable[..., Path],
+    tmp_path: Path,
+    begin_early: Callable[[bool], None],
+) -> None:
+    """Over rounds of drafts of which any number stands, one behind the other without a pause."""
+    llama = make_llama(hidden_size=256, intermediate_size=384, num_attention_heads=4, head_dim=64)
+    kind.convert(llama, [1, 3], tmp_path / "artifact", seed=0)
+    dice, rounds = torch.Generator().manual_seed(0), 24
+    ids = torch.randint(61, (rounds, 3, 4), generator=dice).cuda()
+    steps = torch.randint(1, 5, (rounds, 3), generator=dice).cuda()
+    starts = (1 + steps.cumsum(0) - steps).int()
+    found = []
+    for early in (False, True, True):
+        begin_early(early)
+        loaded = kind.load(tmp_path / "artifact", "cuda:0", dtype)
+        model = HybridStepper(loaded.model, loaded.tokenizer, graphs=recorded)
+        state = model.open(3, 120, 4)
+        model.prefill(ids[0, :, :1], torch.ones(3, dtype=torch.int32).cuda(), state)
+        torch.cuda.synchronize()
+        found.append(torch.stack([model.advance(*given, state) for given in zip(ids, starts, strict=True)]))
+    assert not found[0].isnan().any()
+    assert all(torch.equal(one, found[0]) for one in found[1:])
 
 
 @pytest.mark.gpu

@@ -46,9 +46,7 @@ def artifact(
 
 
 @pytest.mark.parametrize("replay", [0, 5, 17])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.02)], ids=["fp64", "fp32", "bf16"]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)], ids=["fp64", "fp32"])
 def test_rings_keep_the_stepping_contract(
     rings: None,
     dtype: str,

@@ -222,7 +222,9 @@ def test_on_a_gpu_it_is_within_twice_the_error_of_pytorch(count, batch, longest)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_one_graph_serves_every_length() -> None:
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_on_a_gpu_one_graph_serves_every_length(early, begin_early) -> None:
+    begin_early(early)
     given, _ = inputs(8, 2, 64, 4, (900, 40, 0), torch.bfloat16, "cuda", slack=200)
     for cache in given[1:3]:
         cache.nan_to_num_(0.5)
