@@ -41,8 +41,8 @@ Make = Callable[[], tuple[Any, ...]]
 class Cold:
     """`cold(make, run)` times `run(*make())`, and returns what the first such call did. See `__call__`."""
 
-    def __init__(self, request: pytest.FixtureRequest, device: torch.device) -> None:
-        self.request, self.device = request, device
+    def __init__(self, request: pytest.FixtureRequest, device: torch.device, measured: list[dict[str, Any]]) -> None:
+        self.request, self.device, self.measured = request, device, measured
         self.asked = request.config.getoption("benchmark_enable", False)
 
     def inputs(self, make: Make) -> tuple[Any, ...]:
@@ -79,7 +79,7 @@ class Cold:
         if flops and (most := operations.peak(torch.cuda.get_device_name(self.device))):
             row |= {"FLOPs": flops, "share of peak": flops / seconds / most}
         benchmark.extra_info.update(row)
-        MEASURED.append({"name": self.request.node.name, **row})
+        self.measured.append({"name": self.request.node.name, **row})
         return found
 
     def _recorded(self, run: Callable[..., Any], turns: list[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
@@ -147,7 +147,7 @@ def copied() -> float:
 @pytest.fixture
 def cold(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Cold]:
     """Times a call whose inputs are in no cache."""
-    yield Cold(request, device)
+    yield Cold(request, device, MEASURED)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
