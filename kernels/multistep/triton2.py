@@ -62,12 +62,12 @@ def _step(  # type: ignore[no-untyped-def]
     inside = wide & long[None, :]
     whole: tl.constexpr = WIDTH % BLOCK_P == 0 and SIZE == N
 
-    start = tl.load(start_ptr + row)
-    replayed = start - tl.load(saved_ptr + row)
+    start = tl.load(start_ptr + row, cache_modifier=".cg")
+    replayed = start - tl.load(saved_ptr + row, cache_modifier=".cg")
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
     states = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :]
-    state = part(states, wide, long[None, :], whole)
+    state = part(states, wide, long[None, :], whole, ".cg")
     dt_ptr += row * dt_row + head
     x_ptr += row * x_row + head // X_HEADS * WIDTH
     b_ptr += row * b_row + head // B_HEADS * SIZE
@@ -83,9 +83,9 @@ def _step(  # type: ignore[no-untyped-def]
     new = t < COUNT
     old_slots = ((start - 1 - r) % SLOTS).to(tl.int64)
     new_slots = ((start + t) % SLOTS).to(tl.int64)
-    old_dt = tl.load(dt_ptr + old_slots * dt_slot, mask=old, other=0.0)
-    old_b = part(b_ptr + old_slots[:, None] * b_slot + n[None, :], old[:, None], long[None, :], whole)
-    old_x = part(x_ptr + old_slots[None, :] * x_slot + p[:, None], old[None, :], wide, whole)
+    old_dt = tl.load(dt_ptr + old_slots * dt_slot, mask=old, other=0.0, cache_modifier=".cg")
+    old_b = part(b_ptr + old_slots[:, None] * b_slot + n[None, :], old[:, None], long[None, :], whole, ".cg")
+    old_x = part(x_ptr + old_slots[None, :] * x_slot + p[:, None], old[None, :], wide, whole, ".cg")
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -170,20 +170,25 @@ def _joint_step(  # type: ignore[no-untyped-def]
     whole: tl.constexpr = WIDTH % BLOCK_P == 0 and SIZE == N
     states = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :]
 
-    start = tl.load(start_ptr + row)
-    replayed = start - tl.load(saved_ptr + row)
+    start = tl.load(start_ptr + row, cache_modifier=".cg")
+    replayed = start - tl.load(saved_ptr + row, cache_modifier=".cg")
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
+    dt_ptr += row * dt_row + head
+    b_ptr += row * b_row + head // B_HEADS * SIZE
+    c_ptr += row * c_row + head // C_HEADS * SIZE
+    x_ptr += row * x_row + head // X_HEADS * WIDTH
     if PDL:
-        state = part(states, wide[:, None], long[None, :], whole)
+        state = part(states, wide[:, None], long[None, :], whole, ".cg")
+        slots = tl.minimum(s, SLOTS - 1)
+        fetched(b_ptr + slots[:, None] * b_slot + 64 * tl.arange(0, (N + 63) // 64)[None, :])
+        fetched(x_ptr + slots * x_slot + tl.program_id(0) % tiles * BLOCK_P)
+        fetched(dt_ptr + slots * dt_slot)
         gdc_wait()
         gdc_launch_dependents()
-    dt = tl.load(dt_ptr + row * dt_row + head + s * dt_slot, mask=there, other=0.0)
-    b_ptr += row * b_row + head // B_HEADS * SIZE
+    dt = tl.load(dt_ptr + s * dt_slot, mask=there, other=0.0)
     b = part(b_ptr + s[:, None] * b_slot + n[None, :], there[:, None], long[None, :], whole)
-    c_ptr += row * c_row + head // C_HEADS * SIZE
     c = part(c_ptr + t[:, None] * c_token + n[None, :], (t < COUNT)[:, None], long[None, :], whole)
-    x_ptr += row * x_row + head // X_HEADS * WIDTH
     x = part(x_ptr + s[:, None] * x_slot + p[None, :], there[:, None], wide[None, :], whole)
     if not PDL:
         state = part(states, wide[:, None], long[None, :], whole)
@@ -460,18 +465,20 @@ def convolve(
     start: Tensor,
     silu: bool,
     cut: Cut | None = None,
+    warmup: bool = False,
 ) -> Tensor:
-    """Shapes as in `ring`."""
+    """Shapes as in `ring`. With `warmup` the kernel is only compiled."""
     batch, count = u.shape[:2]
     channels, kept, heads = weight.shape[0], ring.shape[2], dt.shape[2]
     left = torch.empty(batch, count, channels - kept, dtype=ring.dtype, device=ring.device)
     block, warps, ahead = cut or (FEW if batch <= 8 else MANY)
     grid, early = (triton.cdiv(channels, block) + triton.cdiv(heads, 8 * warps), batch), begins_early(u.device)
     with torch.cuda.device_of(u):
-        _convolve[grid](
+        _convolve.run(
             u, weight, bias, dt_bias, window, ring, left, dt, start, between_tokens(u), channels, kept, heads,
             WINDOW_SLOTS=window.shape[1], SLOTS=ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu,
             BLOCK=block, H=8 * warps, AT_ONCE=min(16, triton.next_power_of_2(count)),
             AHEAD=ahead and window.shape[1] <= AHEAD, PDL=early, launch_pdl=early, num_warps=warps,
+            grid=grid, warmup=warmup,
         )  # fmt: skip
     return left
