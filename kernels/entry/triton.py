@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..few_rows import Stream
-from ..support import begins_early
+from ..support import begun_early
 
 if TYPE_CHECKING:
     from ..multistep import Plan
@@ -58,11 +58,11 @@ def enter(ids: Tensor, table: Tensor, start: Tensor, cursors: Cursors, plan: Pla
     h = torch.empty(ids.numel(), width, dtype=table.dtype, device=table.device)
     sums = table.dtype in (torch.bfloat16, torch.float16)
     squares = torch.empty(len(h), 1, dtype=torch.float32, device=table.device) if sums else None
-    columns, early = triton.next_power_of_2(width), begins_early(table.device)
+    columns = triton.next_power_of_2(width)
     _enter[(len(h),)](
         ids, table, start, cursors.settled, cursors.saved, cursors.base, cursors.end, h,
         h if squares is None else squares, vocabulary, *ids.stride(), COUNT=plan.count, STEPS=plan.steps,
-        REPLAY=plan.replay, SETTLE=plan.settle, WIDTH=width, COLUMNS=columns, SUM=sums, PDL=early, launch_pdl=early,
-        num_warps=8 if columns > 1024 else 4,
+        REPLAY=plan.replay, SETTLE=plan.settle, WIDTH=width, COLUMNS=columns, SUM=sums,
+        num_warps=8 if columns > 1024 else 4, **begun_early(table),
     )  # fmt: skip
     return Stream(h, None, squares)

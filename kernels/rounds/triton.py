@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..support import begins_early
+from ..support import begun_early
 from . import reference
 
 if TYPE_CHECKING:
@@ -90,12 +90,6 @@ def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     )
     _largest_part[(rows,)](values, places, tokens, parts, PARTS=triton.next_power_of_2(parts), **early)
     return tokens
-
-
-def begun_early(tensor: Tensor) -> dict[str, bool]:
-    """How a kernel is launched: whether it begins while the one before ends."""
-    early = begins_early(tensor.device)
-    return {"PDL": early, "launch_pdl": early}
 
 
 @triton.jit

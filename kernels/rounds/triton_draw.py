@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..support import begun_early
 from . import reference
 from .reference import Drawn, parts_of
-from .triton import CHANCE, GIVEN, begun_early, end_round, of_round, random_number
+from .triton import CHANCE, GIVEN, end_round, of_round, random_number
 
 if TYPE_CHECKING:
     from .reference import Ring, Rows
