@@ -99,7 +99,8 @@ class Mamba2:
         self.A, self.D = -torch.rand(heads, device=device) - 0.5, torch.ones(heads, device=device)
         self.dt_bias = torch.rand(heads, device=device) - 4
         self.state = torch.randn(batch, heads, width, size, device=device)
-        self.u = normal(batch, plan.count, channels + heads)
+        projected = normal(batch, plan.count, heads * width + channels + heads)
+        self.z, self.u = projected[..., : heads * width].flatten(0, 1), projected[..., heads * width :]
         self.window = normal(batch, plan.count + TAPS - 1, channels + heads)
         self.weight, self.bias = torch.randn(channels, TAPS, device=device), torch.zeros(channels, device=device)
 
