@@ -243,12 +243,9 @@ def _convolve(  # type: ignore[no-untyped-def]
     What it reads of the window lies in slots that no new input goes to. With AHEAD all of these slots are read before
     it is known which. AT_ONCE tokens are read before the first of them is worked on.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    start = tl.load(start_ptr + row)
+    start = tl.load(start_ptr + row, cache_modifier=".cg")
     parts = tl.cdiv(CHANNELS, BLOCK)
     whole = CHANNELS + HEADS
     u_ptr += row * COUNT * u_row
@@ -256,31 +253,33 @@ def _convolve(  # type: ignore[no-untyped-def]
     dt_ptr += row * SLOTS * HEADS
     ring_ptr += row * SLOTS * KEPT
     left_ptr += row * COUNT * (CHANNELS - KEPT)
+    channel = part * BLOCK + tl.arange(0, BLOCK)
+    there = channel < CHANNELS
+    bias = tl.load(bias_ptr + channel, mask=there, other=0.0)
+    weights = ()
+    for tap in tl.static_range(TAPS):
+        weights += (tl.load(weight_ptr + channel * TAPS + tap, mask=there, other=0.0),)  # type: ignore[assignment]
+    kept = ()
+    for slot in tl.static_range(WINDOW_SLOTS if AHEAD else TAPS - 1):
+        read = slot if AHEAD else (start + (WINDOW_SLOTS - TAPS + 1 + slot)) % WINDOW_SLOTS
+        at = window_ptr + read * whole + channel
+        kept += (tl.load(at, mask=there, other=0.0, cache_modifier=".cg"),)  # type: ignore[assignment]
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     if part < parts:
-        channel = part * BLOCK + tl.arange(0, BLOCK)
-        there = channel < CHANNELS
-        bias = tl.load(bias_ptr + channel, mask=there, other=0.0)
         given = ()
         for t in tl.static_range(0, min(AT_ONCE, COUNT)):
             given += (tl.load(u_ptr + t * u_row + channel, mask=there, other=0.0),)  # type: ignore[assignment]
-        weights = ()
-        for tap in tl.static_range(TAPS):
-            weights += (tl.load(weight_ptr + channel * TAPS + tap, mask=there, other=0.0),)  # type: ignore[assignment]
-        before = ()
+        before = kept
         if AHEAD:
-            kept = ()
-            for slot in tl.static_range(WINDOW_SLOTS):
-                kept += (tl.load(window_ptr + slot * whole + channel, mask=there, other=0.0),)  # type: ignore[assignment]
+            before = ()
             for tap in tl.static_range(TAPS - 1):
                 wanted = (start + (WINDOW_SLOTS - TAPS + 1 + tap)) % WINDOW_SLOTS
                 u = kept[0]  # type: ignore[misc]
                 for slot in tl.static_range(1, WINDOW_SLOTS):
                     u = tl.where(wanted == slot, kept[slot], u)
                 before += (u,)  # type: ignore[assignment]
-        else:
-            for tap in tl.static_range(TAPS - 1):
-                wanted = (start + (WINDOW_SLOTS - TAPS + 1 + tap)) % WINDOW_SLOTS
-                before += (tl.load(window_ptr + wanted * whole + channel, mask=there, other=0.0),)  # type: ignore[assignment]
         for t in tl.static_range(COUNT):
             if t % AT_ONCE == 0 and t > 0:
                 given = ()
@@ -306,11 +305,10 @@ def _convolve(  # type: ignore[no-untyped-def]
         for first in tl.static_range(0, COUNT, AT_ONCE):
             new = (first + later < COUNT) & known[None, :]
             raw = tl.load(u_ptr + (first + later) * u_row + CHANNELS + head[None, :], mask=new, other=0.0)
-            at = start + first + later
-            tl.store(window_ptr + at % WINDOW_SLOTS * whole + CHANNELS + head[None, :], raw, mask=new)
-            tl.store(
-                dt_ptr + at % SLOTS * HEADS + head[None, :], softplus(raw.to(tl.float32) + dt_bias[None, :]), mask=new
-            )
+            to = start + first + later
+            tl.store(window_ptr + to % WINDOW_SLOTS * whole + CHANNELS + head[None, :], raw, mask=new)
+            steps = softplus(raw.to(tl.float32) + dt_bias[None, :])
+            tl.store(dt_ptr + to % SLOTS * HEADS + head[None, :], steps, mask=new)
 
 
 class Form(NamedTuple):
@@ -333,8 +331,10 @@ class Form(NamedTuple):
 TILES = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
 FORMS = (
     *(Form(block, warps, columns) for columns in (0, 32) for block, warps in TILES),
-    *(Form(*tile, straight=straight, fetch=True) for straight in (True, False) for tile in TILES[:3]),
-    *(Form(*tile, joint=True, straight=straight) for straight in (True, False) for tile in TILES[:-1]),
+    *(Form(16, warps, straight=True, fetch=True) for warps in (1, 2, 4)),
+    *(Form(16, warps, fetch=True) for warps in (1, 4)),
+    *(Form(*tile, joint=True, straight=True) for tile in ((16, 1), (16, 2), (16, 4), (32, 4))),
+    *(Form(*tile, joint=True) for tile in ((16, 4), (32, 4))),
 )
 JOINT = 32
 """The most slots of a ring that is read whole."""

@@ -1,11 +1,12 @@
 """Times the decoding step of Mamba layers over a ring beside mamba-ssm's kernels, on one GPU:
 
-    python tests/bench/bench_multistep.py [--batch 1 16 64] [--tokens 9] [--shape NAME …] [--json FILE]
+    python tests/bench/bench_multistep.py [--batch 1 16 64] [--tokens 9] [--shape NAME …] [--peers update] [--json FILE]
 
 One process times all arms, each as a CUDA graph whose calls go over enough copies of all buffers that none is in the
 L2 cache. Every row has K drafts, of which 0 to K are accepted with equal chances, and stands somewhere between two
 writes of its checkpoint: what a call replays and writes is simulated for as many rounds as a graph has calls. Before
-a form is timed, what it makes is held against fp64.
+a form is timed, what it makes is held against fp64. The fastest are also timed where each call writes its checkpoint,
+with as much to replay as there can be, and where none does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from mambabench.kernels.multistep import forms, triton1, triton2
 from mambabench.kernels.multistep.ring import Plan, Ring, plain_ring_multistep
 from mambabench.kernels.multistep.selective_ring import Channels, Projected, plain_selective_ring_multistep
-from mambabench.kernels.tuning import graph_ms
+from mambabench.kernels.scan.fused import TUNED
+from mambabench.kernels.tuning import compile_side_by_side, graph_ms, side_by_side
 from torch import Tensor
 
 SHAPES = {"Mamba2-2.7B": (80, 80, 1, 1, 64, 128), "the paper's, 8B": (32, 8, 8, 32, 128, 128)}
@@ -35,6 +37,9 @@ COLD = 400 << 20
 """Bytes that the buffers of a graph have together, at least."""
 CALLS = 64
 TAPS = 4
+FASTEST = 6
+"""Forms that are also timed written and not written."""
+CHUNKS = 16, 64, 256
 
 
 def graph_us(calls: list[Callable[[], object]], repeats: int = 15) -> float:
@@ -56,7 +61,11 @@ def bandwidths() -> tuple[float, float]:
     return copy, one.nbytes / graph_us([lambda: torch.sum(whole, 0, out=out)] * 4) / 1e3
 
 
-def cursors(plan: Plan, batch: int, rounds: int) -> list[tuple[Tensor, Tensor]]:
+Rounds = list[tuple[Tensor, Tensor]]
+"""start and saved of each."""
+
+
+def cursors(plan: Plan, batch: int, rounds: int) -> Rounds:
     """start and saved of successive rounds, long after the first."""
     dice = torch.Generator().manual_seed(0)
     start = torch.zeros(batch, dtype=torch.int32)
@@ -133,7 +142,7 @@ def compile_all(layer: Layer, plan: Plan, arms: list[tuple[Any, int]]) -> None:
     forms.compiled(arms, layer.state, run)
 
 
-def time_ours(made: list[Layer], plan: Plan, rounds: list[tuple[Tensor, Tensor]], form: Any, pieces: int) -> float:
+def time_ours(made: list[Layer], plan: Plan, rounds: Rounds, form: Any, pieces: int) -> float:
     """Microseconds of a call, the mean over the rounds."""
 
     def call(i: int) -> Callable[[], object]:
@@ -141,22 +150,33 @@ def time_ours(made: list[Layer], plan: Plan, rounds: list[tuple[Tensor, Tensor]]
         given = layer.ring, layer.C, layer.A, layer.D, layer.state, start, saved, plan, form, pieces
         return lambda: triton2.ring_multistep(*given)
 
-    return graph_us([call(i) for i in range(len(rounds))])
+    return graph_us([call(i) for i in range(len(rounds))], 15 if made[0].batch == 1 else 7)
 
 
-def time_convolution(made: list[Layer], start: Tensor) -> float:
-    """Microseconds of the convolution in front of the step."""
+def replaying(rounds: Rounds, replayed: int) -> Rounds:
+    """The same, with as many replayed tokens in all rows."""
+    return [(start, start - replayed) for start, _ in rounds]
 
-    def call(i: int) -> Callable[[], object]:
-        layer, heads = made[i], made[i].shape[0]
-        width = layer.channels + heads
+
+def time_convolutions(made: list[Layer], start: Tensor) -> dict[triton2.Cut, float]:
+    """Microseconds of the convolution in front of the step, however it is cut up."""
+
+    def given(layer: Layer) -> tuple[Any, ...]:
+        width = layer.channels + layer.shape[0]
         u = torch.randn(layer.batch, layer.count, width, device="cuda").bfloat16()
         window = torch.zeros(layer.batch, layer.count + TAPS - 1, width, device="cuda", dtype=u.dtype)
         weight, bias = torch.randn(layer.channels, TAPS, device="cuda"), torch.zeros(layer.channels, device="cuda")
-        given = u, weight, bias, layer.A, window, layer.whole, layer.ring.dt, start, True
-        return lambda: triton2.convolve(*given)
+        return u, weight, bias, layer.A, window, layer.whole, layer.ring.dt, start, True
 
-    return graph_us(rotated(call, len(made)))
+    inputs = [given(layer) for layer in made]
+    with side_by_side(ignore_errors=False):
+        for cut in triton2.CUTS:
+            triton2.convolve(*inputs[0], cut, warmup=True)
+
+    def call(cut: triton2.Cut, i: int) -> Callable[[], object]:
+        return lambda: triton2.convolve(*inputs[i], cut)
+
+    return {cut: graph_us(rotated(functools.partial(call, cut), len(made)), 8) for cut in triton2.CUTS}
 
 
 def time_update(made: list[Layer]) -> float:
@@ -197,7 +217,8 @@ def time_scan(made: list[Layer]) -> float:
 
         return graph_us(rotated(call, len(made)))
 
-    return min(time(chunk) for chunk in (16, 64, 256))
+    compile_side_by_side(TUNED)
+    return min(time(chunk) for chunk in CHUNKS)
 
 
 def main() -> None:
@@ -207,8 +228,8 @@ def main() -> None:
     parser.add_argument("--replay", type=int, nargs="+", default=[], help="default: K + 1, 16, 24, 48")
     parser.add_argument("--shape", choices=[*SHAPES, *SELECTIVE], nargs="+", default=[*SHAPES, *SELECTIVE])
     parser.add_argument("--pieces", type=int, nargs="+", default=[1, 2], help="of the checkpoint where it meets C")
-    parser.add_argument("--form", type=int, help="only the form of this number")
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--form", type=int, nargs="+", help="only the forms of these numbers")
+    parser.add_argument("--peers", choices=["update", "scan"], nargs="*", default=["update", "scan"])
     parser.add_argument("--late", action="store_true", help="no kernel begins before the one before has ended")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -228,9 +249,10 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
     """All arms of one shape and batch, printed as they come."""
     count, shape, found = args.tokens, SHAPES[name], []
     peers = {"update": 0.0, "scan": 0.0}
-    if not args.no_peers:
+    if args.peers:
         made = layers(shape, batch, Plan(count, count, count, True))
-        peers = {"update": time_update(made), "scan": time_scan(made)}
+        ways = {"update": time_update, "scan": time_scan}
+        peers |= {peer: ways[peer](made) for peer in args.peers}
         del made
     print(f"\n{name}, batch {batch}, {count} tokens: update {peers['update']:.1f} us, scan {peers['scan']:.1f} us")
     for replay in args.replay or [count, 16, 24, 48]:
@@ -242,9 +264,10 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
         bytes_moved = moved_bytes(made[0], replayed, written)
         first = made[0]
         tried = triton2.forms_for(first.ring, first.state, plan)
-        tried = tried if args.form is None else [tried[args.form]]
+        tried = tried if args.form is None else [tried[i] for i in args.form]
         compile_all(first, plan, list(itertools.product(tried, args.pieces)))
-        convolution = time_convolution(made, rounds[0][0])
+        cuts = time_convolutions(made, rounds[0][0])
+        convolution = min(cuts.values())
         for pieces in args.pieces:
             times = {}
             for form in tried:
@@ -257,12 +280,17 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
                 continue
             best = min(times, key=times.__getitem__)
             time = times[best]
+            apart = {
+                form: [time_ours(made, plan, replaying(rounds, r), form, pieces) for r in (replay, replay - count)]
+                for form in sorted(times, key=times.__getitem__)[:FASTEST]
+            }
             found.append(
                 {
                     "shape": name, "batch": batch, "tokens": count, "replay": replay, "pieces": pieces, **peers,
                     "us": time, "form": best, "forms": {str(tuple(f)): t for f, t in times.items()},
                     "bytes": bytes_moved, "floor_us": bytes_moved / copy / 1e3, "convolution": convolution,
-                    "replayed": replayed, "written": written,
+                    "replayed": replayed, "written": written, "apart": {str(tuple(f)): t for f, t in apart.items()},
+                    "convolutions": {str(tuple(cut)): t for cut, t in cuts.items()},
                 }
             )  # fmt: skip
             against = ", ".join(f"{time / t:.2f} {peer}s" for peer, t in peers.items() if t)
@@ -273,9 +301,18 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
                 f"{tuple(best)}; convolution {convolution:.1f} us",
                 flush=True,
             )
-            print("      " + ", ".join(f"{tuple(f)} {t:.1f}" for f, t in times.items()))
+            print("      " + ", ".join(f"{shortly(f)} {t:.1f}" for f, t in times.items()))
+            print("      written / not: " + ", ".join(f"{shortly(f)} {a:.1f} / {b:.1f}" for f, (a, b) in apart.items()))
+        print("      convolution: " + ", ".join(f"{shortly(cut)} {t:.1f}" for cut, t in cuts.items()))
         del made
     return found
+
+
+def shortly(form: Any) -> str:
+    """The numbers of a form, and the names of what it does."""
+    pairs = form._asdict().items()
+    numbers = "x".join(str(value) for _, value in pairs if not isinstance(value, bool))
+    return " ".join([numbers, *(name for name, value in pairs if value is True)])
 
 
 class Selective:
@@ -364,7 +401,7 @@ def measure_selective(name: str, batch: int, args: argparse.Namespace, copy: flo
         plan = Plan(count, count, replay, True)
         first = Selective(shape, batch, plan)
         made = [first, *(Selective(shape, batch, plan) for _ in range(first.copies() - 1))]
-        if not found and not args.no_peers:
+        if not found and args.peers:
             peers = {"update": time_selective_update(made, False), "conv": time_selective_update(made, True)}
         if not found:
             print(f"\n{name}, batch {batch}: update {peers['update']:.1f} us, its convolution {peers['conv']:.1f} us")
@@ -374,7 +411,7 @@ def measure_selective(name: str, batch: int, args: argparse.Namespace, copy: flo
         tried = triton1.forms_for(first.state)
         forms.compiled(tried, first.state, functools.partial(first.run, plan))
         times = {}
-        for form in tried if args.form is None else [tried[args.form]]:
+        for form in tried if args.form is None else [tried[i] for i in args.form]:
             wrong = check_selective(first, plan, form, *rounds[0])
             if wrong:
                 print(f"  replay {replay}, {form}: {wrong}")
