@@ -93,6 +93,24 @@ def test_mamba2_convolution(
 
 
 @sizes(*layers2, tiny=False)
+def test_mamba2_update_of_causal_conv1d(
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int
+) -> None:
+    update = pytest.importorskip("causal_conv1d").causal_conv1d_update
+
+    def make() -> tuple[Tensor, ...]:
+        layer = inputs.Mamba2(inputs.MAMBA2[shape], batch, Plan(1, 1, 1, True), device)
+        x = layer.u[:, 0, : len(layer.weight)].contiguous()
+        window = torch.randn(*x.shape, inputs.TAPS - 1, device=device).bfloat16()
+        return x, window, layer.weight.bfloat16(), layer.bias.bfloat16()
+
+    channels = len(inputs.Mamba2(inputs.MAMBA2[shape], 1, Plan(1, 1, 1, True), device).weight)
+    found = cold(make, lambda *given: update(*given, "silu"), moved=2 * 2 * batch * channels * inputs.TAPS)
+    x, window, weight, bias = (t.double() for t in cold.inputs(make))
+    assert_near(found, F.silu((torch.cat((window, x.unsqueeze(2)), dim=2) * weight).sum(2) + bias))
+
+
+@sizes(*layers2, tiny=False)
 def test_mamba2_update_of_mamba_ssm(
     cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int
 ) -> None:
