@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels.documents import Documents
 from ..kernels.gated_norm import gated_norm
-from ..kernels.multistep import convolve, folded, multistep, ring_multistep
+from ..kernels.multistep import convolve, folded, multistep
+from ..kernels.multistep.fused_step import Front, Gate, fused_step
 from ..kernels.multistep.snapshot import snapshot_multistep, snapshot_ring_multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
@@ -140,7 +141,7 @@ class Mamba2(Mamba):
         """T tokens a row, between the two projections: [B * T, …] -> [B * T, H P]."""
         z, kept = self._split(projected)
         if cache.ring is not None:
-            return self._gated(self._step_by_kernel(kept, cache, cache.ring, call), z)
+            return self._step_by_kernel(z, kept, cache, cache.ring, call)
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         u, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
@@ -152,13 +153,18 @@ class Mamba2(Mamba):
         y = snapshot_multistep(*given, call.start) if cache.snapshots else multistep(*given, call.mask, call.settle)
         return self._gated(y, z)
 
-    def _step_by_kernel(self, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep) -> Tensor:
-        """The same to y [B, T, H, P], over a ring of what goes into the state: the convolution is not made again."""
-        new, (weight, bias) = kept.unflatten(0, (call.batch, call.count)), self._taps
-        c = convolve(
-            new, weight, bias, self.dt_bias, cache.inputs, ring.convolved, ring.dt, call.start, self.active
-        ).unflatten(2, (-1, self.shape.states))
-        decay = self._decay(ring.dt.dtype)
+    def _step_by_kernel(self, z: Tensor, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep) -> Tensor:
+        """The same over a ring of what goes into the state: the convolution is not made again."""
+        new, decay = kept.unflatten(0, (call.batch, call.count)), self._decay(ring.dt.dtype)
+        weight, bias = self._taps
         if cache.snapshots:
-            return snapshot_ring_multistep(ring.views, c, decay, self.D, cache.state, call.start)
-        return ring_multistep(ring.views, c, decay, self.D, cache.state, call.start, call.saved, call.plan)
+            made = cache.inputs, ring.convolved, ring.dt
+            c = convolve(new, weight, bias, self.dt_bias, *made, call.start, self.active)
+            c = c.unflatten(2, (-1, self.shape.states))
+            return self._gated(snapshot_ring_multistep(ring.views, c, decay, self.D, cache.state, call.start), z)
+        front, gate = Front(weight, bias, self.dt_bias, cache.inputs, ring.convolved, self.active), None
+        if self.norm is not None:
+            gate = Gate(self.norm.weight, self.gate_bias, self.shape.normed, self.eps)
+        given = new, z, front, ring.views, decay, self.D, cache.state, call.start, call.saved, call.plan, gate
+        y = fused_step(*given)
+        return y if gate is not None else self._gated(y, z)

@@ -1,0 +1,123 @@
+"""All that a Mamba-2 layer does with a few tokens between its two projections, as one Triton kernel where that serves:
+the convolution, the steps over a ring, the gate, and the norm where a program has all that it is over.
+
+Where it does not, or is slower, the same is done by one kernel after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..gated_norm import gated_norm
+from ..support import Support, chosen, kernel
+from .ring import Plan, Ring, convolve, convolve_supports, ring_multistep
+from .ring import supports as steps_support
+
+MODULE = f"{__package__}.triton2_fused"
+TAPS = 8
+"""The most of a convolution."""
+REPLAY = 32
+"""The most tokens of a replay, which are one tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What stands before the steps of a layer, as `ring.convolve` has it."""
+
+    weight: Tensor
+    """[E, W]."""
+    bias: Tensor
+    """[E]."""
+    dt_bias: Tensor
+    """[H]."""
+    window: Tensor
+    """[B, S', E + H]."""
+    kept: Tensor
+    """[B, S, E'], the ring's x and B."""
+    silu: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The gated norm behind the steps, as `gated_norm` has it."""
+
+    weight: Tensor
+    """[H P]."""
+    bias: Tensor | None
+    """[H P]."""
+    width: int
+    eps: float
+
+
+def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> Support:
+    """Whether one kernel makes these steps, faster than one after the other."""
+    support = convolve_supports(u, front.weight, front.window, front.kept, ring.dt)
+    if not support:
+        return support
+    support = steps_support(ring, ring.B, state, plan)
+    if not support:
+        return support
+    taps, slots = front.weight.shape[1], front.window.shape[1]
+    if taps > TAPS or plan.replay > REPLAY:
+        return Support.no(f"the kernel has convolutions of up to {TAPS} taps and replays of up to {REPLAY} tokens")
+    if slots < plan.count + taps - 1 or ring.dt.shape[1] < plan.replay + plan.count:
+        return Support.no("the kernel reads no slot that it writes")
+    if z.dtype != u.dtype or z.stride(1) != 1 or state.dtype != front.weight.dtype:
+        return Support.no("the kernel takes inputs and gate in one dtype, weights in fp32")
+    if gate is not None and gate.width % state.shape[2]:
+        return Support.no("the kernel norms whole heads")
+    if not kernel(MODULE, "faster")(u, z, front, ring, state, plan, gate):
+        return Support.no(f"separate kernels are faster for {u.shape[0]} rows of {plan.count} tokens")
+    return support
+
+
+def fused_step(
+    u: Tensor,
+    z: Tensor,
+    front: Front,
+    ring: Ring,
+    A: Tensor,
+    D: Tensor,
+    state: Tensor,
+    start: Tensor,
+    saved: Tensor,
+    plan: Plan,
+    gate: Gate | None,
+) -> Tensor:
+    """T tokens from `start` int32 [B].
+
+    u [B, T, E + H]: the convolution's inputs and dt, z [B * T, H P] the gate's; both are rows of one projection. The
+    rest is as `convolve` and `ring_multistep` have it. Returns [B * T, H P], gated and normed if there is a `gate`.
+    """
+    given = u, z, front, ring, A, D, state, start, saved, plan, gate
+    if chosen("fused_step", supports(u, z, front, ring, state, plan, gate)):
+        out: Tensor = kernel(MODULE, "fused_step")(*given)
+        return out
+    return separate_step(*given)
+
+
+def separate_step(
+    u: Tensor,
+    z: Tensor,
+    front: Front,
+    ring: Ring,
+    A: Tensor,
+    D: Tensor,
+    state: Tensor,
+    start: Tensor,
+    saved: Tensor,
+    plan: Plan,
+    gate: Gate | None,
+) -> Tensor:
+    """The same by one kernel after the other."""
+    made = front.window, front.kept, ring.dt
+    C = convolve(u, front.weight, front.bias, front.dt_bias, *made, start, front.silu)
+    y = ring_multistep(ring, C.unflatten(2, (-1, state.shape[3])), A, D, state, start, saved, plan)
+    return gated(y.reshape(z.shape), z, gate)
+
+
+def gated(y: Tensor, z: Tensor, gate: Gate | None) -> Tensor:
+    """y [B * T, H P] behind the norm."""
+    return y if gate is None else gated_norm(y, z, gate.weight, gate.bias, gate.width, gate.eps)

@@ -1,0 +1,150 @@
+"""Steps of a Mamba-2 layer by one kernel are those of separate ones, in Triton's interpreter and on a GPU."""
+
+import pytest
+import torch
+from mambabench.kernels.multistep import fused_step as room
+from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step
+from mambabench.kernels.multistep.ring import Plan, Ring
+
+SHAPES = {
+    "one state": (1, 1, 1, 1, 1, 1),
+    "odd": (6, 2, 2, 6, 5, 7),
+    "x per head": (4, 4, 1, 1, 19, 16),
+    "C per head": (4, 2, 2, 4, 16, 16),
+    "three kinds of groups": (6, 3, 2, 1, 33, 24),
+}
+"""H, groups of x, B and C, P, N."""
+
+
+@pytest.fixture
+def kernels(interpret, tensor_cores):
+    return interpret(room.MODULE)
+
+
+class Layer:
+    """A layer whose rows have `replayed` tokens between checkpoint and start, around the end of the ring. What nobody
+    may read is NaN."""
+
+    def __init__(self, shape, plan, replayed, first, dtype, taps=4, silu=True, device="cpu", seed=0):
+        heads, *groups, width, size = shape
+        self.heads, self.width, self.size, self.plan, self.dtype = heads, width, size, plan, dtype
+        batch, self.dice, self.device = len(replayed), torch.Generator().manual_seed(seed), device
+        kept = groups[0] * width + groups[1] * size
+        channels = kept + groups[2] * size
+        slots, window = plan.replay + plan.steps, plan.steps + taps - 1
+        whole = torch.full((batch, slots, kept), torch.nan)
+        dt = torch.full((batch, slots, heads), torch.nan)
+        inputs = torch.full((batch, window, channels + heads), torch.nan)
+        start = torch.tensor(first) + torch.tensor(replayed)
+        for row, (at, count) in enumerate(zip(start.tolist(), replayed, strict=True)):
+            before = torch.arange(at - count, at) % slots
+            whole[row, before] = self.normal(count, kept)
+            dt[row, before] = 0.1 * self.normal(count, heads).exp()
+            inputs[row, torch.arange(at - taps + 1, at) % window] = self.normal(taps - 1, channels + heads)
+        projected = self.normal(batch * plan.count, heads * width + channels + heads)
+        self.tensors = {
+            "projected": projected.to(dtype), "window": inputs.to(dtype), "kept": whole.to(dtype), "dt": dt,
+            "weight": self.normal(channels, taps), "bias": self.normal(channels), "dt_bias": 3 * self.normal(heads),
+            "A": -self.normal(heads).exp(), "D": self.normal(heads), "state": self.normal(batch, heads, width, size),
+            "norm": self.normal(heads * width).to(dtype), "gate": self.normal(heads * width),
+            "start": start.int(), "saved": torch.tensor(first, dtype=torch.int32),
+        }  # fmt: skip
+        self.tensors = {name: t.to(device) for name, t in self.tensors.items()}
+        self.sizes, self.silu = [groups[0] * width, groups[1] * size], silu
+
+    def normal(self, *shape):
+        return torch.randn(shape, generator=self.dice)
+
+    def run(self, way, gate=None, exact=False):
+        """What `way` returns and leaves; exactly: in fp64 on a CPU."""
+        kind = (lambda t: t.cpu().double() if t.is_floating_point() else t.cpu()) if exact else (lambda t: t.clone())
+        t = {name: kind(one) for name, one in self.tensors.items()}
+        batch, inner = t["start"].shape[0], self.heads * self.width
+        u = t["projected"][:, inner:].unflatten(0, (batch, self.plan.count))
+        x, B = t["kept"].split(self.sizes, dim=2)
+        ring = Ring(x.unflatten(2, (-1, self.width)), B.unflatten(2, (-1, self.size)), t["dt"])
+        front = Front(t["weight"], t["bias"], t["dt_bias"], t["window"], t["kept"], self.silu)
+        if gate is not None:
+            gate = Gate(t["norm"], t["gate"] if gate[1] else None, gate[0] * self.width, 1e-5)
+        cursors = t["start"], t["saved"]
+        out = way(u, t["projected"][:, :inner], front, ring, t["A"], t["D"], t["state"], *cursors, self.plan, gate)
+        return {"out": out, **{name: t[name] for name in ("state", "kept", "dt", "window")}}
+
+
+def error(got, want):
+    """Relative, of what is a number in both; NaN in the same places."""
+    got, want = got.cpu().double(), want.cpu().double()
+    assert torch.equal(got.isnan(), want.isnan())
+    return float((got - want).nan_to_num().norm() / want.nan_to_num().norm())
+
+
+def check(layer, way, gate=None):
+    """As exact as separate steps in PyTorch, which leave some numbers unrounded; inputs are kept as they are."""
+    exact, plain, made = layer.run(separate_step, gate, True), layer.run(separate_step, gate), layer.run(way, gate)
+    assert made["out"].dtype == layer.dtype
+    assert made["out"].isfinite().all()
+    assert torch.equal(made["window"].cpu().nan_to_num(), exact["window"].to(layer.dtype).nan_to_num())
+    for name, kind in {"out": layer.dtype, "kept": layer.dtype, "state": torch.float32, "dt": torch.float32}.items():
+        once = 2.0**-9 if kind == torch.bfloat16 else 2.0**-21
+        assert error(made[name], exact[name]) <= 1.5 * error(plain[name].to(kind), exact[name]) + once, name
+
+
+HEAD, BIASED, ALL = (1, False), (1, True), (0, True)
+"""Gates whose norm is over a head, the same with a bias, and one over all heads."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "count", "gate", "joint"),
+    [
+        ("one state", 1, None, False),
+        ("one state", 9, HEAD, True),
+        ("odd", 5, BIASED, False),
+        ("odd", 1, ALL, True),
+        ("x per head", 1, BIASED, False),
+        ("x per head", 2, HEAD, True),
+        ("C per head", 3, ALL, False),
+        ("C per head", 1, HEAD, True),
+        ("three kinds of groups", 1, None, False),
+        ("three kinds of groups", 5, HEAD, True),
+    ],
+)
+def test_in_the_interpreter_one_kernel_is_as_exact_as_separate_ones(kernels, dtype, shape, count, gate, joint):
+    plan = Plan(count=count, steps=max(5, count), replay=max(7, count), settle=True)
+    layer = Layer(SHAPES[shape], plan, [0, plan.replay, 3], [0, 1003, 10], dtype, silu=shape != "C per head")
+    normed = gate in (HEAD, BIASED)
+    form = kernels.Form(64 if normed else 16, 1, joint, normed)
+    check(layer, lambda *given: kernels.fused_step(*given, form), gate and (gate[0] or layer.heads, gate[1]))
+
+
+@pytest.mark.parametrize("taps", [1, 2, 6])
+def test_in_the_interpreter_convolutions_may_have_other_widths(kernels, taps):
+    plan = Plan(count=2, steps=3, replay=3, settle=False)
+    layer = Layer(SHAPES["odd"], plan, [3, 0], [2, 0], torch.bfloat16, taps)
+    check(layer, kernels.fused_step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("count", "replay"), [(1, 2), (5, 16), (9, 24)])
+def test_on_a_gpu_one_kernel_is_as_exact_as_separate_ones(dtype, shape, count, replay):
+    kernels = pytest.importorskip(room.MODULE)
+    plan = Plan(count=count, steps=count, replay=replay, settle=True)
+    layer = Layer(shape, plan, [0, replay, 1, replay // 2], [0, 3, 1003, 10], dtype, device="cuda")
+    check(layer, kernels.fused_step, (1, True))
+
+
+LARGE = {"Mamba2-2.7B": (80, 80, 1, 1, 64, 128), "8B hybrid": (32, 8, 8, 32, 128, 128)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("count", [1, 5, 9])
+def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, count):
+    kernels = pytest.importorskip(room.MODULE)
+    plan = Plan(count=count, steps=count, replay=16, settle=True)
+    layer = Layer(shape, plan, [0, 16, 16 - count], [0, 3, 1003], torch.bfloat16, device="cuda")
+    forms = layer.run(lambda *given: {"out": kernels.forms_for(*(given[i] for i in (3, 6, 9, 10)))}, (1, True))["out"]
+    for form in forms["out"]:
+        check(layer, lambda *given, form=form: kernels.fused_step(*given, form), (1, True))
