@@ -44,14 +44,15 @@ class Shape1(NamedTuple):
 
 MAMBA2 = {
     "Mamba2-2.7B": Shape2(80, 80, 1, 1, 64, 128),
-    "paper-8B": Shape2(32, 8, 8, 32, 128, 128),
+    "Mamba2-paper": Shape2(32, 8, 8, 32, 128, 128),
     "tiny": Shape2(4, 2, 2, 4, 8, 16),
 }
 MAMBA1 = {
-    "Mamba-2.8B": Shape1(5120, 5120, 1, 1, 5120, 1),
-    "paper-8B": Shape1(4096, 1024, 64, 256, 128, 4),
+    "Mamba1-2.8B": Shape1(5120, 5120, 1, 1, 5120, 1),
+    "Mamba1-paper": Shape1(4096, 1024, 64, 256, 128, 4),
     "tiny": Shape1(32, 16, 2, 4, 8, 2),
 }
+"""The paper's are layers of its 8B hybrids."""
 
 
 class Turn(NamedTuple):

@@ -36,7 +36,7 @@ def sizes(*shapes: str, tiny: bool = True) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("shape", "batch"), [*([("tiny", 2)] if tiny else []), *real])
 
 
-layers2, layers1 = ("Mamba2-2.7B", "paper-8B"), ("Mamba-2.8B", "paper-8B")
+layers2, layers1 = ("Mamba2-2.7B", "Mamba2-paper"), ("Mamba1-2.8B", "Mamba1-paper")
 
 
 @pytest.fixture
