@@ -90,9 +90,9 @@ def _step(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     new_dt = tl.load(dt_ptr + new_slots * dt_slot, mask=new, other=0.0)
-    c = part(c_ptr + t[None, :] * c_token + n[:, None], new[None, :], long[:, None], whole)
-    new_b = part(b_ptr + new_slots[:, None] * b_slot + n[None, :], new[:, None], long[None, :], whole)
-    new_x = part(x_ptr + new_slots[None, :] * x_slot + p[:, None], new[None, :], wide, whole)
+    c = part(c_ptr + t[None, :] * c_token + n[:, None], new[None, :], long[:, None], whole, "")
+    new_b = part(b_ptr + new_slots[:, None] * b_slot + n[None, :], new[:, None], long[None, :], whole, "")
+    new_x = part(x_ptr + new_slots[None, :] * x_slot + p[:, None], new[None, :], wide, whole, "")
     state = after(state, replayed)
     old_b = after(old_b, replayed)
     old_x = after(old_x, replayed)
@@ -135,10 +135,10 @@ def _step(  # type: ignore[no-untyped-def]
                 for first in range(0, N, COLUMNS):
                     m = first + tl.arange(0, COLUMNS)
                     short = m < SIZE
-                    b = part(b_ptr + old_slots[:, None] * b_slot + m[None, :], old[:, None], short[None, :], whole)
+                    b = part(b_ptr + old_slots[:, None] * b_slot + m[None, :], old[:, None], short[None, :], whole, "")
                     place = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + m[None, :]
                     added = times(inputs, b, 0 if EXACT else 3)
-                    before = part(place, wide, short[None, :], whole)
+                    before = part(place, wide, short[None, :], whole, "")
                     tl.store(place, before * carry + added, mask=wide & short[None, :])
 
 
@@ -187,11 +187,11 @@ def _joint_step(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     dt = tl.load(dt_ptr + s * dt_slot, mask=there, other=0.0)
-    b = part(b_ptr + s[:, None] * b_slot + n[None, :], there[:, None], long[None, :], whole)
-    c = part(c_ptr + t[:, None] * c_token + n[None, :], (t < COUNT)[:, None], long[None, :], whole)
-    x = part(x_ptr + s[:, None] * x_slot + p[None, :], there[:, None], wide[None, :], whole)
+    b = part(b_ptr + s[:, None] * b_slot + n[None, :], there[:, None], long[None, :], whole, "")
+    c = part(c_ptr + t[:, None] * c_token + n[None, :], (t < COUNT)[:, None], long[None, :], whole, "")
+    x = part(x_ptr + s[:, None] * x_slot + p[None, :], there[:, None], wide[None, :], whole, "")
     if not PDL:
-        state = part(states, wide[:, None], long[None, :], whole)
+        state = part(states, wide[:, None], long[None, :], whole, "")
 
     ahead = s - start % SLOTS
     ahead = tl.where(ahead < 0, ahead + SLOTS, ahead)

@@ -79,7 +79,7 @@ def mixed(a, b, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def part(pointers, rows, columns, WHOLE: tl.constexpr, CACHE: tl.constexpr = ""):  # type: ignore[no-untyped-def]
+def part(pointers, rows, columns, WHOLE: tl.constexpr, CACHE: tl.constexpr):  # type: ignore[no-untyped-def]
     """What is there of a tile; `columns` need not be looked at where all of them are."""
     if WHOLE:
         return tl.load(pointers, mask=rows, other=0.0, cache_modifier=CACHE)
