@@ -128,6 +128,10 @@ def _accepted_lengths(results: Results) -> Plot | None:
         return None
     timed = rounds[rounds["suite"].isin(results.timings["suite"].unique())]
     rounds = timed if len(timed) else rounds
+    at = ""
+    if "temperature" in rounds and rounds["temperature"].nunique() > 1:
+        rounds = rounds[rounds["temperature"] == rounds["temperature"].min()]
+        at = f" At temperature {rounds['temperature'].iloc[0]:g}."
     groups = [(of, group["accepted"] + 1) for of, group in rounds.groupby(["model", "decoder"], sort=False)]
     order = {name: place for place, name in enumerate(results.models["model"])}
     groups.sort(key=lambda group: order.get(group[0][0], len(order)))
@@ -144,8 +148,8 @@ def _accepted_lengths(results: Results) -> Plot | None:
     axes.set_xticks(range(1, longest + 1))
     axes.set_xlabel("accepted length, tokens per round")
     axes.set_ylabel("share of rounds, %")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    note = "Tokens that a round of verification yields, the correction or bonus token included."
+    axes.legend(frameon=False, fontsize=9 if len(groups) <= 6 else 7, labelcolor=INK)
+    note = f"Tokens that a round of verification yields, the correction or bonus token included.{at}"
     return Plot("accepted-lengths", "Accepted lengths", note, svg_of(figure))
 
 

@@ -11,6 +11,7 @@ from .options import NoOptions
 TABLES = (
     ("quality", "quality:Quality", "Each metric of each model beside its teacher's, with errors and recovery"),
     ("distillation", "distillation:Distillation", "Distance from the teacher and what training took, a row per model"),
+    ("speculation", "speculation:Speculation", "Decoders that draft: acceptance, speed-up, prediction and checks"),
     ("speed", "speed:Speed", "Latency, throughput, speed-up and memory per decoder"),
     ("training-speed", "training_speed:TrainingSpeed", "Time, memory and arithmetic of training steps"),
     ("acceptance", "acceptance:Acceptance", "Accepted lengths of speculative decoding, by position"),

@@ -51,6 +51,9 @@ FIGURES = (
     *("weights MB", "KV MB", "state MB", "peak MB", "blocks"),
 )
 NAMES = {"prompt_tokens": "prompt", "new_tokens": "new"}
+REQUESTS = ("suite", *(NAMES.get(name, name) for name in REQUEST))
+OF_DRAFTS = ("by position %", "predicted")
+"""Figures that only the table of speculation has, to keep this one narrower."""
 
 
 class Speed:
@@ -63,8 +66,7 @@ class Speed:
         f"{100 * LEVEL:.0f}\u00a0% interval of the paired blocks; printed only where text of that "
         "temperature, greedy text at that batch size, was checked to be the reference decoder's, for every seed and "
         "on the same kind of device in the same dtype (on a CPU in float64). "
-        "Accepted length: tokens per round, the bonus token included. By position: shares of rounds that accept the "
-        "draft's first, second, … token. Scripted: drafts stood by chance at this rate, "
+        "Accepted length: tokens per round, the bonus token included. Scripted: drafts stood by chance at this rate, "
         "whatever the model said, so the speed is that of drafts as good. Distinct 4-grams: of the runs of four tokens "
         "in a text, those that are different; text that loops has few. Copy and read bandwidth: the bytes that a plain "
         "step must move, over TPOT, as a share of what a copy moves beside it on the device, and of what is read where "
@@ -78,70 +80,75 @@ class Speed:
         self.config = config
 
     def frame(self, results: Results) -> pd.DataFrame | None:
-        timed = set(zip(results.timings["store"], results.timings["suite"], strict=True))
-        training = suites_with(results, use=TRAINING)
-        cells = measuring(results, (suites_with(results, traits=("alone",)) | timed) - training)
-        if cells.empty:
-            return None
-        states = failures(cells, WHO)
-        blocks = _blocks(results)
-        requests = ["suite", *(column for column in REQUEST if column in blocks)]
-        groups = dict(iter(blocks.groupby(WHO, sort=False)))
-        check, lengths = Check(results), _accepted_lengths(results, requests)
-        rows = []
-        for who in in_plan_order(results, [*groups, *states]):
-            model, decoder, suite = who
-            state = states.get(who, "ok")
-            if who not in groups:
-                rows.append({"model": model, "decoder": decoder, "state": state, "suite": suite})
-                continue
-            for request, of in groups[who].groupby(requests, sort=False, dropna=False):
-                row = self._row(results, model, decoder, dict(zip(requests, request, strict=True)), of)
-                row |= {"state": state, **lengths.get((model, decoder, *request), {})}
-                if row.get("accepted length") is None:
-                    row |= _bandwidths(results, row, of)
-                if decoder in results.decoders[:1]:
-                    row["lossless"] = "reference"
-                else:
-                    steps = set(zip(of["store"], of["key"], strict=True))
-                    row["lossless"] = check.verdict(model, decoder, steps, row.get("temperature"), row.get("batch"))
-                if row["lossless"] == "yes":
-                    row |= _speed_up(blocks, row, requests)
-                if row.get("speed-up") and (predicted := _predicted(results, row, of)):
-                    row |= {"predicted": predicted, "of predicted": row["speed-up"].value / predicted}
-                rows.append(row)
-        columns = ["model", "decoder", *requests, "state", *FIGURES]
-        frame = table_of(with_teachers(results, rows, cells), columns).rename(columns=NAMES)
-        constant = [name for name in ("suite", "new", "temperature", "content") if name in frame]
-        frame = only_failures(frame).drop(columns=[name for name in constant if frame[name].nunique() <= 1])
-        return drop_empty(frame, [*(NAMES.get(name, name) for name in requests), *FIGURES])
+        whole = figures(results)
+        return None if whole is None else whole.drop(columns=list(OF_DRAFTS), errors="ignore")
 
-    def _row(
-        self, results: Results, model: str, decoder: str, request: dict[str, Any], of: pd.DataFrame
-    ) -> dict[str, Any]:
-        subject = of[of["arm"] == "subject"]
-        own = subject if len(subject) else of
-        tpot = st.geometric_mean(own["tpot_s"]).value
-        row = {
-            "model": model,
-            "decoder": decoder,
-            **request,
-            "TTFT ms": 1e3 * st.geometric_mean(own["ttft_s"]).value,
-            "TPOT ms": 1e3 * tpot,
-            "tokens/s": st.geometric_mean(own["decode_tokens_per_s"]).value,
-            "blocks": len(own),
-        }
-        facts = results.facts[results.facts["key"].isin(own["key"]) & (results.facts["model"] == model)]
-        for column, unit, names in (
-            ("weights MB", 1 / MEGA, ("weights",)),
-            ("KV MB", 1 / MEGA, (*(f"KV cache, {of}" for of in called(request)), "KV cache")),
-            ("state MB", 1 / MEGA, (*(f"state, {of}" for of in called(request)), "state")),
-            ("peak MB", 1 / MEGA, ("peak device memory", "peak memory of the process")),
-            ("distinct 4-grams %", 100, tuple(f"distinct 4-grams, {of}" for of in called(request))),
-        ):
-            known = facts[facts["name"].isin(names) & facts["arm"].isin(["", own["arm"].iloc[0]])]
-            row[column] = unit * float(known["value"].astype(float).max()) if len(known) else None
-        return row
+
+def figures(results: Results) -> pd.DataFrame | None:
+    """All that is known of a decoder's speed; one row per model, decoder and kind of request."""
+    timed = set(zip(results.timings["store"], results.timings["suite"], strict=True))
+    training = suites_with(results, use=TRAINING)
+    cells = measuring(results, (suites_with(results, traits=("alone",)) | timed) - training)
+    if cells.empty:
+        return None
+    states = failures(cells, WHO)
+    blocks = _blocks(results)
+    requests = ["suite", *(column for column in REQUEST if column in blocks)]
+    groups = dict(iter(blocks.groupby(WHO, sort=False)))
+    check, lengths = Check(results), _accepted_lengths(results, requests)
+    rows = []
+    for who in in_plan_order(results, [*groups, *states]):
+        model, decoder, suite = who
+        state = states.get(who, "ok")
+        if who not in groups:
+            rows.append({"model": model, "decoder": decoder, "state": state, "suite": suite})
+            continue
+        for request, of in groups[who].groupby(requests, sort=False, dropna=False):
+            row = _row(results, model, decoder, dict(zip(requests, request, strict=True)), of)
+            row |= {"state": state, **lengths.get((model, decoder, *request), {})}
+            if row.get("accepted length") is None:
+                row |= _bandwidths(results, row, of)
+            if decoder in results.decoders[:1]:
+                row["lossless"] = "reference"
+            else:
+                steps = set(zip(of["store"], of["key"], strict=True))
+                row["lossless"] = check.verdict(model, decoder, steps, row.get("temperature"), row.get("batch"))
+            if row["lossless"] == "yes":
+                row |= _speed_up(blocks, row, requests)
+            if row.get("speed-up") and (predicted := _predicted(results, row, of)):
+                row |= {"predicted": predicted, "of predicted": row["speed-up"].value / predicted}
+            rows.append(row)
+    columns = ["model", "decoder", *requests, "state", *FIGURES]
+    frame = table_of(with_teachers(results, rows, cells), columns).rename(columns=NAMES)
+    constant = [name for name in ("suite", "new", "temperature", "content") if name in frame]
+    frame = only_failures(frame).drop(columns=[name for name in constant if frame[name].nunique() <= 1])
+    return drop_empty(frame, [*(NAMES.get(name, name) for name in requests), *FIGURES])
+
+
+def _row(results: Results, model: str, decoder: str, request: dict[str, Any], of: pd.DataFrame) -> dict[str, Any]:
+    subject = of[of["arm"] == "subject"]
+    own = subject if len(subject) else of
+    tpot = st.geometric_mean(own["tpot_s"]).value
+    row = {
+        "model": model,
+        "decoder": decoder,
+        **request,
+        "TTFT ms": 1e3 * st.geometric_mean(own["ttft_s"]).value,
+        "TPOT ms": 1e3 * tpot,
+        "tokens/s": st.geometric_mean(own["decode_tokens_per_s"]).value,
+        "blocks": len(own),
+    }
+    facts = results.facts[results.facts["key"].isin(own["key"]) & (results.facts["model"] == model)]
+    for column, unit, names in (
+        ("weights MB", 1 / MEGA, ("weights",)),
+        ("KV MB", 1 / MEGA, (*(f"KV cache, {of}" for of in called(request)), "KV cache")),
+        ("state MB", 1 / MEGA, (*(f"state, {of}" for of in called(request)), "state")),
+        ("peak MB", 1 / MEGA, ("peak device memory", "peak memory of the process")),
+        ("distinct 4-grams %", 100, tuple(f"distinct 4-grams, {of}" for of in called(request))),
+    ):
+        known = facts[facts["name"].isin(names) & facts["arm"].isin(["", own["arm"].iloc[0]])]
+        row[column] = unit * float(known["value"].astype(float).max()) if len(known) else None
+    return row
 
 
 def _predicted(results: Results, row: dict[str, Any], of: pd.DataFrame) -> float | None:

@@ -128,7 +128,7 @@ def test_every_draft_is_shown_with_its_acceptance_and_the_check_of_its_text(tabl
     )
     found = tables("drafts", *given, *small)
     drafting = ("lookup", "layers", "own", "adaptive")
-    rows = {(row["decoder"], float(row["temperature"])): row for row in found["speed"] if row["decoder"] in drafting}
+    rows = {(row["decoder"], float(row["temperature"])): row for row in found["speculation"]}
     assert {row["model"] for row in rows.values()} == {"half"}
     assert set(rows) == {(decoder, at) for decoder in drafting for at in (0, 1)}
     checked = {which: row for which, row in rows.items() if row["lossless"] == "yes"}

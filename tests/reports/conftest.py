@@ -11,6 +11,7 @@ from mambabench.reports.cost import Cost, Steps
 from mambabench.reports.losslessness import Losslessness
 from mambabench.reports.options import NoOptions
 from mambabench.reports.quality import Quality
+from mambabench.reports.speculation import Speculation
 from mambabench.reports.speed import Speed
 
 MODELS = (("teacher", None, 0.95, 1.0), ("half", 0.5, 0.85, 1.2), ("pure", 0, 0.5, 1.6))
@@ -89,7 +90,13 @@ def _model(stores, builder, model, seed, chance, nll, differing, check, told):
 @pytest.fixture(scope="session")
 def report_of():
     """The report of a store, made once for each."""
-    made = {"quality": Quality, "speed": Speed, "acceptance": Acceptance, "losslessness": Losslessness}
+    made = {
+        "quality": Quality,
+        "speculation": Speculation,
+        "speed": Speed,
+        "acceptance": Acceptance,
+        "losslessness": Losslessness,
+    }
     tables = {name: table(NoOptions()) for name, table in {**made, "cost": Cost, "steps": Steps}.items()}
 
     def fresh(store, with_plots=False, **more):

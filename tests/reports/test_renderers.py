@@ -59,7 +59,7 @@ def test_all_formats_contain_the_same_figures(make, report_of, tmp_path):
     html.feed(page(report))
     markdown = markdown_tables(Markdown(NoOptions()).render(report, tmp_path / "out").read_text())
     assert html.tables == markdown
-    assert len(markdown) == len(report.sections) == 6
+    assert len(markdown) == len(report.sections) == 7
     folder = Csv(NoOptions()).render(report, tmp_path / "out")
     for section, (heads, *rows) in zip(report.sections, markdown, strict=True):
         with (folder / f"{section.name}.csv").open(newline="") as file:

@@ -121,14 +121,27 @@ def test_speed_is_that_of_the_definitions(make, frames_of):
     for what, speed in (("copy", 4e9), ("read", 5e9)):
         assert plain[f"{what} bandwidth %"] == pytest.approx(100 * (4e6 / speed) / (plain["TPOT ms"] / 1e3))
         assert math.isnan(number(lookup[f"{what} bandwidth %"]))
+    assert math.isnan(number(plain["of predicted"]))
+
+
+def test_speculation_shows_what_its_rounds_gain_beside_what_they_should(make, frames_of):
+    frames = frames_of(make())
+    found = frames["speculation"]
+    assert found["model"].tolist() == ["teacher", "half"]
+    lookup, timed = row(found, model="half", decoder="lookup"), row(frames["speed"], model="half", decoder="lookup")
+    for same in ("TPOT ms", "reference TPOT ms", "speed-up", "of predicted", "lossless", "distinct 4-grams %"):
+        assert text(lookup[same]) == text(timed[same]) != "–"
     assert lookup["predicted"] == pytest.approx(lookup["accepted length"].value * 0.001 / 0.002)
     assert lookup["of predicted"] == pytest.approx(lookup["speed-up"].value / lookup["predicted"])
-    assert math.isnan(number(plain["predicted"]))
+    positions = [int(share) for share in lookup["by position %"].split()]
+    assert len(positions) == lookup["k"] == 4
+    assert sum(positions) / 100 + 1 == pytest.approx(lookup["accepted length"].value, abs=0.02)
+    assert not {"predicted", "by position %"} & set(frames["speed"])
 
 
 def test_of_adaptive_rounds_the_prediction_is_what_was_expected_of_windows(make, frames_of):
     costs = (("cost of a round, K = 2", 0.0015), ("adaptive K, predicted time per token", 0.0008))
-    lookup = row(frames_of(make(told=costs))["speed"], model="half", decoder="lookup")
+    lookup = row(frames_of(make(told=costs))["speculation"], model="half", decoder="lookup")
     assert lookup["predicted"] == pytest.approx(0.001 / 0.0008)
     assert lookup["of predicted"] == pytest.approx(lookup["speed-up"].value / 1.25)
 
@@ -142,8 +155,9 @@ def test_what_the_plan_skips_has_rows_in_the_table_of_steps_alone(make, frames_o
 
 
 def test_without_a_cost_for_its_k_no_speed_up_is_predicted(make, frames_of):
-    found = frames_of(make(told=(("cost of a round, K = 2", 0.0015),)))["speed"]
-    assert "predicted" not in found
+    found = frames_of(make(told=(("cost of a round, K = 2", 0.0015),)))["speculation"]
+    assert not {"predicted", "of predicted"} & set(found)
+    assert "speed-up" in found
 
 
 @pytest.mark.parametrize(
