@@ -122,11 +122,14 @@ def _fused_step(  # type: ignore[no-untyped-def]
     long = n < SIZE
     new = token < COUNT
 
-    start = tl.load(start_ptr + row)
-    replayed = start - tl.load(saved_ptr + row)
+    start = tl.load(start_ptr + row, cache_modifier=".cg")
+    replayed = start - tl.load(saved_ptr + row, cache_modifier=".cg")
     states = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :]
     inside = wide[:, None] & long[None, :]
-    state = tl.load(states) if whole else tl.load(states, mask=inside, other=0.0)
+    if whole:
+        state = tl.load(states, cache_modifier=".cg")
+    else:
+        state = tl.load(states, mask=inside, other=0.0, cache_modifier=".cg")
     x_ptr += row * (SLOTS * KEPT) + head // X_HEADS * WIDTH
     b_ptr += row * (SLOTS * KEPT) + head // B_HEADS * SIZE
     dt_ptr += row * (SLOTS * HEADS) + head
@@ -136,13 +139,15 @@ def _fused_step(  # type: ignore[no-untyped-def]
     else:
         slots, back, there = back, r, r < replayed
     old = there & (back < replayed)
-    old_dt = tl.load(dt_ptr + slots * HEADS, mask=there, other=0.0)
+    old_dt = tl.load(dt_ptr + slots * HEADS, mask=there, other=0.0, cache_modifier=".cg")
     old_b = tl.load(
-        b_ptr + slots[:, None] * KEPT + n[None, :], mask=there[:, None] & (long[None, :] | whole), other=0.0
-    )
+        b_ptr + slots[:, None] * KEPT + n[None, :], mask=there[:, None] & (long[None, :] | whole), other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
     old_x = tl.load(
-        x_ptr + slots[:, None] * KEPT + p[None, :], mask=there[:, None] & (wide[None, :] | whole), other=0.0
-    )
+        x_ptr + slots[:, None] * KEPT + p[None, :], mask=there[:, None] & (wide[None, :] | whole), other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
 
     x_channel = head // X_HEADS * WIDTH + p[None, :]
     b_channel = HEADS // X_HEADS * WIDTH + head // B_HEADS * SIZE + n[None, :]
