@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from mambabench.kernels.multistep import Channels, Plan, Projected, Ring
+from mambabench.kernels.multistep.fused_step import Front, Gate
 from torch import Tensor
 
 TAPS = 4
@@ -25,6 +27,8 @@ class Shape2(NamedTuple):
     width: int
     size: int
     """States of a number of a head."""
+    normed: int
+    """Numbers that the gated norm takes together."""
 
 
 class Shape1(NamedTuple):
@@ -43,9 +47,9 @@ class Shape1(NamedTuple):
 
 
 MAMBA2 = {
-    "Mamba2-2.7B": Shape2(80, 80, 1, 1, 64, 128),
-    "Mamba2-paper": Shape2(32, 8, 8, 32, 128, 128),
-    "tiny": Shape2(4, 2, 2, 4, 8, 16),
+    "Mamba2-2.7B": Shape2(80, 80, 1, 1, 64, 128, 5120),
+    "Mamba2-paper": Shape2(32, 8, 8, 32, 128, 128, 128),
+    "tiny": Shape2(4, 2, 2, 4, 8, 16, 16),
 }
 MAMBA1 = {
     "Mamba1-2.8B": Shape1(5120, 5120, 1, 1, 5120, 1),
@@ -84,47 +88,78 @@ class Mamba2:
     """Buffers of a Mamba-2 layer, and T new tokens: in the ring already, and in front of the convolution."""
 
     def __init__(self, shape: Shape2, batch: int, plan: Plan, device: torch.device | str = "cuda") -> None:
-        heads, x_groups, b_groups, c_groups, width, size = shape
+        heads, x_groups, b_groups, c_groups, width, size, _ = shape
         self.shape, self.batch, self.plan = shape, batch, plan
-        slots, sizes = plan.replay + plan.steps, [(x_groups, width), (b_groups, size)]
-        kept = sum(groups * each for groups, each in sizes)
+        slots, inner, kept = plan.replay + plan.steps, heads * width, x_groups * width + b_groups * size
         channels = kept + c_groups * size
 
         def normal(*sizes: int) -> Tensor:
             return torch.randn(sizes, device=device, dtype=torch.bfloat16)
 
         self.whole, self.C = normal(batch, slots, kept), normal(batch, plan.count, c_groups, size)
-        parts = self.whole.split([groups * each for groups, each in sizes], dim=2)
-        views = (part.unflatten(2, pair) for part, pair in zip(parts, sizes, strict=True))
-        self.ring = Ring(*views, 0.1 * torch.rand(batch, slots, heads, device=device))
+        self.dt = 0.1 * torch.rand(batch, slots, heads, device=device)
         self.A, self.D = -torch.rand(heads, device=device) - 0.5, torch.ones(heads, device=device)
         self.dt_bias = torch.rand(heads, device=device) - 4
         self.state = torch.randn(batch, heads, width, size, device=device)
-        projected = normal(batch, plan.count, heads * width + channels + heads)
-        self.z, self.u = projected[..., : heads * width].flatten(0, 1), projected[..., heads * width :]
+        projected = normal(batch, plan.count, inner + channels + heads)
+        self.z, self.u = projected[..., :inner], projected[..., inner:]
         self.window = normal(batch, plan.count + TAPS - 1, channels + heads)
         self.weight, self.bias = torch.randn(channels, TAPS, device=device), torch.zeros(channels, device=device)
+        self.norm = normal(inner)
+
+    @property
+    def ring(self) -> Ring:
+        shape = self.shape
+        x, B = self.whole.tensor_split((shape.x_groups * shape.width,), dim=2)
+        return Ring(x.unflatten(2, (-1, shape.width)), B.unflatten(2, (-1, shape.size)), self.dt)
+
+    def row(self, row: int) -> Mamba2:
+        """A copy of one row in fp64."""
+        one, some = copy.copy(self), slice(row, row + 1)
+        for name in ("whole", "C", "dt", "state", "z", "u", "window"):
+            setattr(one, name, getattr(self, name)[some].double())
+        for name in ("A", "D", "dt_bias", "weight", "bias", "norm"):
+            setattr(one, name, getattr(self, name).double())
+        return one
 
     def step(self, turn: Turn) -> tuple[object, ...]:
         """Arguments of `ring_multistep`."""
         return self.ring, self.C, self.A, self.D, self.state, *turn, self.plan
 
+    def fused_step(self, turn: Turn) -> tuple[object, ...]:
+        """Arguments of `fused_step`."""
+        front = Front(self.weight, self.bias, self.dt_bias, self.window, self.whole, True)
+        gate = Gate(self.norm, None, self.shape.normed, 1e-5)
+        given = self.u, self.z.flatten(0, 1), front, self.ring
+        return *given, self.A, self.D, self.state, *turn, self.plan, gate
+
     def convolution(self, start: Tensor) -> tuple[object, ...]:
         """Arguments of `convolve`."""
-        rings = self.window, self.whole, self.ring.dt
+        rings = self.window, self.whole, self.dt
         return self.u, self.weight, self.bias, self.dt_bias, *rings, start, True
 
+    def state_bytes(self, written: float) -> float:
+        """The checkpoint read, and written in a part of the rows."""
+        return self.state.nbytes * (1 + written)
+
+    def token_bytes(self, tokens: float) -> float:
+        """x, B and dt in the ring."""
+        return self.batch * tokens * (2 * self.whole.shape[2] + 4 * self.shape.heads)
+
     def step_bytes(self, replayed: float, written: float) -> float:
-        """The checkpoint read, and written in a part of the rows; x, B and dt of all tokens; C and y of new ones."""
-        tokens, (heads, _, _, c_groups, width, size) = replayed + self.plan.count, self.shape
-        activations = tokens * (2 * self.whole.shape[2] + 4 * heads)
-        new = 2 * self.plan.count * (c_groups * size + heads * width)
-        return self.state.nbytes * (1 + written) + self.batch * (activations + new)
+        """The checkpoint; x, B and dt of all tokens; C and y of new ones."""
+        new = self.C.nbytes + self.z.numel() * 2
+        return self.state_bytes(written) + self.token_bytes(replayed + self.plan.count) + new
 
     def convolution_bytes(self) -> float:
-        """u read and kept, the window before it, and what comes of it."""
-        count, heads, channels = self.plan.count, self.shape.heads, self.weight.shape[0]
-        return self.batch * (2 * (2 * count * (channels + heads) + (TAPS - 1 + count) * channels) + 4 * count * heads)
+        """Inputs read and kept, those before them read; x, B, dt and C."""
+        before = 2 * self.batch * (TAPS - 1) * len(self.weight)
+        return 2 * 2 * self.u.numel() + before + self.token_bytes(self.plan.count) + self.C.nbytes
+
+    def fused_step_bytes(self, replayed: float, written: float) -> float:
+        """Those of both, without what one hands to the other; the gate."""
+        handed = 2 * self.C.nbytes + self.token_bytes(self.plan.count)
+        return self.step_bytes(replayed, written) + self.convolution_bytes() - handed + 2 * self.z.numel()
 
     def tokens(self, turn: Turn, row: int) -> tuple[Tensor, ...]:
         """x, dt, B of one row's tokens from its checkpoint to the last, and C of new ones, as fp64 of every head."""

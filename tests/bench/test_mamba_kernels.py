@@ -19,6 +19,7 @@ from mambabench.kernels.multistep import (
     selective_multistep_loop,
     selective_ring_multistep,
 )
+from mambabench.kernels.multistep.fused_step import fused_step, separate_step
 from mambabench.kernels.scan.fused import TUNED
 from mambabench.kernels.tuning import compile_side_by_side
 from torch import Tensor
@@ -78,7 +79,7 @@ def test_mamba2_convolution(
         return (inputs.Mamba2(inputs.MAMBA2[shape], batch, MAMBA2, device),)
 
     def run(layer: Any) -> tuple[Tensor, ...]:
-        return convolve(*layer.convolution(next(now))), layer.whole, layer.ring.dt
+        return convolve(*layer.convolution(next(now))), layer.whole, layer.dt
 
     found = cold(make, run, moved=make()[0].convolution_bytes())
     (layer,) = cold.inputs(make)
@@ -90,6 +91,25 @@ def test_mamba2_convolution(
     slots = torch.arange(start, start + TOKENS) % layer.whole.shape[1]
     dt = F.softplus(layer.u[row, :, channels:].double() + layer.dt_bias)
     assert_near([found[0][row], found[1][row, slots], found[2][row, slots]], [left, kept, dt])
+
+
+@sizes(*layers2)
+@pytest.mark.parametrize("form", ["ours", "separate"])
+def test_mamba2_between_projections(
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int, form: str
+) -> None:
+    """Convolution, step, gate and norm: in one kernel if that is the faster way, and in one for each."""
+    rounds = inputs.turns(MAMBA2, batch, ROUNDS, device)
+    now, way = itertools.cycle(rounds), fused_step if form == "ours" else separate_step
+
+    def make() -> tuple[Any]:
+        return (inputs.Mamba2(inputs.MAMBA2[shape], batch, MAMBA2, device),)
+
+    moved = make()[0].fused_step_bytes(*inputs.means(MAMBA2, rounds))
+    found = cold(make, lambda layer: way(*layer.fused_step(next(now))), moved=moved, calls=ROUNDS)
+    (layer,) = cold.inputs(make)
+    first = type(rounds[0])(*(at[:1] for at in rounds[0]))
+    assert_near(found[:TOKENS], separate_step(*layer.row(0).fused_step(first)), within=2.0**-6)
 
 
 @sizes(*layers2, tiny=False)
