@@ -39,17 +39,18 @@ def compiled(forms: Sequence[F], state: Tensor, run: Run[F]) -> None:
 def fastest(forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats: int = 16) -> F:
     """The form in which `run` takes the least time on checkpoints like `state`.
 
-    Their rows are at every stage between two writes of the checkpoint, and they take turns, so that they are not found
-    in the cache.
+    They are at every stage between two writes of the checkpoint, row by row and call by call, and they take turns, so
+    that they are not found in the cache.
     """
     checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
     saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
-    start = 1 + (torch.arange(state.shape[0], device=state.device) % plan.replay).int()
+    stages = torch.arange(state.shape[0], device=state.device)
+    starts = [1 + ((stages + i * plan.replay // repeats) % plan.replay).int() for i in range(repeats)]
     compiled(forms, state, run)
 
     def milliseconds(form: F) -> float:
         """Of the best of three graphs; no end of them where the form does not fit on the device."""
-        turns = [partial(run, form, checkpoints[i % len(checkpoints)], start, saved, False) for i in range(repeats)]
+        turns = [partial(run, form, checkpoints[i % len(checkpoints)], starts[i], saved, False) for i in range(repeats)]
         try:
             return min(graph_ms(turns, repeats=3))
         except triton.TritonError:

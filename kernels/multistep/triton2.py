@@ -74,7 +74,8 @@ def _step(  # type: ignore[no-untyped-def]
     c_ptr += row * c_row + head // C_HEADS * SIZE
     if FETCH:
         slots = tl.minimum(tl.arange(0, FETCH), SLOTS - 1)
-        fetched(b_ptr + slots[:, None] * b_slot + 64 * tl.arange(0, (N + 63) // 64)[None, :])
+        lines = tl.minimum(64 * tl.arange(0, (N + 63) // 64), SIZE - 1)
+        fetched(b_ptr + slots[:, None] * b_slot + lines[None, :])
         fetched(x_ptr + slots * x_slot + tl.program_id(0) % tiles * BLOCK_P)
         fetched(dt_ptr + slots * dt_slot)
     r = tl.arange(0, R)
@@ -181,7 +182,8 @@ def _joint_step(  # type: ignore[no-untyped-def]
     if PDL:
         state = part(states, wide[:, None], long[None, :], whole, ".cg")
         slots = tl.minimum(s, SLOTS - 1)
-        fetched(b_ptr + slots[:, None] * b_slot + 64 * tl.arange(0, (N + 63) // 64)[None, :])
+        lines = tl.minimum(64 * tl.arange(0, (N + 63) // 64), SIZE - 1)
+        fetched(b_ptr + slots[:, None] * b_slot + lines[None, :])
         fetched(x_ptr + slots * x_slot + tl.program_id(0) % tiles * BLOCK_P)
         fetched(dt_ptr + slots * dt_slot)
         gdc_wait()
@@ -331,6 +333,7 @@ class Form(NamedTuple):
 TILES = ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
 FORMS = (
     *(Form(block, warps, columns) for columns in (0, 32) for block, warps in TILES),
+    *(Form(32, 1), Form(64, 2)),
     *(Form(16, warps, straight=True, fetch=True) for warps in (1, 2, 4)),
     *(Form(16, warps, fetch=True) for warps in (1, 4)),
     *(Form(*tile, joint=True, straight=True) for tile in ((16, 1), (16, 2), (16, 4), (32, 4))),
@@ -446,12 +449,17 @@ def forms_for(ring: Ring, state: Tensor, plan: Plan) -> list[Form]:
 
     64 rows are products of warp groups, for which Triton 3.6 and 3.7 make code that reads beyond its shared memory in
     some kernels of several products (its issues 11366 and 10629). A replay of more than 16 tokens ended in an illegal
-    access on an H200, so such replays have smaller tiles.
+    access on an H200, so such replays have smaller tiles. One warp has not the registers for more than 32.
     """
     width, size = (_tile(n) for n in state.shape[2:])
     most = 16 if ring.x.dtype == torch.float32 else 32 if _tile(plan.replay) > 16 else width
     joint = fits(ring, plan) and ring.x.dtype != torch.float32
-    return [form for form in FORMS if form.block <= min(width, most) and form.columns < size and form.joint <= joint]
+    fewest = 2 if _tile(plan.replay) > 32 else 1
+    return [
+        form
+        for form in FORMS
+        if form.block <= min(width, most) and form.columns < size and form.joint <= joint and form.warps >= fewest
+    ]
 
 
 def convolve(
