@@ -122,6 +122,7 @@ def check(layer: Layer, plan: Plan, form: Any, pieces: int, start: Tensor, saved
     one = slice(0, 1)
     given, C = Ring(*(t[one] for t in layer.ring.parts())), layer.C[one]
     state, at = layer.state[one].clone(), (start[one], saved[one])
+    torch.cuda.synchronize()  # which a kernel that begins early does not wait for
     y = triton2.ring_multistep(given, C, layer.A, layer.D, state, *at, plan, form, pieces)
     exact = Ring(*(exactly(t) for t in given.parts()))
     others = [exactly(t) for t in (C, layer.A, layer.D, layer.state[one])]
@@ -362,6 +363,7 @@ def check_selective(made: Selective, plan: Plan, form: Any, start: Tensor, saved
     exact = Projected(*(exactly(t) for t in new.parts()))
     exact_layer = Channels(*(exactly(t) for t in made.parameters()), silu=True, repeat=layer.repeat, span=layer.span)
     exact_ring, exact_state = exactly(ring), exactly(state)
+    torch.cuda.synchronize()
     y = triton1.selective_ring_multistep(new, layer, ring, state, *at, plan, form)
     want = plain_selective_ring_multistep(exact, exact_layer, exact_ring, exact_state, *(t.cpu() for t in at), plan)
     errors = [float((exactly(a) - b).norm() / b.norm()) for a, b in ((y, want), (state, exact_state))]

@@ -74,6 +74,12 @@ def filled(shape, plan, batch, dtype, seed, starts, device="cpu"):
     return layer, start
 
 
+def finished():
+    """All inputs are written, which a kernel that begins early does not wait for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def error(got, want):
     return float((got.double() - want).norm() / want.norm())
 
@@ -82,6 +88,7 @@ def errors(way, layer, start):
     """Of y and of the state, against fp64, and of plain PyTorch with the inputs' dtypes, both on a CPU; y is rounded to
     x's dtype."""
     given = layer.ring, layer.C, layer.A, layer.D, layer.state.clone()
+    finished()
     y = way(*given, start, layer.saved, layer.plan)
     made = [(y.cpu(), given[-1].cpu())]
     for exact in (False, True):
@@ -195,6 +202,7 @@ def check_rounds(kernels, shape, replay, rounds, device):
     for _ in range(rounds):
         layer.put(start, count)
         given = layer.C, layer.A, layer.D
+        finished()
         y = kernels.ring_multistep(layer.ring, *given, layer.state, start, saved, plan)
         plain_ring_multistep(layer.ring, *given, plain, start, saved, plan)
         want = plain_ring_multistep(*layer.exact()[:4], exact, start, saved, plan)
@@ -242,6 +250,7 @@ def test_in_the_interpreter_the_convolution_is_pytorch_s(kernels, dtype, channel
 def check_convolution(way, given, device):
     """Against PyTorch in fp64, rounded once; the window as it is."""
     made = [t.to(device, copy=True) if isinstance(t, torch.Tensor) else t for t in given]
+    finished()
     left = way(*made)
     exact = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in given]
     want = plain_convolve(*exact)
