@@ -18,6 +18,7 @@ from torch import Tensor
 from ..harness.interfaces import Cost, MambabenchError, Rollback, Scores, Tokenizer
 from ..kernels.entry import enter
 from ..kernels.few_rows import Projection, project
+from ..kernels.rounds import greedy
 from ..kernels.scan.reference import compute_dtype
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
 from .graphs import Graphs, Recorder, alone, capturing, wanted
@@ -46,7 +47,7 @@ class HybridStepper:
         self.max_context: int = model.config.max_position_embeddings
         weight = model.lm_head.weight
         self.device, self.dtype = str(weight.device), str(weight.dtype).removeprefix("torch.")
-        self.traits = frozenset({"rollback", "shrinks", "snapshots"})
+        self.traits = frozenset({"rollback", "shrinks", "snapshots", "picks"})
         self.layers = len(model.model.layers)
         self.debug = debug
         """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
@@ -90,19 +91,24 @@ class HybridStepper:
         return logits
 
     @torch.inference_mode()
-    def advance(self, ids: Tensor, start: Tensor, state: State, settle: bool = True) -> Tensor:
-        """Runs ids [B, T] at `start` [B] -> logits [B, T, V]. A caller that records a graph of its own records the
+    def advance(
+        self, ids: Tensor, start: Tensor, state: State, settle: bool = True, last: Tensor | None = None
+    ) -> Tensor:
+        """Runs ids [B, T] at `start` [B] -> logits [B, T, V]. The likeliest of logits `last` [B, V], if given, are put
+        into ids[:, -1], contiguous, first. A caller that records a graph of its own records the
         call with it; its memory must have met a call of the same shape before."""
         if state.graphs is None or alone(start):
-            return self._run(ids, start, state, settle)
+            return self._run(ids, start, state, settle, last)
+        if last is not None:
+            greedy(last, ids[:, -1])
         if self._looks(start):
             self._check(ids.shape[1], start, state, settle)
         return state.graphs.run(lambda ids, start: self._run(ids, start, state, settle), ids, start, settle)
 
-    def _run(self, ids: Tensor, start: Tensor, state: State, settle: bool) -> Tensor:
+    def _run(self, ids: Tensor, start: Tensor, state: State, settle: bool, last: Tensor | None = None) -> Tensor:
         calls = self._advance(ids.shape[1], start, state, settle)
         table, plan = self.model.model.embed_tokens.weight, state.plan(ids.shape[1], settle)
-        stream = enter(ids, table, start, state.cursors, plan)
+        stream = enter(ids, table, start, state.cursors, plan, last)
         for name, layer, cache in zip(self.config.calls, self._layers, state.layers, strict=True):
             stream = layer.step(stream, cache, calls.get(name))
         return project(self._into_logits, stream, compute_dtype(stream.h))[0].view(*ids.shape, -1)

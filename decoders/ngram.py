@@ -27,10 +27,10 @@ class NgramDraft:
     def follow(self, state: None, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, None]:
         return *match(ids, length, k, self.longest, self.shortest), None
 
-    def follow_into(self, state: None, texts: Texts, k: int) -> tuple[Tensor, None]:
+    def follow_into(self, state: None, texts: Texts, k: int) -> tuple[Tensor, None, None]:
         """`follow`, with the drafts in the place of the next round's."""
         drafts = texts.inputs.drafts(k)
-        return match(texts.ids, texts.length, k, self.longest, self.shortest, drafts)[1], None
+        return match(texts.ids, texts.length, k, self.longest, self.shortest, drafts)[1], None, None
 
     def again(self, state: None, prompts: Sequence[Prompt], limits: Limits) -> bool:
         return True

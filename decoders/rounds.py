@@ -17,16 +17,17 @@ from ..harness.interfaces import DeviceDraft, Draft, Limits, Stepper
 from ..kernels.rounds import Drawn, finish, finish_greedy, finish_rejected
 from .breakdown import DRAFT, TARGET, section
 from .results import Results
-from .sampling import judge, kept, pick
+from .sampling import advance, judge, kept, pick
 from .texts import Texts
 
 
 class Drafting(Protocol):
     """A draft at work on one batch."""
 
-    def __call__(self, texts: Texts, k: int) -> tuple[Tensor, Tensor | Drawn | None]:
+    def __call__(self, texts: Texts, k: int) -> tuple[Tensor, Tensor | Drawn | None, Tensor | None]:
         """Puts k tokens a row, or all that it has, into the next round's inputs. Returns how many are real, int32 [B],
-        and what they were drawn from, if they were: of each of them."""
+        what they were drawn from, if they were, and logits [B, V] whose likeliest the last of them is, if it is still
+        to be put there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -58,8 +59,8 @@ def draft_round(
     samples = limits.temperature > 0
     asked = k + 1 if samples and steady else k
     with section(DRAFT):
-        real, q = draft(board.texts, asked)
-    logits = _run(model, state, board, k)
+        real, q, last = draft(board.texts, asked)
+    logits = _run(model, state, board, k, last)
     if q is None or not samples:
         _pick(board, limits, logits, real, rate)
     else:
@@ -71,11 +72,11 @@ def append(board: Board, limits: Limits, logits: Tensor) -> None:
     _pick(board, limits, logits, board.none)
 
 
-def _run(model: Stepper, state: Any, board: Board, k: int) -> Tensor:
+def _run(model: Stepper, state: Any, board: Board, k: int, last: Tensor | None = None) -> Tensor:
     """Logits [B, k + 1, V] behind the texts' last tokens and k drafts."""
     inputs = board.texts.inputs
     with section(TARGET):
-        return model.advance(inputs.ids(1, k + 1), inputs.positions[1], state)
+        return advance(model, inputs.ids(1, k + 1), inputs.positions[1], state, last=last)
 
 
 def _pick(board: Board, limits: Limits, logits: Tensor, real: Tensor, rate: float | None = None) -> None:
@@ -109,10 +110,10 @@ def drafting(draft: Draft | DeviceDraft, memory: Any) -> Drafting:
         return partial(draft.follow_into, memory)
     follow = partial(draft.follow, memory) if hasattr(draft, "follow") else _Asked(draft, memory)
 
-    def put(texts: Texts, k: int) -> tuple[Tensor, Tensor | None]:
+    def put(texts: Texts, k: int) -> tuple[Tensor, Tensor | None, None]:
         drafts, real, q = follow(texts.ids, texts.length, k)
         texts.inputs.drafts(drafts.shape[1]).copy_(drafts)
-        return real, q
+        return real, q, None
 
     return put
 

@@ -7,11 +7,14 @@ used as they come (fp32 or fp64) and probabilities are fp64; ties always go to t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..harness.interfaces import Limits
-from ..kernels.rounds import ACCEPT, TOKEN, drawn, greedy, keep, reject, softmax, uniform
+from ..harness.interfaces import Limits, Stepper
+from ..kernels.rounds import ACCEPT, TOKEN, WHOLE, drawn, greedy, keep, reject, softmax, uniform
+from .breakdown import REST, section
 
 
 def kept(logits: Tensor, limits: Limits) -> Tensor:
@@ -36,6 +39,21 @@ def pick(logits: Tensor, limits: Limits, stream: Tensor, before: Tensor) -> Tens
     if limits.temperature == 0:
         return greedy(logits)
     return drawn(kept(logits, limits), limits.temperature, stream, before, TOKEN)
+
+
+def advance(
+    model: Stepper, ids: Tensor, start: Tensor, state: Any, settle: bool = True, last: Tensor | None = None
+) -> Tensor:
+    """`model.advance` behind the pick of ids[:, -1], contiguous: the likeliest of logits `last` [B, V], if given. The
+    model picks where it can, and where that spares a kernel."""
+    if last is None:
+        return model.advance(ids, start, state, settle)
+    if "picks" in model.traits and last.shape[1] <= WHOLE:
+        logits: Tensor = model.advance(ids, start, state, settle, last=last)  # type: ignore[call-arg]
+        return logits
+    with section(REST):
+        greedy(last, ids[:, -1])
+    return model.advance(ids, start, state, settle)
 
 
 def judge(

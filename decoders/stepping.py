@@ -17,7 +17,7 @@ from ..harness.interfaces import Artifact, Limits, MambabenchError, Prompt, Step
 from ..kernels.rounds import DRAFT, Drawn, Inputs, aligned, drawn, greedy, streams
 from .breakdown import REST, section
 from .plugin import LayersConfig, ModelConfig
-from .sampling import kept
+from .sampling import advance, kept
 from .texts import Texts, padded
 
 BLOCK = 256
@@ -83,30 +83,33 @@ class SteppingDraft:
     def follow(self, state: Memory, ids: Tensor, length: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = Inputs.empty(k, len(ids), ids.device)
         inputs.begin(ids, length)
-        real, q = self._propose(state, inputs, k)
+        real, q, last = self._propose(state, inputs, k)
+        if last is not None:
+            greedy(last, inputs.tokens[k + 1])
         return inputs.drafts(k), real, q.dense(k) if q else None
 
-    def follow_into(self, state: Memory, texts: Texts, k: int) -> tuple[Tensor, Drawn | None]:
-        """`follow`, with the drafts in the place of the next round's, and what is known of the distributions."""
+    def follow_into(self, state: Memory, texts: Texts, k: int) -> tuple[Tensor, Drawn | None, Tensor | None]:
+        """`follow`, with the drafts in the place of the next round's, and what is known of the distributions. At
+        temperature 0 the last draft is still to be picked, of the logits that come with it."""
         return self._propose(state, texts.inputs, k)
 
     @staticmethod
-    def _propose(state: Memory, inputs: Inputs, k: int) -> tuple[Tensor, Drawn | None]:
+    def _propose(state: Memory, inputs: Inputs, k: int) -> tuple[Tensor, Drawn | None, Tensor | None]:
         tokens, positions = inputs
+        model, limits, last = state.model, state.limits, None
         for place in range(k):
             if place:
                 given = inputs.ids(place + 1, 1), positions[place + 1]
-                logits = state.model.advance(*given, state.state, settle=False)[:, 0]
+                logits = advance(model, *given, state.state, settle=False, last=last)[:, 0]
             else:
-                logits = state.model.advance(inputs.ids(0, 2), positions[0], state.state)[:, 1]
+                logits = model.advance(inputs.ids(0, 2), positions[0], state.state)[:, 1]
+            if limits.temperature == 0:
+                last = logits
+                continue
             with section(REST):
-                out = tokens[place + 2]
-                if state.limits.temperature == 0:
-                    greedy(logits, out)
-                else:
-                    at = state.stream, positions[place + 1], DRAFT
-                    drawn(kept(logits, state.limits), state.limits.temperature, *at, state.kept, place, out)
-        return state.real[k], state.kept
+                at = state.stream, positions[place + 1], DRAFT
+                drawn(kept(logits, limits), limits.temperature, *at, state.kept, place, tokens[place + 2])
+        return state.real[k], state.kept, last
 
 
 def _needed(prompts: Sequence[Prompt], limits: Limits) -> int:

@@ -280,7 +280,8 @@ class Stepper(Protocol):
     """A model as decoders see it: steps of any number of tokens, and positions that belong to the caller. With the
     trait `shrinks` it has `layers`, their number, and `shrunk(layers)`, a `Stepper` of these alone on the same weights.
     It may have `recording(state) -> Recording | None`. With the trait `snapshots` its `open` and `cost` take one more
-    argument, `rollback: Rollback = "replay"`, and the contract is the same.
+    argument, `rollback: Rollback = "replay"`, and the contract is the same. With the trait `picks` its `advance` takes
+    one more, `last: Tensor | None`, logits [B, V] whose likeliest tokens it first puts into ids[:, -1] (contiguous).
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..few_rows import Stream
 from ..multistep import Plan
+from ..rounds import greedy
 from ..support import Support, chosen, installed, kernel, served
 
 __all__ = ["Cursors", "enter", "supports"]
@@ -37,12 +38,18 @@ def supports(table: Tensor, start: Tensor) -> Support:
     return installed("triton") if support else support
 
 
-def enter(ids: Tensor, table: Tensor, start: Tensor, cursors: Cursors, plan: Plan) -> Stream:
+def enter(
+    ids: Tensor, table: Tensor, start: Tensor, cursors: Cursors, plan: Plan, last: Tensor | None = None
+) -> Stream:
     """The residual stream [B * T, E] of tokens ids int64 [B, T], any strides, of table [V, E], and the cursors as
-    the call at `start` int32 [B] leaves them; `start` is none of them. Kernels make the sums of squares too."""
+    the call at `start` int32 [B] leaves them; `start` is none of them. Kernels make the sums of squares too.
+
+    The likeliest of logits `last` [B, V], if given, are put into ids[:, -1] first, which are contiguous then."""
     if chosen("enter", supports(table, start)):
-        stream: Stream = kernel(MODULE, "enter")(ids, table, start, cursors, plan)
+        stream: Stream = kernel(MODULE, "enter")(ids, table, start, cursors, plan, last)
         return stream
+    if last is not None:
+        greedy(last, ids[:, -1])
     cursors.base.copy_(cursors.saved)
     if plan.settle:
         cursors.saved.copy_(torch.where(plan.due(start, cursors.saved), start, cursors.saved))

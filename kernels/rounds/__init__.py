@@ -4,13 +4,14 @@ from torch import Tensor
 
 from ..support import chosen, kernel
 from . import fused, reference
-from .reference import ACCEPT, DRAFT, TOKEN, Drawn, Inputs, Ring, Rows, aligned, draw, reject, softmax, streams
+from .reference import ACCEPT, DRAFT, TOKEN, WHOLE, Drawn, Inputs, Ring, Rows, aligned, draw, reject, softmax, streams
 
 __all__ = [
     "ACCEPT",
     "DRAFT",
     "MARK",
     "TOKEN",
+    "WHOLE",
     "Drawn",
     "Inputs",
     "Ring",

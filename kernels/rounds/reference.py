@@ -82,6 +82,8 @@ class Ring(NamedTuple):
     """Memory of the host that a GPU writes into, of the shape of the slots. Kernels write there in their place."""
 
 
+WHOLE = 1 << 14
+"""Logits of a row that one program reads alone: beyond, a second kernel takes less time than the wait."""
 PART = 2048
 """Logits of which a kernel makes one sum."""
 

@@ -12,12 +12,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..support import begun_early
 from . import reference
+from .reference import WHOLE
 
 if TYPE_CHECKING:
     from .reference import Ring, Rows
 
-WHOLE = 1 << 14
-"""Logits of a row that one program reads alone: beyond, a second kernel takes less time than the wait."""
 PART = 4096
 """Logits of a part."""
 BLOCK = 1024
@@ -31,6 +30,16 @@ GOLDEN, MIX_A, MIX_B = (tl.constexpr(number) for number in (0x9E3779B97F4A7C15, 
 
 
 @triton.jit
+def largest_of(line, index, width):  # type: ignore[no-untyped-def]
+    """Of logits `index` of a row of `width` the largest value, and the lowest index of that. A number that is none
+    counts as infinity."""
+    value = tl.load(line + index, mask=index < width, other=-float("inf"))
+    value = tl.where(value != value, float("inf"), value)
+    most = tl.max(value, 0)
+    return most, tl.min(tl.where((value == most) & (index < width), index, 0x7FFFFFFF), 0).to(tl.int64)
+
+
+@triton.jit
 def _largest(  # type: ignore[no-untyped-def]
     logits, values, places, stride, width, PART: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr
 ):
@@ -41,10 +50,7 @@ def _largest(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     index = part * PART + tl.arange(0, PART)
-    value = tl.load(logits + row * stride + index, mask=index < width, other=-float("inf"))
-    value = tl.where(value != value, float("inf"), value)
-    most = tl.max(value, 0)
-    first = tl.min(tl.where((value == most) & (index < width), index, 0x7FFFFFFF), 0).to(tl.int64)
+    most, first = largest_of(logits + row * stride, index, width)
     if LAST:
         tl.store(places + row, first)
     else:
@@ -64,7 +70,7 @@ def _largest_part(values, places, tokens, parts, PARTS: tl.constexpr, PDL: tl.co
     tl.store(tokens + row, tl.min(tl.where(value == tl.max(value, 0), place, 0x7FFFFFFF), 0))
 
 
-def _warps(part: int) -> int:
+def warps_of(part: int) -> int:
     """With which a program has all of a part on the way at once."""
     return max(1, min(16, part // 512))
 
@@ -79,14 +85,14 @@ def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
     if width <= WHOLE:
         part = triton.next_power_of_2(width)
         _largest[(rows, 1)](
-            logits, logits, tokens, stride, width, PART=part, LAST=True, num_warps=_warps(part), **early
+            logits, logits, tokens, stride, width, PART=part, LAST=True, num_warps=warps_of(part), **early
         )
         return tokens
     parts = triton.cdiv(width, PART)
     values = torch.empty(rows, parts, dtype=logits.dtype, device=logits.device)
     places = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
     _largest[(rows, parts)](
-        logits, values, places, stride, width, PART=PART, LAST=False, num_warps=_warps(PART), **early
+        logits, values, places, stride, width, PART=PART, LAST=False, num_warps=warps_of(PART), **early
     )
     _largest_part[(rows,)](values, places, tokens, parts, PARTS=triton.next_power_of_2(parts), **early)
     return tokens

@@ -1,7 +1,7 @@
 """Whole rounds by kernels, in Triton's interpreter: the text is that of the plain forms, and nothing else is launched
 beside the models."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -56,6 +56,20 @@ class Quiet(MockStepper):
             return super().advance(*args, **named).clone()
 
 
+class Picking(Quiet):
+    """Picks the last draft itself, as part of its call."""
+
+    def __init__(self, *args, **named):
+        super().__init__(*args, **named)
+        self.traits = self.traits | {"picks"}
+
+    def advance(self, ids, start, state, settle=True, last=None):
+        if last is not None:
+            with self.launches.hold() if self.launches else nullcontext():
+                ids[:, -1] = last.argmax(1)
+        return super().advance(ids, start, state, settle)
+
+
 class Small(ModelDraft):
     """A toy model of the same vocabulary as the draft of any toy model."""
 
@@ -64,7 +78,7 @@ class Small(ModelDraft):
         self.made: Quiet | None = None
 
     def model(self, target):
-        self.made = self.made or Quiet(seed=9, letters=target.tokenizer.letters, habit=0.5)
+        self.made = self.made or type(target)(seed=9, letters=target.tokenizer.letters, habit=0.5)
         return self.made
 
 
@@ -100,7 +114,7 @@ prompts = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size
     st.sampled_from([{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 3, "top_p": 0.9}]),
     st.sampled_from([{}, {"look": 2}, {"steady": False}, {"window": 1}, {"script": 0.6}]),
 )
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("draft", [*DRAFTS, "picks"])
 def test_the_text_is_that_of_the_plain_forms(
     launched, monkeypatch, draft, prompts, k, new_tokens, stops, sampling, options
 ):
@@ -108,9 +122,9 @@ def test_the_text_is_that_of_the_plain_forms(
     asked = [Prompt(tuple(ids), 3 * row) for row, ids in enumerate(prompts)]
 
     def answers():
-        of = DRAFTS[draft]
+        of, kind = (Small, Picking) if draft == "picks" else (DRAFTS[draft], Quiet)
         decoder = StandardDecoder() if of is None else SpeculativeDecoder(of(), k, **options)
-        given, records = answer_with_records(decoder, Quiet(seed=1, letters="abc"), asked, limits)
+        given, records = answer_with_records(decoder, kind(seed=1, letters="abc"), asked, limits)
         # Adaptive K goes by the clock: of its rounds only the text is sure.
         return given, [] if options.get("window") else [record for record in records if record["kind"] == "round"]
 
@@ -127,6 +141,8 @@ DRAW = ["_mass", "_draw"]
 @pytest.mark.parametrize(
     ("draft", "sampling", "options", "names"),
     [
+        ("picks", GREEDY, {}, ["_finish_greedy"]),
+        ("picks", GREEDY, {"script": 0.5}, ["_finish_greedy"]),
         ("plain", GREEDY, {}, ["_finish_greedy"]),
         ("plain", SAMPLED, {}, [*DRAW, "_finish"]),
         ("ngram", GREEDY, {}, ["_match", "_finish_greedy"]),
@@ -140,9 +156,9 @@ DRAW = ["_mass", "_draw"]
     ],
 )
 def test_so_many_kernels_run_beside_the_models(launched, draft, sampling, options, names):
-    of = DRAFTS[draft]
+    of, kind = (Small, Picking) if draft == "picks" else (DRAFTS[draft], Quiet)
     given = {} if of is None else {"draft": of(), **options}
-    model, asked = Quiet(seed=1, letters="abc"), [Prompt((1, 2, 1)), Prompt((2,), 1)]
+    model, asked = kind(seed=1, letters="abc"), [Prompt((1, 2, 1)), Prompt((2,), 1)]
     rounds = Rounds(model, asked, Limits(new_tokens=40, **sampling), 1 if of is None else 5, **given)
     rounds.prefill()
     if of is not None:

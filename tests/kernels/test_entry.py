@@ -12,16 +12,23 @@ def ints(*numbers, device="cpu"):
     return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
-def entered(way, plan, dtype=torch.float32, width=5, device="cpu", apart=False):
+def entered(way, plan, dtype=torch.float32, width=5, device="cpu", apart=False, logits=0):
     """Rows whose replay is empty, has room for a round, just has none, and is full. With `apart` ids lie place by
-    place."""
+    place. Their last ones are picked of as many `logits`, rows of which lie apart."""
     dice = torch.Generator().manual_seed(width)
     start = ints(7, 7, 8, 12, device=device)
     cursors = Cursors(*(ints(*each, device=device) for each in ((7, 5, 6, 9), (7, 4, 4, 4), (-1,) * 4, (-1,) * 4)))
     table = torch.randn(11, width, generator=dice).to(device, dtype)
     ids = torch.randint(11, (4, plan.count), generator=dice).to(device)
-    given = torch.stack([ids.T, ids.T], dim=2)[:, :, 0].T if apart else ids
-    stream = way(given, table, start, cursors, plan)
+    given, last = ids.T.contiguous().T if apart or logits else ids, None
+    if logits:
+        last = torch.randint(-3, 3, (4, 2, logits), generator=dice).float()[:, 1].to(device)
+        ids = torch.cat([ids[:, :-1], last.argmax(1, keepdim=True) % 11], dim=1)
+        last[:, 11:] = -1e9
+        last = last.scatter(1, ids[:, -1:], 9.0)
+        given[:, -1] = -5
+    stream = way(given, table, start, cursors, plan, last)
+    assert torch.equal(given, ids)
     assert stream.added is None
     assert torch.equal(stream.h, table[ids.flatten()])
     assert start.tolist() == [7, 7, 8, 12]
@@ -53,10 +60,10 @@ def assert_squares(stream, dtype):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("given", [{}, {"apart": True}, {"logits": 40}], ids=str)
 @pytest.mark.parametrize(("dtype", "width"), WIDTHS, ids=str)
-def test_in_the_interpreter_the_kernel_does_the_same(interpret, plan, apart, dtype, width):
-    cursors, stream = entered(interpret(entry.MODULE).enter, plan, dtype, width, apart=apart)
+def test_in_the_interpreter_the_kernel_does_the_same(interpret, plan, given, dtype, width):
+    cursors, stream = entered(interpret(entry.MODULE).enter, plan, dtype, width, **given)
     assert cursors == moved(enter, plan)
     assert_squares(stream, dtype)
 
@@ -70,12 +77,21 @@ def test_what_is_no_token_has_no_embedding(interpret):
     assert stream.squares.isnan().all()
 
 
+@pytest.mark.parametrize("logits", [16_384, 16_385])
+@pytest.mark.parametrize("plan", PLANS[2:], ids=str)
+def test_the_pick_may_be_of_many(interpret, plan, logits):
+    moved(interpret(entry.MODULE).enter, plan, logits=logits)
+    moved(enter, plan, logits=logits)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    "given", [{}, {"apart": True}, {"logits": 40}, {"logits": 8192}, {"logits": 16_384}, {"logits": 128_256}], ids=str
+)
 @pytest.mark.parametrize(("dtype", "width"), [*WIDTHS, (torch.bfloat16, 4096)], ids=str)
-def test_on_a_gpu_the_kernel_does_the_same(plan, apart, dtype, width):
+def test_on_a_gpu_the_kernel_does_the_same(plan, given, dtype, width):
     assert entry.supports(torch.zeros(1, 1, dtype=dtype, device="cuda"), ints(1, device="cuda"))
-    cursors, stream = entered(enter, plan, dtype, width, "cuda", apart)
+    cursors, stream = entered(enter, plan, dtype, width, "cuda", **given)
     assert cursors == moved(enter, plan)
     assert_squares(stream, dtype)
