@@ -95,3 +95,23 @@ def test_on_a_gpu_the_kernel_does_the_same(plan, given, dtype, width):
     cursors, stream = entered(enter, plan, dtype, width, "cuda", **given)
     assert cursors == moved(enter, plan)
     assert_squares(stream, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [512, 4096])
+def test_on_a_gpu_sums_are_the_same_bits_whoever_picks(width):
+    """And alone or among others."""
+    dice = torch.Generator().manual_seed(0)
+    table, start = torch.randn(99, width, generator=dice).cuda().bfloat16(), ints(5, 6, device="cuda")
+    ids, last = torch.randint(99, (5, 2), generator=dice).cuda().T, torch.randn(2, 8192, generator=dice).cuda()
+    last[:, 99:] = -9
+
+    def squares(ids, plan, last=None):
+        cursors = Cursors(*(start.clone() for _ in range(4)))
+        return enter(ids, table, start, cursors, plan, last).squares.view(len(ids), -1)
+
+    picked = squares(ids, Plan(5, 5, 16, True), last)
+    assert torch.equal(ids[:, -1], last.argmax(1))
+    assert torch.equal(squares(ids, Plan(5, 5, 16, True)), picked)
+    for place in range(5):
+        assert torch.equal(squares(ids[:, place : place + 1], Plan(1, 5, 16, False)), picked[:, place : place + 1])
