@@ -15,16 +15,34 @@ from typing import Any
 import click
 
 from .. import metrics, plugins
-from ..config import Structurer
+from ..config import ConfigError, Structurer
 from ..documents import leading_token
-from ..interfaces import DTYPES, Artifact, Backend, Binds, Decoder, Limits, MambabenchError, Prompt, Stepper
+from ..interfaces import DTYPES, Artifact, Backend, Binds, Decoder, Limits, MambabenchError, Prompt, Stepper, silent
 
 SCRATCH = "mambabench-"
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    """Ranges let through what is no number."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number that it can be.")
+    return value
+
+
+def _not_empty(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in values:
+        raise click.BadParameter("an empty text appears everywhere.")
+    return values
+
+
 @click.command("generate")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--prompt", default="", help="Text to continue [empty: begin of text].")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text to continue [empty: begin of text]. Of several, one is continued after the other.",
+)
 @click.option("--decoder", help="The decoder component [standard; with --draft or --k: speculative].")
 @click.option("--draft", help="The draft: a component such as ngram or layers, or the folder of a model.")
 @click.option("--k", type=click.IntRange(1), help="Drafted tokens a round.")
@@ -36,19 +54,20 @@ SCRATCH = "mambabench-"
     help="An option of the decoder or of its draft, such as adapt=true or draft.count=4.",
 )
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), callback=_finite)
 @click.option(
     "--top-k", default=0, show_default=True, type=click.IntRange(0), help="Sample of so many tokens; 0: of all."
 )
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--stop", multiple=True, help="A text that ends the answer where it appears.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), callback=_finite)
+@click.option("--stop", multiple=True, callback=_not_empty, help="A text that ends the answer where it appears.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--warmup", is_flag=True, help="Answer once unseen before, so that times are not those of a first call.")
 @click.option("--profile", type=click.IntRange(1), metavar="N", help="Take a round apart: means of N.")
 @click.option("--gpus", type=click.IntRange(0), metavar="0", help="The GPU to use [none: CPU].")
 @click.option("--dtype", type=click.Choice(["float64", "float32", "bfloat16"]), help="[float32 on CPU, else bfloat16]")
 def generate(
     model: Path,
-    prompt: str,
+    prompts: tuple[str, ...],
     decoder: str | None,
     draft: str | None,
     k: int | None,
@@ -59,11 +78,12 @@ def generate(
     top_p: float,
     stop: tuple[str, ...],
     seed: int,
+    warmup: bool,
     profile: int | None,
     gpus: int | None,
     dtype: str | None,
 ) -> None:
-    """Continue a prompt with MODEL, an artifact of a store or a teacher's folder, and tell how fast it went."""
+    """Continue prompts with MODEL, an artifact of a store or a teacher's folder, and tell how fast it went."""
     loaded = plugins.registry()
     device = "cpu" if gpus is None else "cuda:0"
     if gpus is not None:
@@ -81,12 +101,11 @@ def generate(
             if not isinstance(options_of := table.get("draft", {}), Mapping):
                 raise MambabenchError(f"--option draft={options_of} and --draft {draft}: say one of them")
             table["draft"] = {**options_of, **chosen}
-        maker: Decoder = plugins.build(Structurer(loaded).choice("decoder", table))
+        maker = _decoder(table, loaded)
         if isinstance(maker, Binds):
             maker.bind(models)
         subject = _artifact(model, Path(scratch) / "model", loaded)
         stepper = subject.backend.load(subject.path, device, dtype or DTYPES[device.partition(":")[0]])
-        request = _request(model, prompt, stepper)
         end = stepper.tokenizer.eos_token_id
         limits = Limits(
             new_tokens=new_tokens,
@@ -97,12 +116,20 @@ def generate(
             top_p=top_p,
             seed=seed,
         )
-        click.echo(prompt, nl=False)
-        events = _answer(maker, stepper, request, limits)
-        figures = _profile(maker, stepper, request, limits, profile) if profile else {}
-    click.echo()
-    for line in [*summary(events), *shares(figures)]:
-        click.echo(line, err=True)
+        asked = prompts or ("",)
+        requests = [_request(model, prompt, number, stepper, limits) for number, prompt in enumerate(asked)]
+        for prompt, request in zip(asked, requests, strict=True):
+            if warmup:
+                maker.generate(stepper, [request], limits, silent)
+            click.echo(prompt, nl=False)
+            try:
+                events = _answer(maker, stepper, request, limits)
+            finally:
+                click.echo()
+            for line in summary(events):
+                click.echo(line, err=True)
+        for line in shares(_profile(maker, stepper, requests[-1], limits, profile)) if profile else ():
+            click.echo(line, err=True)
 
 
 def summary(events: list[dict[str, Any]]) -> list[str]:
@@ -118,8 +145,9 @@ def summary(events: list[dict[str, Any]]) -> list[str]:
     if rounds:
         accepted, drafted = [event["accepted"] for event in rounds], [event["drafted"] for event in rounds]
         places = metrics.acceptance_by_position(accepted, max(drafted))
-        shares = f", {metrics.acceptance_rate(drafted, accepted):.0%} of drafts accepted" if any(drafted) else ""
-        by_place = f" (by position {' '.join(f'{place:.0%}' for place in places)})" if places else ""
+        rate = metrics.acceptance_rate(drafted, accepted)
+        shares = f", {rate:.0%} of {sum(drafted)} drafted tokens accepted" if any(drafted) else ""
+        by_place = f" (by position, of rounds: {' '.join(f'{place:.0%}' for place in places)})" if places else ""
         length = metrics.mean_accepted_length(accepted)
         script = ", by a script" if "scripted" in rounds[0] else ""
         lines.append(f"[{len(rounds)} rounds, {length:.2f} tokens a round{shares}{by_place}{script}]")
@@ -170,7 +198,18 @@ def _answer(maker: Decoder, stepper: Stepper, request: Prompt, limits: Limits) -
     return events
 
 
-def _request(model: Path, prompt: str, stepper: Stepper) -> Prompt:
+def _decoder(table: Mapping[str, Any], loaded: plugins.Registry) -> Decoder:
+    try:
+        maker: Decoder = plugins.build(Structurer(loaded).choice("decoder", table))
+    except ConfigError as error:
+        if error.path == "use":
+            raise MambabenchError(f"--decoder: {error.message}") from None
+        hint = "" if "draft" in table or table["use"] != "standard" else "; to draft, say --draft or --k"
+        raise MambabenchError(f"decoder {table['use']}: {error}{hint}") from None
+    return maker
+
+
+def _request(model: Path, prompt: str, number: int, stepper: Stepper, limits: Limits) -> Prompt:
     """The prompt behind one leading token, as texts were learnt."""
     begin = leading_token(stepper.tokenizer)
     ids = stepper.tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
@@ -178,11 +217,21 @@ def _request(model: Path, prompt: str, stepper: Stepper) -> Prompt:
         ids = [begin, *ids]
     if not ids:
         raise MambabenchError(f"{model}: the tokenizer has no token to begin a text with; give a --prompt")
-    return Prompt(tuple(ids))
+    room = stepper.max_context - len(ids)
+    if limits.new_tokens > room:
+        if room < 1:
+            raise MambabenchError(f"--prompt has {len(ids)} tokens; the model has {stepper.max_context} positions")
+        raise MambabenchError(
+            f"--new-tokens {limits.new_tokens}: the model has {stepper.max_context} positions, "
+            f"of which the prompt takes {len(ids)} and leaves {room}"
+        )
+    return Prompt(tuple(ids), number)
 
 
 def _draft(draft: str, loaded: plugins.Registry) -> dict[str, Any]:
-    if draft in loaded.components("draft"):
+    if draft == "model" and not Path(draft).is_dir():
+        raise MambabenchError("--draft model: give the folder of the model that drafts")
+    if draft in loaded.components("draft") and draft != "model":
         return {"use": draft}
     if Path(draft).is_dir():
         return {"use": "model", "model": draft}

@@ -119,8 +119,11 @@ def run(capfd, monkeypatch):
     ("options", "said"),
     [
         ((), ["tokens/s"]),
-        (("--draft", "ngram", "--k", "2"), ["tokens a round"]),
-        (("--draft", "teacher", "--k", "2"), ["3.00 tokens a round, 100% of drafts accepted (by position 100% 100%)"]),
+        (("--draft", "ngram", "--k", "2", "--warmup"), ["tokens a round"]),
+        (
+            ("--draft", "teacher", "--k", "2"),
+            ["3.00 tokens a round, 100% of 20 drafted tokens accepted (by position, of rounds: 100% 100%)"],
+        ),
         (("--draft", "layers", "--option", "draft.count=1", "--option", "adapt=true", "--k", "2"), ["measured"]),
     ],
 )
@@ -135,6 +138,27 @@ def test_generate_streams_text_and_tells_of_acceptance(folder, run, options, sai
     assert all(words in timing for words in said), timing
 
 
+def test_several_prompts_are_continued_one_after_the_other(folder, run):
+    sampled = ("--new-tokens", 9, "--dtype", "float64", "--temperature", 0.7)
+    code, text, timing = run("generate", folder / "teacher", *sampled, "--prompt", "w1 w2", "--prompt", "w3")
+    assert code == 0
+    first, second = text.splitlines()
+    assert first.startswith("w1 w2 w")
+    assert second.startswith("w3 w")
+    assert timing.count("[9 tokens, first after") == 2
+    assert run("generate", folder / "teacher", *sampled, "--prompt", "w1 w2")[1].splitlines() == [first]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [("--temperature", "nan", "nan is not"), ("--top-p", "nan", "nan is not"), ("--stop", "", "an empty text appears")],
+)
+def test_values_that_no_range_refuses_are_refused(folder, run, option, value, why):
+    code, _, told = run("generate", folder / "teacher", option, value)
+    assert code == 2
+    assert f"Invalid value for '{option}': {why}" in told
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -143,6 +167,14 @@ def test_generate_streams_text_and_tells_of_acceptance(folder, run, options, sai
         (("--draft", "layers", "--option", "draft.layers=[9]"), "there is no layer 9 in a model of 4"),
         (("--draft", "layers", "--option", "draft=ngram"), "--option draft=ngram and --draft layers: say one of them"),
         (("--gpus", "99"), "device 'cuda:0': torch finds no such device here"),
+        (("--option", "adapt=true"), "decoder standard: adapt: unknown key; known: look; to draft, say --draft or --k"),
+        (("--decoder", "standad"), "--decoder: unknown decoder 'standad'; did you mean 'standard'?"),
+        (("--draft", "model"), "--draft model: give the folder of the model that drafts"),
+        (
+            ("--prompt", "w1 w2", "--new-tokens", "127"),
+            "--new-tokens 127: the model has 128 positions, of which the prompt takes 3 and leaves 125",
+        ),
+        (("--prompt", "w1 " * 128), "--prompt has 129 tokens; the model has 128 positions"),
     ],
 )
 def test_what_generate_cannot_do_is_one_line(folder, run, options, line):
