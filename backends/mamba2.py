@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..kernels.documents import Documents
 from ..kernels.gated_norm import gated_norm
 from ..kernels.multistep import convolve, folded, multistep
-from ..kernels.multistep.fused_step import Front, Gate, fused_step
+from ..kernels.multistep.fused_step import Front, Gate, fused_step, tap_by_tap
 from ..kernels.multistep.snapshot import snapshot_multistep, snapshot_ring_multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
@@ -51,6 +51,10 @@ class Mamba2(Mamba):
         self.A_log.copy_(decay.log())
         if self.norm is not None:
             self.norm.weight.fill_(1)
+
+    def fuse(self) -> None:
+        super().fuse()
+        self._tap_by_tap = tap_by_tap(*self._taps, self.conv1d.weight.dtype)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """What `in_proj` made -> gate z [..., H P]; what a token leaves for later ones: [..., E + H]."""
@@ -162,7 +166,8 @@ class Mamba2(Mamba):
             c = convolve(new, weight, bias, self.dt_bias, *made, call.start, self.active)
             c = c.unflatten(2, (-1, self.shape.states))
             return self._gated(snapshot_ring_multistep(ring.views, c, decay, self.D, cache.state, call.start), z)
-        front, gate = Front(weight, bias, self.dt_bias, cache.inputs, ring.convolved, self.active), None
+        window = cache.inputs, ring.convolved, self.active, self._tap_by_tap
+        front, gate = Front(weight, bias, self.dt_bias, *window), None
         if self.norm is not None:
             gate = Gate(self.norm.weight, self.gate_bias, self.shape.normed, self.eps)
         given = new, z, front, ring.views, decay, self.D, cache.state, call.start, call.saved, call.plan, gate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..gated_norm import gated_norm
@@ -37,6 +38,14 @@ class Front:
     kept: Tensor
     """[B, S, E'], the ring's x and B."""
     silu: bool
+    taps: Tensor
+    """`tap_by_tap`."""
+
+
+def tap_by_tap(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """[W + 1, E]: weight [E, W] of every tap and the bias [E], in the dtype of what is convolved, in which the weights
+    of a model are anyway."""
+    return torch.cat((weight.T, bias.unsqueeze(0))).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,7 @@ def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan
         return Support.no(f"the kernel has convolutions of up to {TAPS} taps and replays of up to {REPLAY} tokens")
     if slots < plan.count + taps - 1 or ring.dt.shape[1] < plan.replay + plan.count:
         return Support.no("the kernel reads no slot that it writes")
-    if z.dtype != u.dtype or z.stride(1) != 1 or state.dtype != front.weight.dtype:
+    if not z.dtype == u.dtype == front.taps.dtype or z.stride(1) != 1 or state.dtype != front.weight.dtype:
         return Support.no("the kernel takes inputs and gate in one dtype, weights in fp32")
     if gate is not None and gate.width % state.shape[2]:
         return Support.no("the kernel norms whole heads")

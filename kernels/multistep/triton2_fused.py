@@ -36,10 +36,8 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _inner(c, b, PIECES: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Products [T, M] of rows of c [T, N] and b [M, N], of the ring or fp32; of a single token by ordinary cores."""
-    if c.shape[0] == 1:
-        out = tl.sum(b.to(tl.float32) * c.to(tl.float32), axis=1)[None, :]
-    elif b.dtype == tl.float32 or EXACT:
+    """Products [T, M] of rows of c [T, N] and b [M, N], of the ring or fp32."""
+    if b.dtype == tl.float32 or EXACT:  # noqa: SIM108 - Triton types both ways of an expression
         out = taken(c, tl.trans(b).to(tl.float32), PIECES)
     else:
         out = tl.dot(c, tl.trans(b))
@@ -48,10 +46,8 @@ def _inner(c, b, PIECES: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-
 
 @triton.jit
 def _summed(mixing, x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """mixing fp32 [T, M] times x [M, P], of the ring; of a single token, or few, by ordinary cores."""
-    if mixing.shape[0] == 1:
-        out = tl.sum(tl.trans(mixing) * x.to(tl.float32), axis=0)[None, :]
-    elif mixing.shape[1] < 16:
+    """mixing fp32 [T, M] times x [M, P], of the ring; of few by ordinary cores."""
+    if mixing.shape[1] < 16:
         out = tl.sum(mixing[:, :, None] * x.to(tl.float32)[None, :, :], axis=1)
     else:
         out = times(mixing, x, 0 if EXACT else 2)
@@ -59,57 +55,82 @@ def _summed(mixing, x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _weights(weight_ptr, bias_ptr, channel, there, TAPS: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the convolution in channels [1, C]: the bias, then tap by tap."""
-    found = (tl.load(bias_ptr + channel) if WHOLE else tl.load(bias_ptr + channel, mask=there, other=0.0),)
-    for tap in tl.static_range(TAPS):
-        at = weight_ptr + channel * TAPS + tap
-        tap_weight = tl.load(at) if WHOLE else tl.load(at, mask=there, other=0.0)
-        found = found + (tap_weight,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
+def _weights(taps_ptr, channel, there, CHANNELS: tl.constexpr, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the convolution: tap by tap, then the bias."""
+    found = ()
+    for tap in tl.static_range(TAPS + 1):
+        one = tl.load(taps_ptr + tap * CHANNELS + channel, mask=there, other=0.0)
+        found = found + (one,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
     return found
 
 
 @triton.jit
 def _inputs(  # type: ignore[no-untyped-def]
     u_ptr, window_ptr, channel, there, t, start, U_TOKEN: tl.constexpr, ENTRIES: tl.constexpr,
-    WINDOW_SLOTS: tl.constexpr, COUNT: tl.constexpr, TAPS: tl.constexpr,
+    WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """What the convolution of tokens t [T, 1] in channels [1, C] reads, tap by tap: the last are the tokens' own."""
+    """What the convolution of tokens t reads, tap by tap: the last are the tokens' own."""
     found = ()
     for tap in tl.static_range(TAPS):
         at = t + (tap + 1 - TAPS)
         slot = (start + at + WINDOW_SLOTS) % WINDOW_SLOTS
         place = tl.where(at < 0, window_ptr + slot * ENTRIES, u_ptr + at * U_TOKEN)
-        u = tl.load(place + channel, mask=(t < COUNT) & there, other=0.0)
+        u = tl.load(place + channel, mask=there, other=0.0)
         found = found + (u,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
     return found
 
 
 @triton.jit
-def _convolved(inputs, weights, like, replayed, TAPS: tl.constexpr, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+def _convolved(inputs, weights, replayed, TAPS: tl.constexpr, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rounded as the ring rounds it."""
-    total = weights[0]
+    total = weights[TAPS].to(tl.float32)
     for tap in tl.static_range(TAPS):
-        total = total + inputs[tap].to(tl.float32) * weights[tap + 1]
+        total = total + inputs[tap].to(tl.float32) * weights[tap].to(tl.float32)
     if SILU:
         total = total * tl.sigmoid(total)
-    return after(total.to(like.dtype.element_ty), replayed)
+    return after(total.to(inputs[0].dtype), replayed)
 
 
 @triton.jit
-def _fused_step(  # type: ignore[no-untyped-def]
-    u_ptr, z_ptr, weight_ptr, bias_ptr, dt_bias_ptr, window_ptr, x_ptr, b_ptr, dt_ptr, decay_ptr, skip_ptr,
+def _replayed(r, start, replayed, SLOTS: tl.constexpr, JOINT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of replayed tokens numbered r: their slots, how far they lie behind the last one, and what there is of them to be
+    read, which with JOINT is everything."""
+    back = (start + (SLOTS - 1) - r) % SLOTS
+    if JOINT:
+        slots = r
+        back = tl.where(r < SLOTS, back, SLOTS)
+        there = r < SLOTS
+    else:
+        slots = back
+        back = r
+        there = r < replayed
+    return slots, back, there
+
+
+@triton.jit
+def _decayed(dt, decay, back, JOINT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of replayed tokens, with dt 0 where there is none: what weighs each at `start`, and what the checkpoint."""
+    steps = dt * decay
+    if JOINT:
+        later = tl.sum(tl.where(back[:, None] < back[None, :], steps[:, None], 0.0), axis=0)
+    else:
+        later = tl.cumsum(steps, axis=0) - steps
+    return exp(later) * dt, exp(tl.sum(steps, axis=0))
+
+
+@triton.jit
+def _few_step(  # type: ignore[no-untyped-def]
+    u_ptr, z_ptr, taps_ptr, dt_bias_ptr, window_ptr, x_ptr, b_ptr, dt_ptr, decay_ptr, skip_ptr,
     gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, eps,
     U_TOKEN: tl.constexpr, Z_TOKEN: tl.constexpr, KEPT: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr,
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
     NORM: tl.constexpr, JOINT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What an earlier call left is read while the kernel before, which brings u and z, may still run."""
     tiles: tl.constexpr = (WIDTH + BLOCK_P - 1) // BLOCK_P
-    whole: tl.constexpr = WIDTH % BLOCK_P == 0 and SIZE == N
     entries: tl.constexpr = CHANNELS + HEADS
     head = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -118,43 +139,32 @@ def _fused_step(  # type: ignore[no-untyped-def]
     n = tl.arange(0, N)
     r = tl.arange(0, R)
     token = tl.arange(0, T)
-    wide = p < WIDTH
-    long = n < SIZE
+    t = token[:, None]
     new = token < COUNT
+    inside = (p < WIDTH)[:, None] & (n < SIZE)[None, :]
+    new_b = new[:, None] & (n < SIZE)[None, :]
+    new_x = new[:, None] & (p < WIDTH)[None, :]
 
     start = tl.load(start_ptr + row, cache_modifier=".cg")
     replayed = start - tl.load(saved_ptr + row, cache_modifier=".cg")
     states = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :]
-    inside = wide[:, None] & long[None, :]
-    if whole:
-        state = tl.load(states, cache_modifier=".cg")
-    else:
-        state = tl.load(states, mask=inside, other=0.0, cache_modifier=".cg")
+    state = tl.load(states, mask=inside, other=0.0, cache_modifier=".cg")
     x_ptr += row * (SLOTS * KEPT) + head // X_HEADS * WIDTH
     b_ptr += row * (SLOTS * KEPT) + head // B_HEADS * SIZE
     dt_ptr += row * (SLOTS * HEADS) + head
-    back = (start + (SLOTS - 1) - r) % SLOTS
-    if JOINT:
-        slots, there = r, r < SLOTS
-    else:
-        slots, back, there = back, r, r < replayed
+    slots, back, there = _replayed(r, start, replayed, SLOTS, JOINT)
     old = there & (back < replayed)
     old_dt = tl.load(dt_ptr + slots * HEADS, mask=there, other=0.0, cache_modifier=".cg")
-    old_b = tl.load(
-        b_ptr + slots[:, None] * KEPT + n[None, :], mask=there[:, None] & (long[None, :] | whole), other=0.0,
-        cache_modifier=".cg",
-    )  # fmt: skip
-    old_x = tl.load(
-        x_ptr + slots[:, None] * KEPT + p[None, :], mask=there[:, None] & (wide[None, :] | whole), other=0.0,
-        cache_modifier=".cg",
-    )  # fmt: skip
-
+    at = b_ptr + slots[:, None] * KEPT + n[None, :]
+    old_b = tl.load(at, mask=there[:, None] & (n < SIZE)[None, :], other=0.0, cache_modifier=".cg")
+    at = x_ptr + slots[:, None] * KEPT + p[None, :]
+    old_x = tl.load(at, mask=there[:, None] & (p < WIDTH)[None, :], other=0.0, cache_modifier=".cg")
     x_channel = head // X_HEADS * WIDTH + p[None, :]
     b_channel = HEADS // X_HEADS * WIDTH + head // B_HEADS * SIZE + n[None, :]
     c_channel = KEPT + head // C_HEADS * SIZE + n[None, :]
-    x_weights = _weights(weight_ptr, bias_ptr, x_channel, wide[None, :], TAPS, whole)
-    b_weights = _weights(weight_ptr, bias_ptr, b_channel, long[None, :], TAPS, whole)
-    c_weights = _weights(weight_ptr, bias_ptr, c_channel, long[None, :], TAPS, whole)
+    b_weights = _weights(taps_ptr, b_channel + 0 * t, new_b, CHANNELS, TAPS)
+    c_weights = _weights(taps_ptr, c_channel + 0 * t, new_b, CHANNELS, TAPS)
+    x_weights = _weights(taps_ptr, x_channel + 0 * t, new_x, CHANNELS, TAPS)
     dt_bias = tl.load(dt_bias_ptr + head)
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
@@ -164,82 +174,168 @@ def _fused_step(  # type: ignore[no-untyped-def]
 
     u_ptr += row * (COUNT * U_TOKEN)
     window_ptr += row * (WINDOW_SLOTS * entries)
-    t = token[:, None]
-    b_inputs = _inputs(
-        u_ptr, window_ptr, b_channel, long[None, :] | whole, t, start, U_TOKEN, entries, WINDOW_SLOTS, COUNT, TAPS
-    )
-    c_inputs = _inputs(
-        u_ptr, window_ptr, c_channel, long[None, :] | whole, t, start, U_TOKEN, entries, WINDOW_SLOTS, COUNT, TAPS
-    )
-    x_inputs = _inputs(
-        u_ptr, window_ptr, x_channel, wide[None, :] | whole, t, start, U_TOKEN, entries, WINDOW_SLOTS, COUNT, TAPS
-    )
+    b_inputs = _inputs(u_ptr, window_ptr, b_channel, new_b, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
+    c_inputs = _inputs(u_ptr, window_ptr, c_channel, new_b, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
+    x_inputs = _inputs(u_ptr, window_ptr, x_channel, new_x, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
     raw = tl.load(u_ptr + token * U_TOKEN + CHANNELS + head, mask=new, other=0.0)
-    outputs = row * (COUNT * HEADS * WIDTH) + t * (HEADS * WIDTH) + head * WIDTH + p[None, :]
-    shown = new[:, None] & (wide[None, :] | whole)
     if NORM:
-        z = tl.load(z_ptr + (row * COUNT + t) * Z_TOKEN + head * WIDTH + p[None, :], mask=shown, other=0.0)
+        z = tl.load(z_ptr + (row * COUNT + t) * Z_TOKEN + head * WIDTH + p[None, :], mask=new_x, other=0.0)
         z = z.to(tl.float32)
         if gate_bias_ptr is not None:
-            z += tl.load(gate_bias_ptr + head * WIDTH + p, mask=wide, other=0.0)[None, :]
-        norm = tl.load(norm_ptr + head * WIDTH + p, mask=wide, other=0.0).to(tl.float32)[None, :]
+            z += tl.load(gate_bias_ptr + head * WIDTH + p, mask=p < WIDTH, other=0.0)[None, :]
+        norm = tl.load(norm_ptr + head * WIDTH + p, mask=p < WIDTH, other=0.0).to(tl.float32)[None, :]
 
     state, old_b, old_x = after(state, replayed), after(old_b, replayed), after(old_x, replayed)
-    b = _convolved(b_inputs, b_weights, b_ptr, replayed, TAPS, SILU)
-    c = _convolved(c_inputs, c_weights, b_ptr, replayed, TAPS, SILU)
-    x = _convolved(x_inputs, x_weights, x_ptr, replayed, TAPS, SILU)
+    weights, carry = _decayed(tl.where(old, old_dt, 0.0), decay, back, JOINT)
+    old_x = tl.where(old[:, None], old_x, 0.0)
+    b = _convolved(b_inputs, b_weights, replayed, TAPS, SILU)
+    c = _convolved(c_inputs, c_weights, replayed, TAPS, SILU)
+    x = _convolved(x_inputs, x_weights, replayed, TAPS, SILU)
     dt = tl.where(new, softplus(raw.to(tl.float32) + dt_bias), 0.0)
 
     kept = (start + token) % SLOTS
     window = (start + token) % WINDOW_SLOTS * entries
-    first = new & (tile == 0)
-    tl.store(dt_ptr + kept * HEADS, dt, mask=first)
-    tl.store(window_ptr + window + CHANNELS + head, raw, mask=first)
-    own = first[:, None] & (long[None, :] | whole) & (head % B_HEADS == 0)
+    tl.store(dt_ptr + kept * HEADS, dt, mask=new & (tile == 0))
+    tl.store(window_ptr + window + CHANNELS + head, raw, mask=new & (tile == 0))
+    own = new_b & (tile == 0) & (head % B_HEADS == 0)
     tl.store(b_ptr + kept[:, None] * KEPT + n[None, :], b, mask=own)
     tl.store(window_ptr + window[:, None] + b_channel, b_inputs[TAPS - 1], mask=own)
-    own = first[:, None] & (long[None, :] | whole) & (head % C_HEADS == 0)
+    own = new_b & (tile == 0) & (head % C_HEADS == 0)
     tl.store(window_ptr + window[:, None] + c_channel, c_inputs[TAPS - 1], mask=own)
-    own = shown & (head % X_HEADS == 0)
+    own = new_x & (head % X_HEADS == 0)
     tl.store(x_ptr + kept[:, None] * KEPT + p[None, :], x, mask=own)
     tl.store(window_ptr + window[:, None] + x_channel, x_inputs[TAPS - 1], mask=own)
 
-    old_dt = tl.where(old, old_dt, 0.0)
-    old_x = tl.where(old[:, None], old_x, 0.0)
-    steps = old_dt * decay
-    total = tl.sum(steps, axis=0)
-    carry = exp(total)
-    if JOINT:
-        later = tl.sum(tl.where(back[:, None] < back[None, :], steps[:, None], 0.0), axis=0)
-    else:
-        later = tl.cumsum(steps, axis=0) - steps
-    weights = exp(later) * old_dt
     mixing = tl.where(old[None, :], _inner(c, old_b, PIECES, EXACT), 0.0) * weights[None, :]
     y = _inner(c, state, PIECES, EXACT) * carry + _summed(mixing, old_x, EXACT)
-    if T == 1:
-        y = y * exp(dt * decay)[:, None]
-        y += x.to(tl.float32) * (tl.sum(c.to(tl.float32) * b.to(tl.float32), axis=1) * dt + skip)[:, None]
-    else:
-        since = tl.cumsum(dt * decay, axis=0)
-        between = tl.where(token[:, None] >= token[None, :], since[:, None] - since[None, :], float("-inf"))
-        mixing = _inner(c, b, PIECES, EXACT) * tl.exp(between) * dt[None, :]
-        mixing += tl.where(token[:, None] == token[None, :], skip, 0.0)
-        y = y * exp(since)[:, None] + _summed(mixing, x, EXACT)
-    y = y.to(x_ptr.dtype.element_ty)
+    since = tl.cumsum(dt * decay, axis=0)
+    between = tl.where(token[:, None] >= token[None, :], since[:, None] - since[None, :], float("-inf"))
+    mixing = _inner(c, b, PIECES, EXACT) * tl.exp(between) * dt[None, :]
+    mixing += tl.where(token[:, None] == token[None, :], skip, 0.0)
+    y = y * exp(since)[:, None] + _summed(mixing, x, EXACT)
+    y = y.to(x.dtype)
     if NORM:
         y = y.to(tl.float32) * z * tl.sigmoid(z)
         scale = 1 / tl.sqrt(tl.sum(y * y, axis=1) / WIDTH + eps)
         y = y * scale[:, None] * norm
-    tl.store(out_ptr + outputs, y.to(out_ptr.dtype.element_ty), mask=shown)
+    at = out_ptr + row * (COUNT * HEADS * WIDTH) + t * (HEADS * WIDTH) + head * WIDTH + p[None, :]
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=new_x)
 
     if SETTLE:  # noqa: SIM102 - one of the two is known when the kernel is compiled
         if (replayed > 0) & (replayed + MARGIN > REPLAY):
             inputs = tl.trans(old_x).to(tl.float32) * weights[None, :]
             added = times(inputs, tl.where(old[:, None], old_b, 0.0), 0 if EXACT else 3)
-            if whole:
-                tl.store(states, state * carry + added)
-            else:
-                tl.store(states, state * carry + added, mask=inside)
+            tl.store(states, state * carry + added, mask=inside)
+
+
+@triton.jit
+def _single_step(  # type: ignore[no-untyped-def]
+    u_ptr, z_ptr, taps_ptr, dt_bias_ptr, window_ptr, x_ptr, b_ptr, dt_ptr, decay_ptr, skip_ptr,
+    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, eps,
+    U_TOKEN: tl.constexpr, Z_TOKEN: tl.constexpr, KEPT: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr,
+    X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
+    SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
+    NORM: tl.constexpr, JOINT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same of a single token, without matrix products.
+
+    Each warp convolves B and C for itself and takes every WARPS-th row of what they meet, so that little goes from warp
+    to warp: rows p of the head and replayed tokens r are numbered [.., WARPS].
+    """
+    tiles: tl.constexpr = (WIDTH + BLOCK_P - 1) // BLOCK_P
+    entries: tl.constexpr = CHANNELS + HEADS
+    head = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    row = tl.program_id(1).to(tl.int64)
+    warp = tl.arange(0, WARPS)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P // WARPS)[:, None] * WARPS + warp[None, :]
+    n = tl.arange(0, N)
+    r = tl.arange(0, R)
+    apart = tl.arange(0, R // WARPS)[:, None] * WARPS + warp[None, :]
+    t = (warp * 0)[:, None]
+    new_b = (warp < WARPS)[:, None] & (n < SIZE)[None, :]
+    new_x = p < WIDTH
+    inside = new_x[:, :, None] & (n < SIZE)[None, None, :]
+
+    start = tl.load(start_ptr + row, cache_modifier=".cg")
+    replayed = start - tl.load(saved_ptr + row, cache_modifier=".cg")
+    states = state_ptr + (row * HEADS + head) * (WIDTH * SIZE) + p[:, :, None] * SIZE + n[None, None, :]
+    state = tl.load(states, mask=inside, other=0.0, cache_modifier=".cg")
+    x_ptr += row * (SLOTS * KEPT) + head // X_HEADS * WIDTH
+    b_ptr += row * (SLOTS * KEPT) + head // B_HEADS * SIZE
+    dt_ptr += row * (SLOTS * HEADS) + head
+    slots, back, there = _replayed(r, start, replayed, SLOTS, JOINT)
+    old = there & (back < replayed)
+    old_dt = tl.load(dt_ptr + slots * HEADS, mask=there, other=0.0, cache_modifier=".cg")
+    at = x_ptr + slots[:, None, None] * KEPT + p[None, :, :]
+    old_x = tl.load(at, mask=there[:, None, None] & new_x[None, :, :], other=0.0, cache_modifier=".cg")
+    slots, back_b, there = _replayed(apart, start, replayed, SLOTS, JOINT)
+    at = b_ptr + slots[:, :, None] * KEPT + n[None, None, :]
+    old_b = tl.load(at, mask=there[:, :, None] & (n < SIZE)[None, None, :], other=0.0, cache_modifier=".cg")
+    x_channel = head // X_HEADS * WIDTH + p
+    b_channel = HEADS // X_HEADS * WIDTH + head // B_HEADS * SIZE + n[None, :]
+    c_channel = KEPT + head // C_HEADS * SIZE + n[None, :]
+    b_weights = _weights(taps_ptr, b_channel + 0 * t, new_b, CHANNELS, TAPS)
+    c_weights = _weights(taps_ptr, c_channel + 0 * t, new_b, CHANNELS, TAPS)
+    x_weights = _weights(taps_ptr, x_channel, new_x, CHANNELS, TAPS)
+    dt_bias = tl.load(dt_bias_ptr + head)
+    decay = tl.load(decay_ptr + head)
+    skip = tl.load(skip_ptr + head)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    u_ptr += row * U_TOKEN
+    window_ptr += row * (WINDOW_SLOTS * entries)
+    b_inputs = _inputs(u_ptr, window_ptr, b_channel, new_b, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
+    c_inputs = _inputs(u_ptr, window_ptr, c_channel, new_b, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
+    x_inputs = _inputs(u_ptr, window_ptr, x_channel, new_x, 0 * p, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
+    raw = tl.load(u_ptr + CHANNELS + head)
+    if NORM:
+        z = tl.load(z_ptr + row * Z_TOKEN + head * WIDTH + p, mask=new_x, other=0.0).to(tl.float32)
+        if gate_bias_ptr is not None:
+            z += tl.load(gate_bias_ptr + head * WIDTH + p, mask=new_x, other=0.0)
+        norm = tl.load(norm_ptr + head * WIDTH + p, mask=new_x, other=0.0).to(tl.float32)
+
+    weights, carry = _decayed(tl.where(old, old_dt, 0.0), decay, back, JOINT)
+    old_x = tl.where(old[:, None, None], old_x, 0.0)
+    b = _convolved(b_inputs, b_weights, replayed, TAPS, SILU)
+    c = _convolved(c_inputs, c_weights, replayed, TAPS, SILU)
+    x = _convolved(x_inputs, x_weights, replayed, TAPS, SILU)
+    dt = softplus(raw.to(tl.float32) + dt_bias)
+
+    kept = start % SLOTS
+    window_ptr += start % WINDOW_SLOTS * entries
+    tl.store(dt_ptr + kept * HEADS, dt, mask=tile == 0)
+    tl.store(window_ptr + CHANNELS + head, raw, mask=tile == 0)
+    own = new_b & (warp == 0)[:, None] & (tile == 0)
+    tl.store(b_ptr + kept * KEPT + n[None, :] + 0 * t, b, mask=own & (head % B_HEADS == 0))
+    tl.store(window_ptr + b_channel + 0 * t, b_inputs[TAPS - 1], mask=own & (head % B_HEADS == 0))
+    tl.store(window_ptr + c_channel + 0 * t, c_inputs[TAPS - 1], mask=own & (head % C_HEADS == 0))
+    own = new_x & (head % X_HEADS == 0)
+    tl.store(x_ptr + kept * KEPT + p, x, mask=own)
+    tl.store(window_ptr + x_channel, x_inputs[TAPS - 1], mask=own)
+
+    c = c.to(tl.float32)
+    mixing = tl.sum(tl.where((back_b < replayed)[:, :, None], old_b.to(tl.float32) * c[None, :, :], 0.0), axis=2)
+    y = tl.sum(state * c[None, :, :], axis=2) * carry
+    y += tl.sum(old_x.to(tl.float32) * (tl.reshape(mixing, (R,)) * weights)[:, None, None], axis=0)
+    y = y * exp(dt * decay) + x.to(tl.float32) * (tl.sum(c * b.to(tl.float32), axis=1) * dt + skip)[None, :]
+    y = y.to(x.dtype)
+    if NORM:
+        y = y.to(tl.float32) * z * tl.sigmoid(z)
+        y = y * (1 / tl.sqrt(tl.sum(y * y) / WIDTH + eps)) * norm
+    at = out_ptr + row * (HEADS * WIDTH) + head * WIDTH + p
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=new_x)
+
+    if SETTLE:  # noqa: SIM102 - one of the two is known when the kernel is compiled
+        if (replayed > 0) & (replayed + MARGIN > REPLAY):
+            inputs = tl.trans(tl.reshape(old_x, (R, BLOCK_P))).to(tl.float32) * weights[None, :]
+            rows = tl.reshape(tl.where((back_b < replayed)[:, :, None], old_b, 0.0), (R, N))
+            added = tl.reshape(times(inputs, rows, 0 if EXACT else 3), (BLOCK_P // WARPS, WARPS, N))
+            tl.store(states, state * carry + added, mask=inside)
 
 
 class Form(NamedTuple):
@@ -356,8 +452,8 @@ def fused_step(
     exact = ring.x.dtype == torch.float32
     slots = ring.dt.shape[1]
     with torch.cuda.device_of(state):
-        _fused_step.run(
-            u, z, front.weight, front.bias, front.dt_bias, front.window, ring.x, ring.B, ring.dt, A, D,
+        (_single_step if plan.count == 1 else _few_step).run(
+            u, z, front.taps, front.dt_bias, front.window, ring.x, ring.B, ring.dt, A, D,
             None if norm is None else norm.bias, None if norm is None else norm.weight, state, start, saved, out,
             0.0 if norm is None else norm.eps,
             U_TOKEN=between_tokens(u), Z_TOKEN=z.stride(0), KEPT=front.kept.shape[2], CHANNELS=channels, HEADS=heads,
@@ -366,7 +462,7 @@ def fused_step(
             WINDOW_SLOTS=front.window.shape[1], TAPS=taps, SILU=front.silu, WIDTH=width, SIZE=size, COUNT=plan.count,
             REPLAY=plan.replay, SETTLE=plan.settle, NORM=norm is not None, JOINT=form.joint, BLOCK_P=form.block,
             N=_tile(size), T=triton.next_power_of_2(plan.count), R=_tile(slots if form.joint else plan.replay),
-            PIECES=0 if exact else pieces, EXACT=exact, num_warps=form.warps,
+            WARPS=form.warps, PIECES=0 if exact else pieces, EXACT=exact, num_warps=form.warps,
             grid=(triton.cdiv(width, form.block) * heads, batch), warmup=warmup, **begun_early(state, early),
         )  # fmt: skip
     return out if form.normed or warmup else gated(out, z, gate)

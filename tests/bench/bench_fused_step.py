@@ -18,7 +18,7 @@ import torch
 from mambabench.kernels.few_rows import Projection, Stream, add_projected, project
 from mambabench.kernels.multistep import triton2_fused
 from mambabench.kernels.multistep.forms import compiled
-from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step
+from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step, tap_by_tap
 from mambabench.kernels.multistep.ring import Plan, Ring
 from mambabench.kernels.tuning import graph_ms
 from torch import Tensor
@@ -56,7 +56,9 @@ class Layer:
         x, B = self.kept.split(sizes, dim=2)
         self.ring = Ring(x.unflatten(2, (-1, width)), B.unflatten(2, (-1, size)), self.dt)
         window = normal(batch, count + TAPS - 1, entries, dtype=half)
-        self.front = Front(normal(channels, TAPS), normal(channels), normal(heads) - 3, window, self.kept, True)
+        weight, bias = (t.bfloat16().float() for t in (normal(channels, TAPS), normal(channels)))
+        taps = tap_by_tap(weight, bias, half)
+        self.front = Front(weight, bias, normal(heads) - 3, window, self.kept, True, taps)
         self.gate = Gate(normal(inner, dtype=half), None, normed, 1e-5)
         self.A, self.D, self.state = -normal(heads).exp(), normal(heads), normal(batch, heads, width, size)
         self.start = (1 + torch.arange(batch, device="cuda") % (REPLAY - count + 1)).int()
@@ -99,7 +101,12 @@ def check(layer: Layer, form: Any) -> str:
         x, B = kept.split([t.shape[2] * t.shape[3] for t in (layer.ring.x, layer.ring.B)], dim=2)
         ring = Ring(x.unflatten(2, layer.ring.x.shape[2:]), B.unflatten(2, layer.ring.B.shape[2:]), dt)
         front, gate = layer.front, layer.gate
-        front = Front(*(part(t) for t in (front.weight, front.bias, front.dt_bias, front.window[:1])), kept, True)
+        front = Front(
+            *(part(t) for t in (front.weight, front.bias, front.dt_bias, front.window[:1])),
+            kept,
+            True,
+            part(front.taps),
+        )
         projected = part(layer.projected[: layer.plan.count])
         gate = Gate(part(gate.weight), None, gate.width, gate.eps)
         others = [part(t) for t in (layer.A, layer.D, layer.state[:1], layer.start[:1], layer.saved[:1])]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from mambabench.kernels.multistep import Channels, Plan, Projected, Ring
-from mambabench.kernels.multistep.fused_step import Front, Gate
+from mambabench.kernels.multistep.fused_step import Front, Gate, tap_by_tap
 from torch import Tensor
 
 TAPS = 4
@@ -104,7 +104,8 @@ class Mamba2:
         projected = normal(batch, plan.count, inner + channels + heads)
         self.z, self.u = projected[..., :inner], projected[..., inner:]
         self.window = normal(batch, plan.count + TAPS - 1, channels + heads)
-        self.weight, self.bias = torch.randn(channels, TAPS, device=device), torch.zeros(channels, device=device)
+        self.weight, self.bias = normal(channels, TAPS).float(), torch.zeros(channels, device=device)
+        self.taps = tap_by_tap(self.weight, self.bias, self.u.dtype)
         self.norm = normal(inner)
 
     @property
@@ -118,7 +119,7 @@ class Mamba2:
         one, some = copy.copy(self), slice(row, row + 1)
         for name in ("whole", "C", "dt", "state", "z", "u", "window"):
             setattr(one, name, getattr(self, name)[some].double())
-        for name in ("A", "D", "dt_bias", "weight", "bias", "norm"):
+        for name in ("A", "D", "dt_bias", "weight", "bias", "taps", "norm"):
             setattr(one, name, getattr(self, name).double())
         return one
 
@@ -128,7 +129,7 @@ class Mamba2:
 
     def fused_step(self, turn: Turn) -> tuple[object, ...]:
         """Arguments of `fused_step`."""
-        front = Front(self.weight, self.bias, self.dt_bias, self.window, self.whole, True)
+        front = Front(self.weight, self.bias, self.dt_bias, self.window, self.whole, True, self.taps)
         gate = Gate(self.norm, None, self.shape.normed, 1e-5)
         given = self.u, self.z.flatten(0, 1), front, self.ring
         return *given, self.A, self.D, self.state, *turn, self.plan, gate

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mambabench.kernels.multistep import fused_step as room
-from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step
+from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step, tap_by_tap
 from mambabench.kernels.multistep.ring import Plan, Ring
 
 SHAPES = {
@@ -44,7 +44,8 @@ class Layer:
         projected = self.normal(batch * plan.count, heads * width + channels + heads)
         self.tensors = {
             "projected": projected.to(dtype), "window": inputs.to(dtype), "kept": whole.to(dtype), "dt": dt,
-            "weight": self.normal(channels, taps), "bias": self.normal(channels), "dt_bias": 3 * self.normal(heads),
+            "weight": self.normal(channels, taps).to(dtype).float(), "bias": self.normal(channels).to(dtype).float(),
+            "dt_bias": 3 * self.normal(heads),
             "A": -self.normal(heads).exp(), "D": self.normal(heads), "state": self.normal(batch, heads, width, size),
             "norm": self.normal(heads * width).to(dtype), "gate": self.normal(heads * width),
             "start": start.int(), "saved": torch.tensor(first, dtype=torch.int32),
@@ -63,7 +64,8 @@ class Layer:
         u = t["projected"][:, inner:].unflatten(0, (batch, self.plan.count))
         x, B = t["kept"].split(self.sizes, dim=2)
         ring = Ring(x.unflatten(2, (-1, self.width)), B.unflatten(2, (-1, self.size)), t["dt"])
-        front = Front(t["weight"], t["bias"], t["dt_bias"], t["window"], t["kept"], self.silu)
+        taps = tap_by_tap(t["weight"], t["bias"], t["kept"].dtype)
+        front = Front(t["weight"], t["bias"], t["dt_bias"], t["window"], t["kept"], self.silu, taps)
         if gate is not None:
             gate = Gate(t["norm"], t["gate"] if gate[1] else None, gate[0] * self.width, 1e-5)
         cursors = t["start"], t["saved"]
