@@ -104,6 +104,19 @@ def test_a_round_is_recorded_once_for_all_requests(starts, name):
     assert model.facts()["graphs"] == (2, "")
 
 
+@pytest.mark.parametrize("name", decoders())
+def test_costs_are_those_of_the_rounds_that_answers_are_made_of(starts, apart, name):
+    model, decoder = hybrid(MIXERS, graphs=True), decoders()[name]()
+    before, graphs = ask(decoder, model, temperature=0.5), model.facts()["graphs"]
+    starts.clear()
+    later = [Prompt((1, 2, 3) * 4), Prompt((2, 1, 2) * 4)]
+    costs = decoder.costs(model, later, Limits(new_tokens=11, temperature=0.5))
+    assert all(0 < seconds < 1 for seconds in costs.values())
+    assert name == "adaptive" or set(starts) == {0}
+    assert model.facts()["graphs"] == graphs
+    assert ask(decoder, model, temperature=0.5) == before
+
+
 def test_each_k_is_recorded(starts):
     model, decoder = hybrid(MIXERS, graphs=True), decoders()["adaptive"]()
     ask(decoder, model)

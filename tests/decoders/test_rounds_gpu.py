@@ -66,3 +66,16 @@ def test_a_round_does_not_wait_for_the_host(draft, limits, way, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
     assert len(rounds.board.results.read(6)) == 6
     assert bool(rounds.board.recorded) == (way != "off")
+
+
+@pytest.mark.parametrize("draft", drafts())
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_costs_of_rounds_are_measured_without_changing_a_text(draft, temperature):
+    model, of = hybrid(MIXERS, "cuda", torch.bfloat16, **SIZES), drafts()[draft]
+    decoder = StandardDecoder() if of is None else SpeculativeDecoder(of, 3)
+    limits = Limits(new_tokens=40, temperature=temperature)
+    before = decoder.generate(model, PROMPTS, limits, silent)
+    ((k, seconds),) = decoder.costs(model, PROMPTS, limits).items()
+    assert k == (0 if of is None else 3)
+    assert 1e-5 < seconds < 0.1
+    assert decoder.generate(model, PROMPTS, limits, silent) == before
