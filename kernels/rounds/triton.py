@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 PART = 4096
 """Logits of a part."""
-BLOCK = 1024
+BLOCK = 4096
+"""Tokens of a text that are looked at at a time."""
 FEW = 1 << 16
 """Logits of all tokens of a row that one program reads alone, if it ends the round too."""
 COLUMNS = 1024
@@ -117,9 +118,10 @@ def _match(  # type: ignore[no-untyped-def]
         matched = tl.zeros([BLOCK], tl.int32)
         same = end < count
         for back in tl.static_range(LONGEST):
-            same = same & (end > back)
+            # Loaded whether or not the later ones are the same, so that no load waits for another.
+            inside = (end > back) & (end < count)
             wanted = tl.load(text + count - 1 - back, mask=count > back, other=0)
-            same = same & (tl.load(text + end - 1 - back, mask=same, other=0) == wanted)
+            same = same & inside & (tl.load(text + end - 1 - back, mask=inside, other=0) == wanted)
             matched += same.to(tl.int32)
         found = tl.where(matched >= SHORTEST, (matched.to(tl.int64) << 32) + end, 0)
         best = tl.maximum(best, found)
@@ -141,7 +143,7 @@ def match(
     real = torch.empty(batch, dtype=torch.int32, device=ids.device)
     _match[(batch,)](
         ids, length, drafts, real, ids.stride(0), k, *drafts.stride(), SHORTEST=shortest, LONGEST=longest, BLOCK=BLOCK,
-        K=triton.next_power_of_2(k), num_warps=8, **begun_early(ids),
+        K=triton.next_power_of_2(k), num_warps=16, **begun_early(ids),
     )  # fmt: skip
     return drafts, real
 
