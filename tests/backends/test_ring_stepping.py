@@ -12,7 +12,7 @@ from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig
 from mambabench.backends.stepper import HybridStepper
 from mambabench.harness.conformance import check_backend
 from mambabench.kernels import support
-from mambabench.kernels.multistep import selective_ring
+from mambabench.kernels.multistep import fused_step, selective_ring
 from mambabench.kernels.support import Support
 
 
@@ -72,7 +72,7 @@ def test_on_a_gpu_the_kernels_keep_it(
     monkeypatch.setenv(states.VARIABLE, str(replay))
     check_backend(mamba_backend, artifact, rounds=100, device="cuda:0", dtype="float32", tolerance=1e-4)
     used = support.record()
-    for operation in ("enter", "ring_multistep", "convolve", "selective_ring_multistep"):
+    for operation in ("enter", "fused_step", "selective_ring_multistep"):
         assert operation not in used or used[operation]["fused"]
 
 
@@ -123,6 +123,42 @@ def test_in_the_interpreter_the_mamba_kernel_keeps_it(
     check = {"rounds": 20, "batch": 2, "steps": 3, "context": 10, "dtype": "float32", "tolerance": 1e-4}
     check_backend(backend, tmp_path / "artifact", **check)
     assert set(ran) == {"selective_ring_multistep"}
+
+
+@pytest.mark.parametrize("replay", [0, 5])
+def test_in_the_interpreter_one_kernel_of_a_mamba2_layer_keeps_it(
+    rings: None,
+    replay: int,
+    llama: Path,
+    tmp_path: Path,
+    interpret: Callable[[str], object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, ran = interpret(fused_step.MODULE), []
+
+    def kernel(_: str, name: str) -> Callable[..., torch.Tensor]:
+        ran.append(name)
+        return getattr(module, name)
+
+    monkeypatch.setattr(fused_step, "kernel", kernel)
+    monkeypatch.setattr(fused_step, "supports", lambda *_: Support.yes())
+    monkeypatch.setenv(states.VARIABLE, str(replay))
+    backend = Mamba2HybridBackend(Mamba2HybridConfig(chunk=8))
+    backend.convert(llama, [0, 1, 3], tmp_path / "artifact", seed=0)
+    check = {"rounds": 6, "batch": 2, "steps": 2, "context": 6, "dtype": "float32", "tolerance": 1e-4}
+    check_backend(backend, tmp_path / "artifact", **check)
+    assert set(ran) == {"fused_step"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_separate_kernels_of_a_mamba2_layer_keep_it(
+    half: Path, mamba_backend: MambaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As calls of many rows have them."""
+    monkeypatch.setattr(fused_step, "supports", lambda *_: Support.no("separate kernels were asked for"))
+    check_backend(mamba_backend, half, rounds=50, device="cuda:0", dtype="float32", tolerance=1e-4)
+    used = support.record()
+    assert all(used[operation]["fused"] for operation in ("ring_multistep", "convolve", "gated_norm"))
 
 
 def test_what_is_held_counts_the_rings(rings: None, artifact: Path, mamba_backend: MambaBackend) -> None:
