@@ -350,9 +350,12 @@ class Form(NamedTuple):
     """The norm is made too, of heads that a program has whole; else it is a kernel of its own."""
 
 
-TILES = ((16, 1), (16, 2), (16, 4), (16, 8), (32, 4), (32, 8))
-WHOLE = ((64, 4), (64, 8), (128, 8))
-"""Of heads whose norm is made too."""
+FORMS = (
+    *(Form(*tile) for tile in ((16, 2), (16, 4), (16, 8), (32, 4), (32, 8), (64, 8))),
+    *(Form(*tile, joint=True) for tile in ((16, 4), (32, 8))),
+)
+NORMED = (4, 8)
+"""Warps of programs that have whole heads, and make the norm too."""
 PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
 SLOTS = 64
@@ -371,14 +374,12 @@ def _tile(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def forms_for(ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> list[Form]:
+def forms_for(ring: Ring, state: Tensor, gate: Gate | None) -> list[Form]:
     """Those whose tiles a head fills, with the norm inside where a program has the whole group."""
     width = _tile(state.shape[2])
-    joint = (False, True) if ring.dt.shape[1] <= SLOTS else (False,)
-    found = [Form(*tile, all_slots) for all_slots in joint for tile in TILES if tile[0] <= width]
+    found = [form for form in FORMS if form.block <= width and (not form.joint or ring.dt.shape[1] <= SLOTS)]
     if gate is not None and gate.width == state.shape[2]:
-        tiles = [tile for tile in (*TILES, *WHOLE) if tile[0] == width]
-        found = [*(Form(*tile, all_slots, True) for all_slots in joint for tile in tiles), *found]
+        found = [*(Form(width, warps, normed=True) for warps in NORMED), *found]
     return found
 
 
@@ -394,7 +395,7 @@ def form_for(
     """The fastest where that can be measured now; None where separate kernels are faster."""
     key = None if gate is None else (gate.width, gate.bias is None)
     groups = ring.x.shape[2], ring.B.shape[2], front.weight.shape
-    kind = *state.shape, *groups, plan, key, ring.dt.shape[1], ring.x.dtype, state.device
+    kind = *state.shape, *groups, plan.count, plan.replay, key, ring.dt.shape[1], ring.x.dtype, state.device
     if kind not in _best:
         few = state.nbytes < MEASURED or not state.is_cuda
         if few or torch.cuda.is_current_stream_capturing():
@@ -422,7 +423,7 @@ def tune(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Pl
             return fused_step(*given, form, warmup=warmup)
         return None if warmup else separate_step(*given)
 
-    return fastest([*forms_for(ring, state, plan, gate), None], state, plan, run)
+    return fastest([*forms_for(ring, state, gate), None], state, plan, run)
 
 
 def fused_step(
