@@ -21,6 +21,10 @@ from .near_ties import gaps, noise
 from .texts import check_room, pad, take_prompts
 
 EXACT = "float64"
+NOISE = 8
+"""So many times the texts that are checked are measured for the noise. It is a maximum: of no more texts, one of the
+checked tokens would pass it by chance in every thirtieth check of a right decoder (bfloat16, 12,000 tokens, two batch
+sizes)."""
 PLAIN = "plain"
 """The task of samples of the reference's own text."""
 
@@ -134,7 +138,7 @@ class Losslessness:
         """Of the data's own text, which no model chose, behind prompts of the same lengths."""
         config = self.config
         whole = [length + config.new_tokens for length in lengths]
-        texts = take_prompts(bench.data[config.data], plain, config.prompts, whole)
+        texts = take_prompts(bench.data[config.data], plain, NOISE * config.prompts, whole)
         allowed = noise(plain, texts, [len(text) - config.new_tokens for text in texts])
         bench.emit("fact", name="noise", value=allowed, unit="logit")
         return allowed

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..interfaces import Stepper, Unsupported
 from .texts import pad
 
+ROWS = 256
+"""Texts that are stepped through side by side for the noise."""
+
 
 def gaps(model: Stepper, texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[list[float]]:
     """By how much each token's logit is below the largest one, in one parallel run over every text: of the tokens from
@@ -46,5 +49,9 @@ def stepped_gaps(model: Stepper, texts: Sequence[Sequence[int]], begins: Sequenc
 
 def noise(model: Stepper, texts: Sequence[Sequence[int]], begins: Sequence[int]) -> float:
     """The largest difference of a gap between the two runs: what rounding can make of a gap of 0."""
-    both = zip(gaps(model, texts, begins), stepped_gaps(model, texts, begins), strict=True)
-    return max(abs(one - other) for rows in both for one, other in zip(*rows, strict=True))
+    largest = 0.0
+    for first in range(0, len(texts), ROWS):
+        rows = slice(first, first + ROWS)
+        both = zip(gaps(model, texts[rows], begins[rows]), stepped_gaps(model, texts[rows], begins[rows]), strict=True)
+        largest = max(largest, *(abs(one - other) for pair in both for one, other in zip(*pair, strict=True)))
+    return largest

@@ -5,6 +5,7 @@ import torch
 from mambabench.harness import metrics
 from mambabench.harness.interfaces import MambabenchError, Unsupported
 from mambabench.harness.mockmodel import MockStepper
+from mambabench.harness.suites import near_ties
 from mambabench.harness.suites.configs import LosslessnessConfig
 from mambabench.harness.suites.losslessness import Losslessness
 
@@ -110,6 +111,14 @@ def test_below_float64_near_ties_are_excused_and_counted_in_the_plain_text_too(m
     weights = [weight for _, weight in values(records, "excused")]
     assert weights == [weight for _, weight in values(records, "beyond_noise")]
     assert len(weights) == 14
+
+
+def test_noise_is_the_largest_of_all_texts_however_many_are_stepped_at_once(monkeypatch):
+    model, texts = Rounded(), [(1, 2, 3, 4, 5), (2, 3, 1, 4, 1), (3, 1, 1, 2, 2), (4, 4, 2, 1, 3), (2, 2, 2, 5, 1)]
+    parts = [near_ties.noise(model, part, [2] * len(part)) for part in (texts[:2], texts[2:4], texts[4:])]
+    assert len(set(parts)) == 3
+    monkeypatch.setattr(near_ties, "ROWS", 2)
+    assert near_ties.noise(model, texts, [2] * 5) == max(parts)
 
 
 def test_below_float64_a_decoder_that_changes_the_text_shows(measure, plain):
