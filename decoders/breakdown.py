@@ -107,7 +107,9 @@ def breakdown(
         "waiting for the host": (whole - alone, "s"),
         "not in draft or target, share": (1 - (seconds[DRAFT] + seconds[TARGET]) / whole, ""),
     }
-    return found | ({"kernels": (kernels, "")} if kernels else {})
+    if kernels:
+        found["kernels"], found["kernels beside the models"] = (sum(kernels.values()), ""), (kernels[REST], "")
+    return found
 
 
 def _answered(decoder: Profiled, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> float:
@@ -142,8 +144,8 @@ def _timed(work: Callable[[], None], count: int) -> float:
     return begin.elapsed_time(end) / 1e3 / count
 
 
-def _sections(device: str, rounds: Rounds, count: int) -> tuple[float, dict[str, float]]:
-    """Kernels of a round, 0 on a CPU, and the seconds of each section."""
+def _sections(device: str, rounds: Rounds, count: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Kernels of a round, none on a CPU, and seconds, of each section."""
     with _watched(device) as watch:
         start = rounds.recorded_anew(rounds.k)
         if not device.startswith("cuda"):
@@ -152,7 +154,7 @@ def _sections(device: str, rounds: Rounds, count: int) -> tuple[float, dict[str,
             for _ in range(count):
                 start()
             watch.change(REST)
-            return 0, {name: seconds / count for name, seconds in watch.seconds.items()}
+            return {}, {name: seconds / count for name, seconds in watch.seconds.items()}
         start()
         torch.cuda.synchronize()
         activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -162,18 +164,20 @@ def _sections(device: str, rounds: Rounds, count: int) -> tuple[float, dict[str,
             torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels, spent = apart((event.time_range.start, event.time_range.end, event.name) for event in events)
-    return kernels / count, {name: us / 1e6 / count for name, us in spent.items()}
+    each = {name: number / count for name, number in kernels.items()}
+    return each, {name: us / 1e6 / count for name, us in spent.items()}
 
 
-def apart(ran: Iterable[tuple[float, float, str]]) -> tuple[int, dict[str, float]]:
-    """Kernels, given by begin, end and name, and the time of each section, the one that was marked last. Where a kernel
-    begins before the one before it ends, that time is of the earlier one alone."""
-    now, kernels, spent, reached = REST, 0, dict.fromkeys((DRAFT, TARGET, REST), 0.0), float("-inf")
+def apart(ran: Iterable[tuple[float, float, str]]) -> tuple[dict[str, int], dict[str, float]]:
+    """Of kernels, given by begin, end and name, the number and the time in each section, the one that was marked last.
+    Where a kernel begins before the one before it ends, that time is of the earlier one alone."""
+    now, reached = REST, float("-inf")
+    kernels, spent = dict.fromkeys((DRAFT, TARGET, REST), 0), dict.fromkeys((DRAFT, TARGET, REST), 0.0)
     for begin, end, name in sorted(ran):
         if name.startswith(MARK):
             now = name.removeprefix(MARK)
         else:
-            kernels += 1
+            kernels[now] += 1
             spent[now] += max(end - max(begin, reached), 0.0)
             reached = max(reached, end)
     return kernels, spent

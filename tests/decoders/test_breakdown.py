@@ -53,10 +53,11 @@ def test_each_part_of_a_round_has_its_time():
 
 def test_the_parts_are_shown_beside_the_whole():
     figures = {"whole": (0.002, "s"), "target kernels": (0.0015, "s"), "a share": (0.25, ""), "kernels": (411.0, "")}
+    figures |= {"kernels beside the models": (2.0, "")}
     assert shares(figures) == [
         "[whole              2.0000 ms  100.0%]",
         "[target kernels     1.5000 ms   75.0%]",
-        "[kernels               411]",
+        "[kernels               411, 2 beside the models]",
     ]
     assert shares({}) == []
 
@@ -90,12 +91,12 @@ def test_kernels_are_sorted_by_the_last_mark():
     ):
         ran.append((at, at + took, name))
         at += took + 1
-    assert apart(ran[::-1]) == (7, {DRAFT: 5.0, TARGET: 8.0, REST: 1.75})
+    assert apart(ran[::-1]) == ({DRAFT: 2, TARGET: 2, REST: 3}, {DRAFT: 5.0, TARGET: 8.0, REST: 1.75})
 
 
 def test_time_in_which_kernels_overlap_is_counted_once():
     ran = [(0.0, 4.0, "a"), (3.0, 7.0, "b"), (3.5, 6.0, "c"), (8.0, 9.0, MARK + TARGET), (8.5, 10.0, "d")]
-    assert apart(ran) == (4, {DRAFT: 0.0, TARGET: 1.5, REST: 7.0})
+    assert apart(ran) == ({DRAFT: 0, TARGET: 1, REST: 3}, {DRAFT: 0.0, TARGET: 1.5, REST: 7.0})
 
 
 @pytest.mark.gpu
@@ -112,6 +113,8 @@ def test_on_a_gpu_the_profiler_sees_the_parts_of_a_recorded_round(name):
     )
     print(name, {what: f"{value:.3g} {unit}" for what, (value, unit) in figures.items()})
     assert figures["kernels"][0] == round(figures["kernels"][0]) > 10
+    # The end of the round alone: the vocabulary is small.
+    assert figures["kernels beside the models"][0] == 1
     assert (figures["draft kernels"][0] > 0) == (of is not None)
     assert figures["target kernels"][0] > 0
     assert 0 < figures["picks and bookkeeping"][0] < figures["whole"][0]
