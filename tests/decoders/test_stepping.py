@@ -140,6 +140,29 @@ def test_what_a_draft_follows_with_is_what_it_puts_into_a_round(prompts, k, temp
     assert [r for r in one[1] if r["kind"] == "round"] == [r for r in two[1] if r["kind"] == "round"]
 
 
+@settings(deadline=None, max_examples=10)
+@given(st.sampled_from(list(TARGETS)), prompt_lists, st.integers(1, 4), st.integers(0, 99), st.booleans())
+def test_a_model_that_picks_runs_what_it_picked(mixers, prompts, count, seed, recorded):
+    """Whether or not its call is one of those that may be recorded."""
+    target, dice = TARGETS[mixers], torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int32)
+    padded = torch.tensor([ids + [0] * (int(lengths.max()) - len(ids)) for ids in prompts])
+    ids = torch.randint(1, 11, (count, len(prompts)), generator=dice).T
+    last = torch.randint(-2, 3, (len(prompts), 11), generator=dice).double()
+    picked = torch.cat([ids[:, :-1], last.argmax(1, keepdim=True)], dim=1)
+
+    def run(ids, last=None):
+        state = target.open(len(prompts), 10, 5)
+        target.prefill(padded, lengths, state)
+        if recorded:
+            state.graphs = SimpleNamespace(run=lambda work, ids, start, settle: work(ids.clone(), start))
+        return target.advance(ids, lengths, state, last=last)
+
+    wanted = run(picked)
+    assert torch.equal(run(ids, last), wanted)
+    assert torch.equal(ids, picked)
+
+
 def test_the_draft_of_a_toy_model_conforms_and_keeps_the_stepping_contract():
     class Small(MockStepper):
         """Another model with the vocabulary of any toy model that it is given."""
