@@ -147,8 +147,8 @@ def test_a_model_that_picks_runs_what_it_picked(mixers, prompts, count, seed, re
     target, dice = TARGETS[mixers], torch.Generator().manual_seed(seed)
     lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int32)
     padded = torch.tensor([ids + [0] * (int(lengths.max()) - len(ids)) for ids in prompts])
-    ids = torch.randint(1, 11, (count, len(prompts)), generator=dice).T
-    last = torch.randint(-2, 3, (len(prompts), 11), generator=dice).double()
+    ids = torch.randint(target.vocab_size, (count, len(prompts)), generator=dice).T
+    last = torch.randint(-2, 3, (len(prompts), target.vocab_size), generator=dice).double()
     picked = torch.cat([ids[:, :-1], last.argmax(1, keepdim=True)], dim=1)
 
     def run(ids, last=None):
