@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.documents import Documents
+from ..kernels.few_rows import Projection, Unscaled, divides
 from ..kernels.gated_norm import gated_norm
 from ..kernels.multistep import convolve, folded, multistep
 from ..kernels.multistep.fused_step import Front, Gate, fused_step, tap_by_tap
@@ -55,6 +56,7 @@ class Mamba2(Mamba):
     def fuse(self) -> None:
         super().fuse()
         self._tap_by_tap = tap_by_tap(*self._taps, self.conv1d.weight.dtype)
+        self._behind = Projection(self.out_proj.weight, self.out_proj.bias)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """What `in_proj` made -> gate z [..., H P]; what a token leaves for later ones: [..., E + H]."""
@@ -141,7 +143,7 @@ class Mamba2(Mamba):
         cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.channels] = window
         return self.out_proj(self._gated(y[:, replayed:], z))
 
-    def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
+    def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor | Unscaled:
         """T tokens a row, between the two projections: [B * T, …] -> [B * T, H P]."""
         z, kept = self._split(projected)
         if cache.ring is not None:
@@ -157,7 +159,9 @@ class Mamba2(Mamba):
         y = snapshot_multistep(*given, call.start) if cache.snapshots else multistep(*given, call.mask, call.settle)
         return self._gated(y, z)
 
-    def _step_by_kernel(self, z: Tensor, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep) -> Tensor:
+    def _step_by_kernel(
+        self, z: Tensor, kept: Tensor, cache: MambaState, ring: StateRing, call: MambaStep
+    ) -> Tensor | Unscaled:
         """The same over a ring of what goes into the state: the convolution is not made again."""
         new, decay = kept.unflatten(0, (call.batch, call.count)), self._decay(ring.dt.dtype)
         weight, bias = self._taps
@@ -169,7 +173,8 @@ class Mamba2(Mamba):
         window = cache.inputs, ring.convolved, self.active, self._tap_by_tap
         front, gate = Front(weight, bias, self.dt_bias, *window), None
         if self.norm is not None:
-            gate = Gate(self.norm.weight, self.gate_bias, self.shape.normed, self.eps)
+            left = self.shape.normed == self.inner and divides(self._behind, z.new_empty(z.shape))
+            gate = Gate(self.norm.weight, self.gate_bias, self.shape.normed, self.eps, left)
         given = new, z, front, ring.views, decay, self.D, cache.state, call.start, call.saved, call.plan, gate
         y = fused_step(*given)
-        return y if gate is not None else self._gated(y, z)
+        return self._gated(y, z) if gate is None and isinstance(y, Tensor) else y

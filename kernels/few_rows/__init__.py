@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..support import chosen
 from . import fused, reference
-from .reference import Projection, Stream
+from .reference import Projection, Stream, Unscaled
 
-__all__ = ["Projection", "Stream", "add_projected", "project"]
+__all__ = ["Projection", "Stream", "Unscaled", "add_projected", "divides", "project"]
 
 
 def project(given: Projection, stream: Stream, kind: torch.dtype | None = None) -> tuple[Tensor, Stream]:
@@ -23,8 +23,14 @@ def project(given: Projection, stream: Stream, kind: torch.dtype | None = None) 
     return reference.project(given, stream, kind)
 
 
-def add_projected(given: Projection, x: Tensor, stream: Stream) -> Stream:
+def divides(given: Projection, x: Tensor) -> bool:
+    """Whether `add_projected` divides rows like x [M, K] by their root mean square at no cost."""
+    return bool(fused.supports(given, x, x.dtype))
+
+
+def add_projected(given: Projection, x: Tensor | Unscaled, stream: Stream) -> Stream:
     """The stream [M, E] with the product of x [M, K] added."""
-    if chosen("add_projected", fused.supports(given, x, x.dtype)):
+    rows = x.x if isinstance(x, Unscaled) else x
+    if chosen("add_projected", fused.supports(given, rows, rows.dtype)):
         return fused.add_projected(given, x, stream)
     return reference.add_projected(given, x, stream)

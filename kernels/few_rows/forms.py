@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..tuning import graph_ms, side_by_side
 from . import reference
-from .reference import Projection, Stream
+from .reference import Projection, Stream, Unscaled
 from .triton import APART, FORMS, Form, launch, normed, summed, tile_of
 
 MEASURED = 8 << 20
@@ -105,7 +105,7 @@ def project(
 
 
 def add_projected(
-    x: Tensor,
+    x: Tensor | Unscaled,
     given: Projection,
     stream: Stream,
     form: Form | None = None,
@@ -114,13 +114,15 @@ def add_projected(
 ) -> Stream:
     """Shapes as in the room's `add_projected`."""
     assert stream.added is None
+    squares, eps = (x.squares, x.eps) if isinstance(x, Unscaled) else (None, 0.0)
+    x = x.x if isinstance(x, Unscaled) else x
     form = form or form_for(given, len(x), x.dtype)
     assert form is not None
     h = torch.empty_like(stream.h)
     sums = torch.empty(len(h), triton.cdiv(given.lines, form.block), dtype=torch.float32, device=h.device)
     launch(
-        x, given.weight, h, form, bias=given.bias, residual=stream.h, sums=sums, counters=given.counters,
-        warmup=warmup, early=early,
+        x, given.weight, h, form, squares=squares, eps=eps, bias=given.bias, residual=stream.h, sums=sums,
+        counters=given.counters, warmup=warmup, early=early,
     )  # fmt: skip
     return Stream(h, None, sums)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..support import Support, installed, kernel, served
-from .reference import Projection, Stream
+from .reference import Projection, Stream, Unscaled
 
 MODULE = f"{__package__}.forms"
 DTYPES = (torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ def project(given: Projection, stream: Stream, kind: torch.dtype) -> tuple[Tenso
     return both
 
 
-def add_projected(given: Projection, x: Tensor, stream: Stream) -> Stream:
+def add_projected(given: Projection, x: Tensor | Unscaled, stream: Stream) -> Stream:
     """Shapes as in the room's `add_projected`."""
     whole: Stream = kernel(MODULE, "add_projected")(x, given, stream)
     return whole

@@ -58,6 +58,21 @@ class Stream(NamedTuple):
     """fp32 [M, parts] that add up to the sum of squares of each row of h, where a kernel has left them."""
 
 
+class Unscaled(NamedTuple):
+    """Rows [M, K] of a norm but for the division by their root mean square, which is left to the product: it may as
+    well divide what comes out. They are rounded as often, before the division instead of behind it."""
+
+    x: Tensor
+    squares: Tensor
+    """fp32 [M, parts] that add up to the sum of squares of each row, ahead of the norm's weight."""
+    eps: float
+
+    def divided(self) -> Tensor:
+        """The rows of the norm."""
+        squares = self.squares.sum(1, keepdim=True) / self.x.shape[1]
+        return (self.x * torch.rsqrt(squares + self.eps)).to(self.x.dtype)
+
+
 def project(given: Projection, stream: Stream, kind: torch.dtype) -> tuple[Tensor, Stream]:
     """Shapes as in the room's `project`."""
     h, normed = normed_sum(given, stream)
@@ -83,7 +98,8 @@ def _wider(x: Tensor, weight: Tensor, kind: torch.dtype) -> Tensor:
     return F.linear(x.to(kind), weight.to(kind))
 
 
-def add_projected(given: Projection, x: Tensor, stream: Stream) -> Stream:
+def add_projected(given: Projection, x: Tensor | Unscaled, stream: Stream) -> Stream:
     """Shapes as in the room's `add_projected`. The sum is left to the norm that follows."""
     assert stream.added is None
+    x = x.divided() if isinstance(x, Unscaled) else x
     return Stream(stream.h, F.linear(x, given.weight, given.bias))

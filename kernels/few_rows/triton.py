@@ -51,9 +51,9 @@ def _finish(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["rows"])
 def _product(  # type: ignore[no-untyped-def]
     x, squares, norm, eps, weight, bias, residual, out, sums, left, counters, rows, parts,
-    WIDTH: tl.constexpr, LINES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, LINES: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, GATE: tl.constexpr,
+    ADD: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     EACH: tl.constexpr = BLOCK // 2 if GATE else BLOCK
     SHARE: tl.constexpr = (WIDTH + SPLIT * COLUMNS - 1) // (SPLIT * COLUMNS) * COLUMNS
@@ -69,7 +69,7 @@ def _product(  # type: ignore[no-untyped-def]
     lines = weight + line.to(tl.int64)[:, None] * WIDTH
     row = tl.arange(0, TILE)
     there = row < rows
-    if NORM:
+    if NORM or SCALE:
         part = tl.arange(0, PARTS)
         known = there[:, None] & (part < parts)[None, :]
         known_squares = tl.load(squares + row[:, None] * parts + part[None, :], mask=known, other=0.0)
@@ -99,6 +99,8 @@ def _product(  # type: ignore[no-untyped-def]
         y = tl.dot(w, tl.trans(v), y)
     if PDL:
         gdc_launch_dependents()
+    if SCALE:
+        y *= (1 / tl.sqrt(tl.sum(known_squares, axis=1) / WIDTH + eps))[None, :]
     if SPLIT == 1:
         _finish(y, h, bias, out, sums, line, block, row, there, LINES, GATE, ADD, BIAS, EACH, TILE)
     else:
@@ -204,7 +206,8 @@ def launch(
 ) -> None:
     """x [M, K] times weight [N, K] into out [M, N] (gated: [M, N / 2]).
 
-    norm fp32 [K] with squares fp32 [M, parts], which add up to each row's sum of squares: x is normed first. residual
+    norm fp32 [K] with squares fp32 [M, parts], which add up to each row's sum of squares: x is normed first; squares
+    without a norm: out is divided by the root mean squares. residual
     [M, N] is added; sums [M, blocks] then gets the sum of squares of out, by blocks of form.block. counters int32
     [blocks] are 0 before and after, where form.split > 1. With `warmup` the kernel is only compiled. `early` as in
     `begun_early`.
@@ -221,7 +224,8 @@ def launch(
             x, x if squares is None else squares, x if norm is None else norm, eps, weight,
             weight if bias is None else bias, x if residual is None else residual, out,
             out if sums is None else sums, left, left if counters is None else counters, rows, parts,
-            WIDTH=width, LINES=lines, NORM=norm is not None, GATE=gated, ADD=residual is not None,
+            WIDTH=width, LINES=lines, NORM=norm is not None,
+            SCALE=norm is None and squares is not None, GATE=gated, ADD=residual is not None,
             BIAS=bias is not None, PARTS=triton.next_power_of_2(parts), TILE=tile_of(rows), BLOCK=form.block,
             COLUMNS=form.columns, SPLIT=form.split, STAGES=form.stages,
             num_warps=form.warps, grid=(blocks, form.split), warmup=warmup, **begun_early(x, early),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..few_rows import Unscaled
 from ..gated_norm import gated_norm
 from ..support import Support, chosen, kernel
 from .ring import Plan, Ring, convolve, convolve_supports, ring_multistep
@@ -58,6 +59,8 @@ class Gate:
     """[H P]."""
     width: int
     eps: float
+    left: bool = False
+    """The division by the root mean square may be left to the product behind. The norm is over all of a row then."""
 
 
 def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> Support:
@@ -77,6 +80,8 @@ def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan
         return Support.no("the kernel takes inputs and gate in one dtype, weights in fp32")
     if gate is not None and gate.width % state.shape[2]:
         return Support.no("the kernel norms whole heads")
+    if gate is not None and gate.left and gate.width != z.shape[1]:
+        return Support.no("the product behind divides whole rows")
     if not kernel(MODULE, "faster")(u, z, front, ring, state, plan, gate):
         return Support.no(f"separate kernels are faster for {u.shape[0]} rows of {plan.count} tokens")
     return support
@@ -94,15 +99,16 @@ def fused_step(
     saved: Tensor,
     plan: Plan,
     gate: Gate | None,
-) -> Tensor:
+) -> Tensor | Unscaled:
     """T tokens from `start` int32 [B].
 
     u [B, T, E + H]: the convolution's inputs and dt, z [B * T, H P] the gate's; both are rows of one projection. The
-    rest is as `convolve` and `ring_multistep` have it. Returns [B * T, H P], gated and normed if there is a `gate`.
+    rest is as `convolve` and `ring_multistep` have it. Returns [B * T, H P], gated and normed if there is a `gate`,
+    and where that allows it `Unscaled`.
     """
     given = u, z, front, ring, A, D, state, start, saved, plan, gate
     if chosen("fused_step", supports(u, z, front, ring, state, plan, gate)):
-        out: Tensor = kernel(MODULE, "fused_step")(*given)
+        out: Tensor | Unscaled = kernel(MODULE, "fused_step")(*given)
         return out
     return separate_step(*given)
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..few_rows import Unscaled
 from ..support import begun_early
 from .forms import fastest
 from .fused_step import gated, separate_step
@@ -121,13 +122,13 @@ def _decayed(dt, decay, back, JOINT: tl.constexpr):  # type: ignore[no-untyped-d
 @triton.jit
 def _few_step(  # type: ignore[no-untyped-def]
     u_ptr, z_ptr, taps_ptr, dt_bias_ptr, window_ptr, x_ptr, b_ptr, dt_ptr, decay_ptr, skip_ptr,
-    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, eps,
+    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, squares_ptr, eps,
     U_TOKEN: tl.constexpr, Z_TOKEN: tl.constexpr, KEPT: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr,
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
-    NORM: tl.constexpr, JOINT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, LEFT: tl.constexpr, JOINT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What an earlier call left is read while the kernel before, which brings u and z, may still run."""
     tiles: tl.constexpr = (WIDTH + BLOCK_P - 1) // BLOCK_P
@@ -216,8 +217,13 @@ def _few_step(  # type: ignore[no-untyped-def]
     y = y.to(x.dtype)
     if NORM:
         y = y.to(tl.float32) * z * tl.sigmoid(z)
-        scale = 1 / tl.sqrt(tl.sum(y * y, axis=1) / WIDTH + eps)
-        y = y * scale[:, None] * norm
+        squares = tl.sum(y * y, axis=1)
+        if LEFT:
+            at = (row * COUNT + token) * (tiles * HEADS) + tl.program_id(0)
+            tl.store(squares_ptr + at, squares, mask=new)
+        else:
+            y = y * (1 / tl.sqrt(squares / WIDTH + eps))[:, None]
+        y = y * norm
     at = out_ptr + row * (COUNT * HEADS * WIDTH) + t * (HEADS * WIDTH) + head * WIDTH + p[None, :]
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=new_x)
 
@@ -231,13 +237,13 @@ def _few_step(  # type: ignore[no-untyped-def]
 @triton.jit
 def _single_step(  # type: ignore[no-untyped-def]
     u_ptr, z_ptr, taps_ptr, dt_bias_ptr, window_ptr, x_ptr, b_ptr, dt_ptr, decay_ptr, skip_ptr,
-    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, eps,
+    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, squares_ptr, eps,
     U_TOKEN: tl.constexpr, Z_TOKEN: tl.constexpr, KEPT: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr,
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
-    NORM: tl.constexpr, JOINT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, LEFT: tl.constexpr, JOINT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same of a single token, without matrix products.
 
@@ -326,7 +332,12 @@ def _single_step(  # type: ignore[no-untyped-def]
     y = y.to(x.dtype)
     if NORM:
         y = y.to(tl.float32) * z * tl.sigmoid(z)
-        y = y * (1 / tl.sqrt(tl.sum(y * y) / WIDTH + eps)) * norm
+        squares = tl.sum(y * y)
+        if LEFT:
+            tl.store(squares_ptr + row * (tiles * HEADS) + tl.program_id(0), squares)
+        else:
+            y = y * (1 / tl.sqrt(squares / WIDTH + eps))
+        y = y * norm
     at = out_ptr + row * (HEADS * WIDTH) + head * WIDTH + p
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=new_x)
 
@@ -351,7 +362,7 @@ class Form(NamedTuple):
 
 
 FORMS = (
-    *(Form(*tile) for tile in ((16, 2), (16, 4), (16, 8), (32, 4), (32, 8), (64, 8))),
+    *(Form(*tile) for tile in ((16, 2), (16, 4), (16, 8), (32, 4), (32, 8))),
     *(Form(*tile, joint=True) for tile in ((16, 4), (32, 8))),
 )
 NORMED = (4, 8)
@@ -374,11 +385,16 @@ def _tile(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def forms_for(ring: Ring, state: Tensor, gate: Gate | None) -> list[Form]:
-    """Those whose tiles a head fills, with the norm inside where a program has the whole group."""
+def forms_for(ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> list[Form]:
+    """Those whose tiles a head fills, with the norm inside where a program has the whole group.
+
+    Products of 64 rows and more are of warp groups, which `triton2.forms_for` says when to trust. Two warps have not
+    the registers for more than 8 tokens.
+    """
     width = _tile(state.shape[2])
     found = [form for form in FORMS if form.block <= width and (not form.joint or ring.dt.shape[1] <= SLOTS)]
-    if gate is not None and gate.width == state.shape[2]:
+    found = [form for form in found if form.warps > 2 or plan.count <= 8]
+    if gate is not None and gate.width == state.shape[2] and (width < 64 or _tile(plan.replay) == 16):
         found = [*(Form(width, warps, normed=True) for warps in NORMED), *found]
     return found
 
@@ -393,7 +409,7 @@ def form_for(
     u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate | None
 ) -> Form | None:
     """The fastest where that can be measured now; None where separate kernels are faster."""
-    key = None if gate is None else (gate.width, gate.bias is None)
+    key = None if gate is None else (gate.width, gate.bias is None, gate.left)
     groups = ring.x.shape[2], ring.B.shape[2], front.weight.shape
     kind = *state.shape, *groups, plan.count, plan.replay, key, ring.dt.shape[1], ring.x.dtype, state.device
     if kind not in _best:
@@ -423,7 +439,7 @@ def tune(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Pl
             return fused_step(*given, form, warmup=warmup)
         return None if warmup else separate_step(*given)
 
-    return fastest([*forms_for(ring, state, gate), None], state, plan, run)
+    return fastest([*forms_for(ring, state, plan, gate), None], state, plan, run)
 
 
 def fused_step(
@@ -442,28 +458,33 @@ def fused_step(
     pieces: int = PIECES,
     warmup: bool = False,
     early: bool | None = None,
-) -> Tensor:
+) -> Tensor | Unscaled:
     """Shapes as in `fused_step`. With `warmup` the kernel is only compiled. `early` as in `support.begun_early`."""
     form = form or form_for(u, z, front, ring, state, plan, gate)
     assert form is not None
     batch, heads, width, size = state.shape
     channels, taps = front.weight.shape
-    norm = gate if form.normed else None
+    left = gate is not None and gate.left and not form.normed
+    norm = gate if form.normed or left else None
+    programs = triton.cdiv(width, form.block) * heads
     out = torch.empty(batch * plan.count, heads * width, dtype=z.dtype, device=z.device)
+    squares = torch.empty(batch * plan.count, programs, dtype=torch.float32, device=z.device) if left else None
     exact = ring.x.dtype == torch.float32
     slots = ring.dt.shape[1]
     with torch.cuda.device_of(state):
         (_single_step if plan.count == 1 else _few_step).run(
             u, z, front.taps, front.dt_bias, front.window, ring.x, ring.B, ring.dt, A, D,
             None if norm is None else norm.bias, None if norm is None else norm.weight, state, start, saved, out,
-            0.0 if norm is None else norm.eps,
+            squares, 0.0 if norm is None else norm.eps,
             U_TOKEN=between_tokens(u), Z_TOKEN=z.stride(0), KEPT=front.kept.shape[2], CHANNELS=channels, HEADS=heads,
             X_HEADS=heads // ring.x.shape[2], B_HEADS=heads // ring.B.shape[2],
             C_HEADS=heads // ((channels - front.kept.shape[2]) // size), MARGIN=plan.steps, SLOTS=slots,
             WINDOW_SLOTS=front.window.shape[1], TAPS=taps, SILU=front.silu, WIDTH=width, SIZE=size, COUNT=plan.count,
-            REPLAY=plan.replay, SETTLE=plan.settle, NORM=norm is not None, JOINT=form.joint, BLOCK_P=form.block,
-            N=_tile(size), T=triton.next_power_of_2(plan.count), R=_tile(slots if form.joint else plan.replay),
-            WARPS=form.warps, PIECES=0 if exact else pieces, EXACT=exact, num_warps=form.warps,
-            grid=(triton.cdiv(width, form.block) * heads, batch), warmup=warmup, **begun_early(state, early),
+            REPLAY=plan.replay, SETTLE=plan.settle, NORM=norm is not None, LEFT=left, JOINT=form.joint,
+            BLOCK_P=form.block, N=_tile(size), T=triton.next_power_of_2(plan.count),
+            R=_tile(slots if form.joint else plan.replay), WARPS=form.warps, PIECES=0 if exact else pieces,
+            EXACT=exact, num_warps=form.warps, grid=(programs, batch), warmup=warmup, **begun_early(state, early),
         )  # fmt: skip
+    if gate is not None and squares is not None:
+        return Unscaled(out, squares, gate.eps)
     return out if form.normed or warmup else gated(out, z, gate)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from mambabench.kernels.few_rows import Projection, Stream, add_projected, fused, project, reference
+from mambabench.kernels.few_rows import Projection, Stream, Unscaled, add_projected, fused, project, reference
 from mambabench.kernels.support import VARIABLE
 
 EPS = 1e-5
@@ -118,6 +118,18 @@ def test_in_the_interpreter_any_form_is_the_reference(interpreted, form, shape, 
     check_sum(interpreted.add_projected(x, out, before, form), out, x, before, 2e-6)
     assert not into.counters.any()
     assert not out.counters.any()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_in_the_interpreter_what_comes_out_is_divided(interpreted, form, shape) -> None:
+    _, _, out, x, before = drawn(*shape)
+    rows = Unscaled(x, x.square().unflatten(1, (-1, 8)).sum(2) + 3, EPS)
+    whole = interpreted.add_projected(rows, out, before, interpreted.Form(*form))
+    squares = rows.squares.double().sum(1, keepdim=True) / x.shape[1]
+    check_sum(whole, out, x.double() / (squares + EPS).sqrt(), before, 2e-6)
+    plain = reference.add_projected(out, rows, before)
+    near(plain.h + plain.added, whole.h, 2e-6)
 
 
 @pytest.mark.parametrize("form", [None, *FORMS[1:4]], ids=str)

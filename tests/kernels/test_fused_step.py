@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mambabench.kernels.few_rows import Unscaled
 from mambabench.kernels.multistep import fused_step as room
 from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step, tap_by_tap
 from mambabench.kernels.multistep.ring import Plan, Ring
@@ -53,6 +54,8 @@ class Layer:
         self.tensors = {name: t.to(device) for name, t in self.tensors.items()}
         self.sizes, self.silu = [groups[0] * width, groups[1] * size], silu
 
+    left = False
+
     def normal(self, *shape):
         return torch.randn(shape, generator=self.dice)
 
@@ -67,9 +70,10 @@ class Layer:
         taps = tap_by_tap(t["weight"], t["bias"], t["kept"].dtype)
         front = Front(t["weight"], t["bias"], t["dt_bias"], t["window"], t["kept"], self.silu, taps)
         if gate is not None:
-            gate = Gate(t["norm"], t["gate"] if gate[1] else None, gate[0] * self.width, 1e-5)
+            gate = Gate(t["norm"], t["gate"] if gate[1] else None, gate[0] * self.width, 1e-5, self.left)
         cursors = t["start"], t["saved"]
         out = way(u, t["projected"][:, :inner], front, ring, t["A"], t["D"], t["state"], *cursors, self.plan, gate)
+        out = out.divided() if isinstance(out, Unscaled) else out
         return {"out": out, **{name: t[name] for name in ("state", "kept", "dt", "window")}}
 
 
@@ -119,6 +123,21 @@ def test_in_the_interpreter_one_kernel_is_as_exact_as_separate_ones(kernels, dty
     check(layer, lambda *given: kernels.fused_step(*given, form), gate and (gate[0] or layer.heads, gate[1]))
 
 
+@pytest.mark.parametrize("shape", ["odd", "three kinds of groups"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_in_the_interpreter_the_norm_s_division_may_be_left(kernels, shape, count):
+    plan = Plan(count=count, steps=3, replay=4, settle=True)
+    layer = Layer(SHAPES[shape], plan, [4, 1], [0, 6], torch.bfloat16)
+    layer.left = True
+
+    def way(*given):
+        found = kernels.fused_step(*given, kernels.Form(16, 2))
+        assert isinstance(found, Unscaled)
+        return found
+
+    check(layer, way, (layer.heads, True))
+
+
 @pytest.mark.parametrize("taps", [1, 2, 6])
 def test_in_the_interpreter_convolutions_may_have_other_widths(kernels, taps):
     plan = Plan(count=2, steps=3, replay=3, settle=False)
@@ -147,6 +166,6 @@ def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, count):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=count, steps=count, replay=16, settle=True)
     layer = Layer(shape, plan, [0, 16, 16 - count], [0, 3, 1003], torch.bfloat16, device="cuda")
-    forms = layer.run(lambda *given: {"out": kernels.forms_for(*(given[i] for i in (3, 6, 10)))}, (1, True))["out"]
+    forms = layer.run(lambda *given: {"out": kernels.forms_for(*(given[i] for i in (3, 6, 9, 10)))}, (1, True))["out"]
     for form in forms["out"]:
         check(layer, lambda *given, form=form: kernels.fused_step(*given, form), (1, True))
