@@ -365,8 +365,6 @@ FORMS = (
     *(Form(*tile) for tile in ((16, 2), (16, 4), (16, 8), (32, 4), (32, 8))),
     *(Form(*tile, joint=True) for tile in ((16, 4), (32, 8))),
 )
-NORMED = (4, 8)
-"""Warps of programs that have whole heads, and make the norm too."""
 PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
 SLOTS = 64
@@ -395,14 +393,15 @@ def forms_for(ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> list[
     found = [form for form in FORMS if form.block <= width and (not form.joint or ring.dt.shape[1] <= SLOTS)]
     found = [form for form in found if form.warps > 2 or plan.count <= 8]
     if gate is not None and gate.width == state.shape[2] and (width < 64 or _tile(plan.replay) == 16):
-        found = [*(Form(width, warps, normed=True) for warps in NORMED), *found]
+        found = [Form(width, width // 16, normed=True), *found]
     return found
 
 
 def usual(state: Tensor, gate: Gate | None) -> Form | None:
     """As long as nothing was measured."""
     width = _tile(state.shape[2])
-    return Form(16, 4, normed=gate is not None and width == 16) if state.shape[0] <= FEW else None
+    whole = gate is not None and gate.width == state.shape[2] and width == 16
+    return Form(16, 4, normed=whole) if state.shape[0] <= FEW else None
 
 
 def form_for(
