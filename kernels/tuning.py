@@ -27,12 +27,17 @@ THREADS = 16
 
 @contextlib.contextmanager
 def side_by_side(ignore_errors: bool) -> Iterator[None]:
-    """Kernels that are started inside with `warmup=True` compile at once, and have when it ends."""
+    """Kernels that are started inside with `warmup=True` compile at once, and have when it ends. Raises what one of
+    them failed with, unless errors are ignored."""
     import triton
 
-    threads = min(THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=ignore_errors):
-        yield
+    with ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as pool:
+        # An error that leaves Triton's own block would leave the mode on for the rest of the process.
+        mode = triton.AsyncCompileMode(pool, ignore_errors=True)
+        with mode:
+            yield
+    for compiled in () if ignore_errors else mode.raw_futures:
+        compiled.result()
 
 
 def graph_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:

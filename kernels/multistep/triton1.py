@@ -35,7 +35,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _pieces(  # type: ignore[no-untyped-def]
-    pointers, inside, PARTS: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr, CACHE: tl.constexpr = ""
+    pointers, inside, PARTS: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr, CACHE: tl.constexpr
 ):
     """SIZE numbers of each of `pointers` [BLOCK], as PARTS tiles [BLOCK, Q]."""
     n = tl.arange(0, Q)
@@ -118,7 +118,7 @@ def _selective(  # type: ignore[no-untyped-def]
             taps = taps + (tl.load(taps_ptr + d * TAPS + tap, mask=there),)
         bias = tl.load(bias_ptr + d, mask=there)
         step = tl.load(step_ptr + d, mask=there)
-        rates = _pieces(decay_ptr + d * SIZE, there, PARTS, Q, SIZE)
+        rates = _pieces(decay_ptr + d * SIZE, there, PARTS, Q, SIZE, "")
         decays = ()
         for j in tl.static_range(PARTS):
             decays = decays + (rates[j] * LOG2E,)
@@ -144,8 +144,8 @@ def _selective(  # type: ignore[no-untyped-def]
         y_at = y_ptr + row * COUNT * CHANNELS + d
         x = tl.load(x_ptr + source, mask=there)
         raw = tl.load(raw_ptr + d, mask=there)
-        b = _pieces(b_ptr + group, there, PARTS, Q, SIZE)
-        c = _pieces(c_at, there, PARTS, Q, SIZE)
+        b = _pieces(b_ptr + group, there, PARTS, Q, SIZE, "")
+        c = _pieces(c_at, there, PARTS, Q, SIZE, "")
         z = tl.load(z_at, mask=there) if GATED else x
         if SETTLE:  # noqa: SIM102 - one of the two is known when the kernel is compiled
             if (replayed > 0) & (replayed + STEPS > REPLAY):
@@ -161,8 +161,8 @@ def _selective(  # type: ignore[no-untyped-def]
             after = tl.minimum(t + 1, COUNT - 1)
             x = tl.load(x_ptr + after * x_token + source, mask=there)
             raw = tl.load(raw_ptr + after * raw_token + d, mask=there)
-            b = _pieces(b_ptr + after * b_token + group, there, PARTS, Q, SIZE)
-            c = _pieces(c_at + after * c_token, there, PARTS, Q, SIZE)
+            b = _pieces(b_ptr + after * b_token + group, there, PARTS, Q, SIZE, "")
+            c = _pieces(c_at + after * c_token, there, PARTS, Q, SIZE, "")
             z = tl.load(z_at + after * z_token, mask=there) if GATED else x
             total, states = _token(now, window, taps, bias, now_raw, step, decays, states, now_b, TAPS, PARTS, SILU)
             if TAPS > 1:

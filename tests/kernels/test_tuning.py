@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from mambabench.kernels.tuning import compile_side_by_side, graph_ms
+from mambabench.kernels.tuning import compile_side_by_side, graph_ms, side_by_side
 
 triton = pytest.importorskip("triton")
 FORMS = 3
@@ -114,3 +114,21 @@ def test_on_a_gpu_a_graph_is_timed_each_time_that_it_is_started() -> None:
     assert len(times) == 5
     assert min(times) > 0
     assert float(made[0]) == 3 + 4 * 5
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_next_ones_alone() -> None:
+    def broken() -> None:
+        raise ValueError("no such operation")
+
+    def start(work: Any) -> Any:
+        from triton.runtime._async_compile import active_mode
+
+        return active_mode.get().submit(work, work, lambda kernel: None)
+
+    with pytest.raises(ValueError, match="no such operation"), side_by_side(ignore_errors=False):
+        start(broken)
+    with side_by_side(ignore_errors=True):
+        start(broken)
+    with side_by_side(ignore_errors=False):
+        made = start(lambda: "compiled")
+    assert made.result() == "compiled"
