@@ -369,7 +369,7 @@ PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
 SLOTS = 64
 """The most of a ring that is read whole."""
-FEW = 8
+FEW = 32
 """Rows of a call up to which it is one kernel, as long as nothing was measured."""
 MEASURED = 1 << 18
 """Bytes of a checkpoint from which on forms are timed."""

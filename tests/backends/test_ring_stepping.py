@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mambabench.backends import mamba2
 from mambabench.backends import state as states
 from mambabench.backends.checkpoint import read_config
-from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend
-from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig
+from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend, TeacherBackend
+from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig, TeacherConfig
 from mambabench.backends.stepper import HybridStepper
 from mambabench.harness.conformance import check_backend
 from mambabench.kernels import support
@@ -125,15 +126,18 @@ def test_in_the_interpreter_the_mamba_kernel_keeps_it(
     assert set(ran) == {"selective_ring_multistep"}
 
 
-@pytest.mark.parametrize("replay", [0, 5])
+@pytest.mark.parametrize(("model", "replay"), [("hybrid", 5), ("mamba-ssm", 0)])
 def test_in_the_interpreter_one_kernel_of_a_mamba2_layer_keeps_it(
     rings: None,
+    model: str,
     replay: int,
     llama: Path,
+    make_native: Callable[..., tuple[Path, object, object]],
     tmp_path: Path,
     interpret: Callable[[str], object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With the norm inside, and divided by the product behind."""
     module, ran = interpret(fused_step.MODULE), []
 
     def kernel(_: str, name: str) -> Callable[..., torch.Tensor]:
@@ -142,10 +146,14 @@ def test_in_the_interpreter_one_kernel_of_a_mamba2_layer_keeps_it(
 
     monkeypatch.setattr(fused_step, "kernel", kernel)
     monkeypatch.setattr(fused_step, "supports", lambda *_: Support.yes())
+    monkeypatch.setattr(mamba2, "divides", lambda *_: True)
     monkeypatch.setenv(states.VARIABLE, str(replay))
     backend = Mamba2HybridBackend(Mamba2HybridConfig(chunk=8))
-    backend.convert(llama, [0, 1, 3], tmp_path / "artifact", seed=0)
-    check = {"rounds": 6, "batch": 2, "steps": 2, "context": 6, "dtype": "float32", "tolerance": 1e-4}
+    folder, keep = (llama, [0, 1, 3]) if model == "hybrid" else (make_native(headdim=16, d_state=8)[0], [])
+    if model == "mamba-ssm":
+        backend = TeacherBackend(TeacherConfig())
+    backend.convert(folder, keep, tmp_path / "artifact", seed=0)
+    check = {"rounds": 3, "batch": 2, "steps": 2, "context": 6, "dtype": "float32", "tolerance": 1e-4}
     check_backend(backend, tmp_path / "artifact", **check)
     assert set(ran) == {"fused_step"}
 
