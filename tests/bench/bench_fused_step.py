@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mambabench.kernels.few_rows import Projection, Stream, add_projected, project
+from mambabench.kernels.few_rows import Projection, Stream, Unscaled, add_projected, project
 from mambabench.kernels.multistep import triton2_fused
 from mambabench.kernels.multistep.forms import compiled
 from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step, tap_by_tap
@@ -59,7 +59,7 @@ class Layer:
         weight, bias = (t.bfloat16().float() for t in (normal(channels, TAPS), normal(channels)))
         taps = tap_by_tap(weight, bias, half)
         self.front = Front(weight, bias, normal(heads) - 3, window, self.kept, True, taps)
-        self.gate = Gate(normal(inner, dtype=half), None, normed, 1e-5)
+        self.gate = Gate(normal(inner, dtype=half), None, normed, 1e-5, left=normed == inner)
         self.A, self.D, self.state = -normal(heads).exp(), normal(heads), normal(batch, heads, width, size)
         self.start = (1 + torch.arange(batch, device="cuda") % (REPLAY - count + 1)).int()
         self.saved = torch.zeros_like(self.start)
@@ -114,7 +114,8 @@ def check(layer: Layer, form: Any) -> str:
         return u, projected[:, : layer.inner], front, ring, *others, layer.plan, gate
 
     want = separate_step(*first(True))
-    got = triton2_fused.fused_step(*first(False), form).cpu().double()
+    made = triton2_fused.fused_step(*first(False), form)
+    got = (made.divided() if isinstance(made, Unscaled) else made).cpu().double()
     off = float((got - want).norm() / want.norm())
     return "" if off < 2.0**-7 else f"off by {off:.1e}"
 
@@ -124,7 +125,7 @@ def step_us(layers: list[Layer], way: Callable[..., object]) -> float:
     return graph_us([lambda layer=layer: way(*layer.given(layer.projected)) for layer in turns])
 
 
-def layer_us(layers: list[Layer], way: Callable[..., Tensor]) -> float:
+def layer_us(layers: list[Layer], way: Callable[..., Tensor | Unscaled]) -> float:
     """With both projections, each layer behind the one before."""
 
     def chain() -> object:
