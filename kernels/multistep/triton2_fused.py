@@ -46,13 +46,14 @@ def _inner(c, b, PIECES: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _summed(mixing, x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """mixing fp32 [T, M] times x [M, P], of the ring; of few by ordinary cores."""
+def _summed(mixing, x, T: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """mixing fp32 [T, M] times x [M, P], of the ring. Fewer than 16 of M = T are padded."""
     if mixing.shape[1] < 16:
-        out = tl.sum(mixing[:, :, None] * x.to(tl.float32)[None, :, :], axis=1)
-    else:
-        out = times(mixing, x, 0 if EXACT else 2)
-    return out
+        each: tl.constexpr = 16 // T
+        for _ in tl.static_range(each.bit_length() - 1):
+            mixing = tl.join(mixing, tl.zeros_like(mixing)).permute(0, 2, 1).reshape(T, 2 * mixing.shape[1])
+            x = tl.join(x, tl.zeros_like(x)).permute(2, 0, 1).reshape(2 * x.shape[0], x.shape[1])
+    return times(mixing, x, 0 if EXACT else 2)
 
 
 @triton.jit
@@ -208,12 +209,12 @@ def _few_step(  # type: ignore[no-untyped-def]
     tl.store(window_ptr + window[:, None] + x_channel, x_inputs[TAPS - 1], mask=own)
 
     mixing = tl.where(old[None, :], _inner(c, old_b, PIECES, EXACT), 0.0) * weights[None, :]
-    y = _inner(c, state, PIECES, EXACT) * carry + _summed(mixing, old_x, EXACT)
+    y = _inner(c, state, PIECES, EXACT) * carry + _summed(mixing, old_x, T, EXACT)
     since = tl.cumsum(dt * decay, axis=0)
     between = tl.where(token[:, None] >= token[None, :], since[:, None] - since[None, :], float("-inf"))
     mixing = _inner(c, b, PIECES, EXACT) * tl.exp(between) * dt[None, :]
     mixing += tl.where(token[:, None] == token[None, :], skip, 0.0)
-    y = y * exp(since)[:, None] + _summed(mixing, x, EXACT)
+    y = y * exp(since)[:, None] + _summed(mixing, x, T, EXACT)
     y = y.to(x.dtype)
     if NORM:
         y = y.to(tl.float32) * z * tl.sigmoid(z)
