@@ -20,6 +20,8 @@ from .ring import supports as steps_support
 MODULE = f"{__package__}.triton2_fused"
 TAPS = 8
 """The most of a convolution."""
+TOKENS = 16
+"""The most of a call: all that is convolved is held in registers."""
 REPLAY = 32
 """The most tokens of a replay, which are one tile."""
 
@@ -72,8 +74,10 @@ def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan
     if not support:
         return support
     taps, slots = front.weight.shape[1], front.window.shape[1]
-    if taps > TAPS or plan.replay > REPLAY:
-        return Support.no(f"the kernel has convolutions of up to {TAPS} taps and replays of up to {REPLAY} tokens")
+    if taps > TAPS:
+        return Support.no(f"the kernel has convolutions of up to {TAPS} taps, not {taps}")
+    if plan.count > TOKENS or plan.replay > REPLAY:
+        return Support.no(f"the kernel has calls of up to {TOKENS} tokens and replays of up to {REPLAY}")
     if slots < plan.count + taps - 1 or ring.dt.shape[1] < plan.replay + plan.count:
         return Support.no("the kernel reads no slot that it writes")
     if not z.dtype == u.dtype == front.taps.dtype or z.stride(1) != 1 or state.dtype != front.weight.dtype:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from mambabench.kernels import support
 from mambabench.kernels.few_rows import Unscaled
 from mambabench.kernels.multistep import fused_step as room
+from mambabench.kernels.multistep import ring
 from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step, tap_by_tap
 from mambabench.kernels.multistep.ring import Plan, Ring
 
@@ -143,6 +145,34 @@ def test_in_the_interpreter_convolutions_may_have_other_widths(kernels, taps):
     plan = Plan(count=2, steps=3, replay=3, settle=False)
     layer = Layer(SHAPES["odd"], plan, [3, 0], [2, 0], torch.bfloat16, taps)
     check(layer, kernels.fused_step)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"taps": 9}, "convolutions of up to 8 taps, not 9"),
+        ({"count": 17}, "calls of up to 16 tokens"),
+        ({"replay": 33}, "replays of up to 32"),
+        ({"dtype": torch.float16}, "does not serve float16"),
+        ({"gate": (2, True)}, "the product behind divides whole rows"),
+        ({"faster": False}, "separate kernels are faster for 2 rows of 3 tokens"),
+    ],
+    ids=str,
+)
+def test_a_reason_is_given_where_separate_kernels_run(monkeypatch, asked, changes, reason):
+    case = {"taps": 4, "count": 3, "replay": 5, "dtype": torch.bfloat16, "gate": (4, True), "faster": True} | changes
+    monkeypatch.setattr(support, "on_cuda", lambda tensor: True)
+    for module in (ring, room):
+        monkeypatch.setattr(module, "kernel", lambda module, name: lambda *given: case["faster"])
+        monkeypatch.setattr(module, "installed", lambda module: support.Support.yes(), raising=False)
+    plan = Plan(case["count"], max(3, case["count"]), max(case["replay"], case["count"]), settle=True)
+    layer = Layer(SHAPES["C per head"], plan, [1, 2], [0, 4], case["dtype"], case["taps"])
+    layer.left = True
+    found = layer.run(lambda *given: given, case["gate"])["out"]
+    u, z, front, rings, _, _, state, *_, gate = found
+    assert reason in room.supports(u, z, front, rings, state, plan, gate).reason
+    assert bool(reason) is not bool(room.supports(u, z, front, rings, state, plan, gate))
 
 
 @pytest.mark.gpu
