@@ -88,6 +88,7 @@ def breakdown(
     rounds.prefill()
     if rounds.draft is not None:
         rounds.open_draft()
+    rounds.first()
     with rounds.board.texts.held():
         for _ in range(WARM):
             rounds.play(rounds.k)
@@ -113,23 +114,33 @@ def breakdown(
 
 
 def _answered(decoder: Profiled, model: Stepper, prompts: Sequence[Prompt], limits: Limits) -> float:
-    """Seconds of a round of an answer, without the first look, in which a draft may have read the prompts."""
-    looks: dict[float, int] = {}
+    """Seconds of a round of an answer, from look to look of the host. The last one does not count if there are others:
+    texts may have ended amidst its rounds."""
+    rows = range(len(prompts))
+    tokens, drafted, looks = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0), dict[float, tuple[int, int]]()
 
     def emit(kind: str, /, **fields: Any) -> None:
         if kind == "burst":
-            looks.setdefault(fields["at_s"], 0)
+            tokens[fields["row"]] += fields["tokens"]
+            looks[fields["at_s"]] = 0, 0
         elif kind == "round":
-            played[fields["row"]] = fields["round"] + 1
+            drafted[fields["row"]] += 1
+        if looks:
+            looks[next(reversed(looks))] = max(tokens.values()), max(drafted.values())
 
     for _ in range(2):
         looks.clear()
-        played: dict[int, int] = {}
+        tokens.update(dict.fromkeys(rows, 0))
+        drafted.update(dict.fromkeys(rows, 0))
         decoder.generate(model, prompts, limits, emit)
-    at_s = sorted(looks)[1:]
-    rounds = max(played.values(), default=limits.new_tokens - 1)
-    each = rounds / max(len(at_s), 1)
-    return (at_s[-1] - at_s[0]) / (rounds - each) if len(at_s) > 1 else 0.0
+    kind = int(any(drafted.values()))
+    reached = [(at_s, rounds[kind]) for at_s, rounds in looks.items()][1:]
+    if len(reached) > 2:
+        reached.pop()
+    if len(reached) < 2:
+        return 0.0
+    (begun, before), (ended, after) = reached[0], reached[-1]
+    return (ended - begun) / (after - before)
 
 
 def _timed(work: Callable[[], None], count: int) -> float:

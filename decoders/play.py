@@ -53,12 +53,15 @@ class Rounds:
         self.board.results.begin()
         self._play: Callable[[int], None] = partial(plain_round, model, self.state, self.board, limits)
 
-    def prefill(self) -> Round:
-        """Runs the prompts, and gives each row its first token."""
+    def prefill(self) -> None:
+        """Starts the reading of the prompts, which gives each row its first token."""
         texts = self.board.texts
         logits = self.model.prefill(texts.ids[:, : self.longest].contiguous(), texts.length.int(), self.state)
         append(self.board, self.limits, logits.unsqueeze(1))
         self.board.results.sent()
+
+    def first(self) -> Round:
+        """Waits for the first tokens."""
         return self.board.results.read(1)[0]
 
     def open_draft(self) -> None:

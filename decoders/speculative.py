@@ -84,10 +84,10 @@ class SpeculativeDecoder:
         told = emit if self.script is None else _scripted(emit, self.script)
         batch = Batch(model, prompts, limits, told, on_text)
         rounds = self.rounds(model, prompts, limits)
-        batch.begin(rounds.prefill())
-        if not batch.running:
-            return batch.answers()
+        rounds.prefill()
+        # The draft begins with the prompt while the model is still at it.
         rounds.open_draft()
+        batch.begin(rounds.first())
         chooser = None
         if self.window:
             costs = self._costs.of(model, len(prompts), limits, self.k, rounds.try_out)
@@ -107,6 +107,7 @@ class SpeculativeDecoder:
         rounds = self.rounds(model, prompts, limits)
         rounds.prefill()
         rounds.open_draft()
+        rounds.first()
         if self.window:
             return dict(enumerate(self._costs.of(model, len(prompts), limits, self.k, rounds.try_out), 1))
         return {self.k: cost(model, self.k, rounds.try_out)}

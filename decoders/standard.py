@@ -30,7 +30,8 @@ class StandardDecoder:
             return answers
         batch = Batch(model, prompts, limits, emit, on_text)
         rounds = self.rounds(model, prompts, limits)
-        batch.begin(rounds.prefill())
+        rounds.prefill()
+        batch.begin(rounds.first())
         run(batch, rounds, self.config.look)
         return batch.answers()
 
@@ -44,6 +45,7 @@ class StandardDecoder:
             return {}
         rounds = self.rounds(model, prompts, limits)
         rounds.prefill()
+        rounds.first()
         return {0: cost(model, 0, rounds.try_out)}
 
     def profile(
