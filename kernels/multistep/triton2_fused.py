@@ -8,8 +8,8 @@ tile of a head.
 
 No program reads what another one writes. New tokens go to ring slots start .. start + T - 1, while those of `saved` ..
 start - 1 are read: apart modulo S, since S >= replay + T. They go to the same of the window, while start - W + 1 ..
-start - 1 are read: apart, since S' >= T + W - 1. Where all slots of the ring are read, what does not lie between
-`saved` and `start` is thrown away, whatever it is. A tile of the checkpoint is read and written by one program.
+start - 1 are read: apart, since S' >= T + W - 1. A tile of the checkpoint
+is read and written by one program.
 """
 
 from __future__ import annotations
@@ -67,17 +67,41 @@ def _weights(taps_ptr, channel, there, CHANNELS: tl.constexpr, TAPS: tl.constexp
 
 
 @triton.jit
-def _inputs(  # type: ignore[no-untyped-def]
-    u_ptr, window_ptr, channel, there, t, start, U_TOKEN: tl.constexpr, ENTRIES: tl.constexpr,
-    WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr,
+def _window(  # type: ignore[no-untyped-def]
+    place, there, t, start, ENTRIES: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr
 ):  # fmt: skip
-    """What the convolution of tokens t reads, tap by tap: the last are the tokens' own."""
+    """What the convolution of tokens t reads of earlier tokens, tap by tap, from slots of `place`."""
     found = ()
-    for tap in tl.static_range(TAPS):
+    for tap in tl.static_range(TAPS - 1):
         at = t + (tap + 1 - TAPS)
         slot = (start + at + WINDOW_SLOTS) % WINDOW_SLOTS
-        place = tl.where(at < 0, window_ptr + slot * ENTRIES, u_ptr + at * U_TOKEN)
-        u = tl.load(place + channel, mask=there, other=0.0)
+        u = tl.load(place + slot * ENTRIES, mask=there & (at < 0), other=0.0, cache_modifier=".cg")
+        found = found + (u,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
+    return found
+
+
+@triton.jit
+def _own(place, there, t, U_TOKEN: tl.constexpr, COUNT: tl.constexpr, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What it reads of new tokens, where `place` has each token's own. The first has none but that."""
+    found = ()
+    for tap in tl.static_range(max(TAPS - COUNT, 0), TAPS):
+        u = tl.load(place + (tap + 1 - TAPS) * U_TOKEN, mask=there & (t + (tap + 1 - TAPS) >= 0), other=0.0)
+        found = found + (u,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
+    return found
+
+
+@triton.jit
+def _joined(window, own, t, COUNT: tl.constexpr, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both: all that the convolution reads."""
+    found = ()
+    first: tl.constexpr = max(TAPS - COUNT, 0)
+    for tap in tl.static_range(TAPS):
+        if tap < first:
+            u = window[tap]
+        elif tap < TAPS - 1:
+            u = tl.where(t + (tap + 1 - TAPS) < 0, window[tap], own[tap - first])
+        else:
+            u = own[tap - first]
         found = found + (u,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
     return found
 
@@ -94,30 +118,18 @@ def _convolved(inputs, weights, replayed, TAPS: tl.constexpr, SILU: tl.constexpr
 
 
 @triton.jit
-def _replayed(r, start, replayed, SLOTS: tl.constexpr, JOINT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of replayed tokens numbered r: their slots, how far they lie behind the last one, and what there is of them to be
-    read, which with JOINT is everything."""
-    back = (start + (SLOTS - 1) - r) % SLOTS
-    if JOINT:
-        slots = r
-        back = tl.where(r < SLOTS, back, SLOTS)
-        there = r < SLOTS
-    else:
-        slots = back
-        back = r
-        there = r < replayed
-    return slots, back, there
+def _held(x, arrived):  # type: ignore[no-untyped-def]
+    """x, but nothing is made of it before the number `arrived` is there, which is never NaN where the result matters:
+    or it would be waited for ahead of what is loaded beside that number."""
+    return tl.where(arrived == arrived, x, float("nan"))
 
 
 @triton.jit
-def _decayed(dt, decay, back, JOINT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of replayed tokens, with dt 0 where there is none: what weighs each at `start`, and what the checkpoint."""
+def _decayed(dt, decay):  # type: ignore[no-untyped-def]
+    """Of replayed tokens counted back, with dt 0 where there is none: what weighs each at `start`, and what the
+    checkpoint."""
     steps = dt * decay
-    if JOINT:
-        later = tl.sum(tl.where(back[:, None] < back[None, :], steps[:, None], 0.0), axis=0)
-    else:
-        later = tl.cumsum(steps, axis=0) - steps
-    return exp(later) * dt, exp(tl.sum(steps, axis=0))
+    return exp(tl.cumsum(steps, axis=0) - steps) * dt, exp(tl.sum(steps, axis=0))
 
 
 @triton.jit
@@ -128,7 +140,7 @@ def _few_step(  # type: ignore[no-untyped-def]
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
-    NORM: tl.constexpr, LEFT: tl.constexpr, JOINT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
+    NORM: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What an earlier call left is read while the kernel before, which brings u and z, may still run."""
@@ -154,13 +166,13 @@ def _few_step(  # type: ignore[no-untyped-def]
     x_ptr += row * (SLOTS * KEPT) + head // X_HEADS * WIDTH
     b_ptr += row * (SLOTS * KEPT) + head // B_HEADS * SIZE
     dt_ptr += row * (SLOTS * HEADS) + head
-    slots, back, there = _replayed(r, start, replayed, SLOTS, JOINT)
-    old = there & (back < replayed)
-    old_dt = tl.load(dt_ptr + slots * HEADS, mask=there, other=0.0, cache_modifier=".cg")
+    old = r < replayed
+    slots = (start + (SLOTS - 1) - r) % SLOTS
+    old_dt = tl.load(dt_ptr + slots * HEADS, mask=old, other=0.0, cache_modifier=".cg")
     at = b_ptr + slots[:, None] * KEPT + n[None, :]
-    old_b = tl.load(at, mask=there[:, None] & (n < SIZE)[None, :], other=0.0, cache_modifier=".cg")
+    old_b = tl.load(at, mask=old[:, None] & (n < SIZE)[None, :], other=0.0, cache_modifier=".cg")
     at = x_ptr + slots[:, None] * KEPT + p[None, :]
-    old_x = tl.load(at, mask=there[:, None] & (p < WIDTH)[None, :], other=0.0, cache_modifier=".cg")
+    old_x = tl.load(at, mask=old[:, None] & (p < WIDTH)[None, :], other=0.0, cache_modifier=".cg")
     x_channel = head // X_HEADS * WIDTH + p[None, :]
     b_channel = HEADS // X_HEADS * WIDTH + head // B_HEADS * SIZE + n[None, :]
     c_channel = KEPT + head // C_HEADS * SIZE + n[None, :]
@@ -170,26 +182,35 @@ def _few_step(  # type: ignore[no-untyped-def]
     dt_bias = tl.load(dt_bias_ptr + head)
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
+    u_ptr += row * (COUNT * U_TOKEN)
+    window_ptr += row * (WINDOW_SLOTS * entries)
+    b_window = _window(window_ptr + b_channel, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
+    c_window = _window(window_ptr + c_channel, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
+    x_window = _window(window_ptr + x_channel, new_x, t, start, entries, WINDOW_SLOTS, TAPS)
+    u_first = u_ptr + CHANNELS + head
+    raws = u_first + token * U_TOKEN
+    u_ptr += t * U_TOKEN
+    if NORM:
+        norm = tl.load(norm_ptr + (head * WIDTH + p[None, :] + 0 * t), mask=new_x, other=0.0)
+        if gate_bias_ptr is not None:
+            gate_bias = tl.load(gate_bias_ptr + (head * WIDTH + p[None, :] + 0 * t), mask=new_x, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
-    u_ptr += row * (COUNT * U_TOKEN)
-    window_ptr += row * (WINDOW_SLOTS * entries)
-    b_inputs = _inputs(u_ptr, window_ptr, b_channel, new_b, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
-    c_inputs = _inputs(u_ptr, window_ptr, c_channel, new_b, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
-    x_inputs = _inputs(u_ptr, window_ptr, x_channel, new_x, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
-    raw = tl.load(u_ptr + token * U_TOKEN + CHANNELS + head, mask=new, other=0.0)
+    b_own = _own(u_ptr + b_channel, new_b, t, U_TOKEN, COUNT, TAPS)
+    c_own = _own(u_ptr + c_channel, new_b, t, U_TOKEN, COUNT, TAPS)
+    x_own = _own(u_ptr + x_channel, new_x, t, U_TOKEN, COUNT, TAPS)
+    raw = tl.load(raws, mask=new, other=0.0)
+    arrived = tl.load(u_first).to(tl.float32)
     if NORM:
         z = tl.load(z_ptr + (row * COUNT + t) * Z_TOKEN + head * WIDTH + p[None, :], mask=new_x, other=0.0)
-        z = z.to(tl.float32)
-        if gate_bias_ptr is not None:
-            z += tl.load(gate_bias_ptr + head * WIDTH + p, mask=p < WIDTH, other=0.0)[None, :]
-        norm = tl.load(norm_ptr + head * WIDTH + p, mask=p < WIDTH, other=0.0).to(tl.float32)[None, :]
 
     state, old_b, old_x = after(state, replayed), after(old_b, replayed), after(old_x, replayed)
-    weights, carry = _decayed(tl.where(old, old_dt, 0.0), decay, back, JOINT)
-    old_x = tl.where(old[:, None], old_x, 0.0)
+    weights, carry = _decayed(_held(old_dt, arrived), decay)
+    b_inputs = _joined(b_window, b_own, t, COUNT, TAPS)
+    c_inputs = _joined(c_window, c_own, t, COUNT, TAPS)
+    x_inputs = _joined(x_window, x_own, t, COUNT, TAPS)
     b = _convolved(b_inputs, b_weights, replayed, TAPS, SILU)
     c = _convolved(c_inputs, c_weights, replayed, TAPS, SILU)
     x = _convolved(x_inputs, x_weights, replayed, TAPS, SILU)
@@ -208,7 +229,7 @@ def _few_step(  # type: ignore[no-untyped-def]
     tl.store(x_ptr + kept[:, None] * KEPT + p[None, :], x, mask=own)
     tl.store(window_ptr + window[:, None] + x_channel, x_inputs[TAPS - 1], mask=own)
 
-    mixing = tl.where(old[None, :], _inner(c, old_b, PIECES, EXACT), 0.0) * weights[None, :]
+    mixing = _inner(c, old_b, PIECES, EXACT) * weights[None, :]
     y = _inner(c, state, PIECES, EXACT) * carry + _summed(mixing, old_x, T, EXACT)
     since = tl.cumsum(dt * decay, axis=0)
     between = tl.where(token[:, None] >= token[None, :], since[:, None] - since[None, :], float("-inf"))
@@ -217,6 +238,9 @@ def _few_step(  # type: ignore[no-untyped-def]
     y = y * exp(since)[:, None] + _summed(mixing, x, T, EXACT)
     y = y.to(x.dtype)
     if NORM:
+        z = z.to(tl.float32)
+        if gate_bias_ptr is not None:
+            z += gate_bias
         y = y.to(tl.float32) * z * tl.sigmoid(z)
         squares = tl.sum(y * y, axis=1)
         if LEFT:
@@ -224,14 +248,14 @@ def _few_step(  # type: ignore[no-untyped-def]
             tl.store(squares_ptr + at, squares, mask=new)
         else:
             y = y * (1 / tl.sqrt(squares / WIDTH + eps))[:, None]
-        y = y * norm
+        y = y * norm.to(tl.float32)
     at = out_ptr + row * (COUNT * HEADS * WIDTH) + t * (HEADS * WIDTH) + head * WIDTH + p[None, :]
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=new_x)
 
     if SETTLE:  # noqa: SIM102 - one of the two is known when the kernel is compiled
         if (replayed > 0) & (replayed + MARGIN > REPLAY):
             inputs = tl.trans(old_x).to(tl.float32) * weights[None, :]
-            added = times(inputs, tl.where(old[:, None], old_b, 0.0), 0 if EXACT else 3)
+            added = times(inputs, old_b, 0 if EXACT else 3)
             tl.store(states, state * carry + added, mask=inside)
 
 
@@ -243,7 +267,7 @@ def _single_step(  # type: ignore[no-untyped-def]
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
-    NORM: tl.constexpr, LEFT: tl.constexpr, JOINT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
+    NORM: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same of a single token, without matrix products.
@@ -273,14 +297,16 @@ def _single_step(  # type: ignore[no-untyped-def]
     x_ptr += row * (SLOTS * KEPT) + head // X_HEADS * WIDTH
     b_ptr += row * (SLOTS * KEPT) + head // B_HEADS * SIZE
     dt_ptr += row * (SLOTS * HEADS) + head
-    slots, back, there = _replayed(r, start, replayed, SLOTS, JOINT)
-    old = there & (back < replayed)
-    old_dt = tl.load(dt_ptr + slots * HEADS, mask=there, other=0.0, cache_modifier=".cg")
+    old = r < replayed
+    slots = (start + (SLOTS - 1) - r) % SLOTS
+    old_dt = tl.load(dt_ptr + slots * HEADS, mask=old, other=0.0, cache_modifier=".cg")
     at = x_ptr + slots[:, None, None] * KEPT + p[None, :, :]
-    old_x = tl.load(at, mask=there[:, None, None] & new_x[None, :, :], other=0.0, cache_modifier=".cg")
-    slots, back_b, there = _replayed(apart, start, replayed, SLOTS, JOINT)
+    old_x = tl.load(at, mask=old[:, None, None] & new_x[None, :, :], other=0.0, cache_modifier=".cg")
+    slots = (start + (SLOTS - 1) - apart) % SLOTS
     at = b_ptr + slots[:, :, None] * KEPT + n[None, None, :]
-    old_b = tl.load(at, mask=there[:, :, None] & (n < SIZE)[None, None, :], other=0.0, cache_modifier=".cg")
+    old_b = tl.load(
+        at, mask=(apart < replayed)[:, :, None] & (n < SIZE)[None, None, :], other=0.0, cache_modifier=".cg"
+    )
     x_channel = head // X_HEADS * WIDTH + p
     b_channel = HEADS // X_HEADS * WIDTH + head // B_HEADS * SIZE + n[None, :]
     c_channel = KEPT + head // C_HEADS * SIZE + n[None, :]
@@ -290,24 +316,31 @@ def _single_step(  # type: ignore[no-untyped-def]
     dt_bias = tl.load(dt_bias_ptr + head)
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
+    u_ptr += row * U_TOKEN
+    window_ptr += row * (WINDOW_SLOTS * entries)
+    b_window = _window(window_ptr + b_channel + 0 * t, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
+    c_window = _window(window_ptr + c_channel + 0 * t, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
+    x_window = _window(window_ptr + x_channel, new_x, 0, start, entries, WINDOW_SLOTS, TAPS)
+    if NORM:
+        norm = tl.load(norm_ptr + head * WIDTH + p, mask=new_x, other=0.0)
+        if gate_bias_ptr is not None:
+            gate_bias = tl.load(gate_bias_ptr + head * WIDTH + p, mask=new_x, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
-    u_ptr += row * U_TOKEN
-    window_ptr += row * (WINDOW_SLOTS * entries)
-    b_inputs = _inputs(u_ptr, window_ptr, b_channel, new_b, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
-    c_inputs = _inputs(u_ptr, window_ptr, c_channel, new_b, t, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
-    x_inputs = _inputs(u_ptr, window_ptr, x_channel, new_x, 0 * p, start, U_TOKEN, entries, WINDOW_SLOTS, TAPS)
+    b_own = _own(u_ptr + b_channel + 0 * t, new_b, 0, U_TOKEN, COUNT, TAPS)
+    c_own = _own(u_ptr + c_channel + 0 * t, new_b, 0, U_TOKEN, COUNT, TAPS)
+    x_own = _own(u_ptr + x_channel, new_x, 0, U_TOKEN, COUNT, TAPS)
     raw = tl.load(u_ptr + CHANNELS + head)
     if NORM:
-        z = tl.load(z_ptr + row * Z_TOKEN + head * WIDTH + p, mask=new_x, other=0.0).to(tl.float32)
-        if gate_bias_ptr is not None:
-            z += tl.load(gate_bias_ptr + head * WIDTH + p, mask=new_x, other=0.0)
-        norm = tl.load(norm_ptr + head * WIDTH + p, mask=new_x, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * Z_TOKEN + head * WIDTH + p, mask=new_x, other=0.0)
 
-    weights, carry = _decayed(tl.where(old, old_dt, 0.0), decay, back, JOINT)
-    old_x = tl.where(old[:, None, None], old_x, 0.0)
+    state, old_b, old_x = after(state, replayed), after(old_b, replayed), after(old_x, replayed)
+    weights, carry = _decayed(_held(old_dt, raw.to(tl.float32)), decay)
+    b_inputs = _joined(b_window, b_own, 0, COUNT, TAPS)
+    c_inputs = _joined(c_window, c_own, 0, COUNT, TAPS)
+    x_inputs = _joined(x_window, x_own, 0, COUNT, TAPS)
     b = _convolved(b_inputs, b_weights, replayed, TAPS, SILU)
     c = _convolved(c_inputs, c_weights, replayed, TAPS, SILU)
     x = _convolved(x_inputs, x_weights, replayed, TAPS, SILU)
@@ -326,27 +359,31 @@ def _single_step(  # type: ignore[no-untyped-def]
     tl.store(window_ptr + x_channel, x_inputs[TAPS - 1], mask=own)
 
     c = c.to(tl.float32)
-    mixing = tl.sum(tl.where((back_b < replayed)[:, :, None], old_b.to(tl.float32) * c[None, :, :], 0.0), axis=2)
+    mixing = tl.sum(old_b.to(tl.float32) * c[None, :, :], axis=2)
     y = tl.sum(state * c[None, :, :], axis=2) * carry
     y += tl.sum(old_x.to(tl.float32) * (tl.reshape(mixing, (R,)) * weights)[:, None, None], axis=0)
     y = y * exp(dt * decay) + x.to(tl.float32) * (tl.sum(c * b.to(tl.float32), axis=1) * dt + skip)[None, :]
     y = y.to(x.dtype)
     if NORM:
+        z = z.to(tl.float32)
+        if gate_bias_ptr is not None:
+            z += gate_bias
         y = y.to(tl.float32) * z * tl.sigmoid(z)
         squares = tl.sum(y * y)
         if LEFT:
             tl.store(squares_ptr + row * (tiles * HEADS) + tl.program_id(0), squares)
         else:
             y = y * (1 / tl.sqrt(squares / WIDTH + eps))
-        y = y * norm
+        y = y * norm.to(tl.float32)
     at = out_ptr + row * (HEADS * WIDTH) + head * WIDTH + p
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=new_x)
 
     if SETTLE:  # noqa: SIM102 - one of the two is known when the kernel is compiled
         if (replayed > 0) & (replayed + MARGIN > REPLAY):
             inputs = tl.trans(tl.reshape(old_x, (R, BLOCK_P))).to(tl.float32) * weights[None, :]
-            rows = tl.reshape(tl.where((back_b < replayed)[:, :, None], old_b, 0.0), (R, N))
-            added = tl.reshape(times(inputs, rows, 0 if EXACT else 3), (BLOCK_P // WARPS, WARPS, N))
+            added = tl.reshape(
+                times(inputs, tl.reshape(old_b, (R, N)), 0 if EXACT else 3), (BLOCK_P // WARPS, WARPS, N)
+            )
             tl.store(states, state * carry + added, mask=inside)
 
 
@@ -356,20 +393,13 @@ class Form(NamedTuple):
     block: int
     """Rows of a head's state that a program has."""
     warps: int
-    joint: bool = False
-    """All slots of the ring are read, so that nothing waits for the cursors."""
     normed: bool = False
     """The norm is made too, of heads that a program has whole; else it is a kernel of its own."""
 
 
-FORMS = (
-    *(Form(*tile) for tile in ((16, 2), (16, 4), (16, 8), (32, 4), (32, 8))),
-    *(Form(*tile, joint=True) for tile in ((16, 4), (32, 8))),
-)
+FORMS = tuple(Form(*tile) for tile in ((16, 2), (16, 4), (16, 8), (32, 4), (32, 8)))
 PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
-SLOTS = 64
-"""The most of a ring that is read whole."""
 FEW = 32
 """Rows of a call up to which it is one kernel, as long as nothing was measured."""
 MEASURED = 1 << 18
@@ -384,15 +414,14 @@ def _tile(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def forms_for(ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> list[Form]:
+def forms_for(state: Tensor, plan: Plan, gate: Gate | None) -> list[Form]:
     """Those whose tiles a head fills, with the norm inside where a program has the whole group.
 
     Products of 64 rows and more are of warp groups, which `triton2.forms_for` says when to trust. Two warps have not
     the registers for more than 8 tokens.
     """
     width = _tile(state.shape[2])
-    found = [form for form in FORMS if form.block <= width and (not form.joint or ring.dt.shape[1] <= SLOTS)]
-    found = [form for form in found if form.warps > 2 or plan.count <= 8]
+    found = [form for form in FORMS if form.block <= width and (form.warps > 2 or plan.count <= 8)]
     if gate is not None and gate.width == state.shape[2] and (width < 64 or _tile(plan.replay) == 16):
         found = [Form(width, width // 16, normed=True), *found]
     return found
@@ -439,7 +468,7 @@ def tune(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Pl
             return fused_step(*given, form, warmup=warmup)
         return None if warmup else separate_step(*given)
 
-    return fastest([*forms_for(ring, state, plan, gate), None], state, plan, run)
+    return fastest([*forms_for(state, plan, gate), None], state, plan, run)
 
 
 def fused_step(
@@ -470,7 +499,6 @@ def fused_step(
     out = torch.empty(batch * plan.count, heads * width, dtype=z.dtype, device=z.device)
     squares = torch.empty(batch * plan.count, programs, dtype=torch.float32, device=z.device) if left else None
     exact = ring.x.dtype == torch.float32
-    slots = ring.dt.shape[1]
     with torch.cuda.device_of(state):
         (_single_step if plan.count == 1 else _few_step).run(
             u, z, front.taps, front.dt_bias, front.window, ring.x, ring.B, ring.dt, A, D,
@@ -478,11 +506,11 @@ def fused_step(
             squares, 0.0 if norm is None else norm.eps,
             U_TOKEN=between_tokens(u), Z_TOKEN=z.stride(0), KEPT=front.kept.shape[2], CHANNELS=channels, HEADS=heads,
             X_HEADS=heads // ring.x.shape[2], B_HEADS=heads // ring.B.shape[2],
-            C_HEADS=heads // ((channels - front.kept.shape[2]) // size), MARGIN=plan.steps, SLOTS=slots,
+            C_HEADS=heads // ((channels - front.kept.shape[2]) // size), MARGIN=plan.steps, SLOTS=ring.dt.shape[1],
             WINDOW_SLOTS=front.window.shape[1], TAPS=taps, SILU=front.silu, WIDTH=width, SIZE=size, COUNT=plan.count,
-            REPLAY=plan.replay, SETTLE=plan.settle, NORM=norm is not None, LEFT=left, JOINT=form.joint,
+            REPLAY=plan.replay, SETTLE=plan.settle, NORM=norm is not None, LEFT=left,
             BLOCK_P=form.block, N=_tile(size), T=triton.next_power_of_2(plan.count),
-            R=_tile(slots if form.joint else plan.replay), WARPS=form.warps, PIECES=0 if exact else pieces,
+            R=_tile(plan.replay), WARPS=form.warps, PIECES=0 if exact else pieces,
             EXACT=exact, num_warps=form.warps, grid=(programs, batch), warmup=warmup, **begun_early(state, early),
         )  # fmt: skip
     if gate is not None and squares is not None:

@@ -141,7 +141,7 @@ def layer_us(layers: list[Layer], way: Callable[..., Tensor | Unscaled]) -> floa
 def measure(name: str, batch: int, count: int, args: argparse.Namespace) -> None:
     first = Layer(SHAPES[name], batch, count)
     layers = [first, *(Layer(SHAPES[name], batch, count) for _ in range(min(15, COLD // first.bytes())))]
-    forms = triton2_fused.forms_for(first.ring, first.state, first.plan, first.gate)
+    forms = triton2_fused.forms_for(first.state, first.plan, first.gate)
     forms = forms if args.form is None else [forms[args.form]]
 
     def run(form: Any, state: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> object:

@@ -103,25 +103,25 @@ HEAD, BIASED, ALL = (1, False), (1, True), (0, True)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "count", "gate", "joint"),
+    ("shape", "count", "gate"),
     [
-        ("one state", 1, None, False),
-        ("one state", 9, HEAD, True),
-        ("odd", 5, BIASED, False),
-        ("odd", 1, ALL, True),
-        ("x per head", 1, BIASED, False),
-        ("x per head", 2, HEAD, True),
-        ("C per head", 3, ALL, False),
-        ("C per head", 1, HEAD, True),
-        ("three kinds of groups", 1, None, False),
-        ("three kinds of groups", 5, HEAD, True),
+        ("one state", 1, None),
+        ("one state", 9, HEAD),
+        ("odd", 5, BIASED),
+        ("odd", 1, ALL),
+        ("x per head", 1, BIASED),
+        ("x per head", 2, HEAD),
+        ("C per head", 3, ALL),
+        ("C per head", 1, HEAD),
+        ("three kinds of groups", 1, None),
+        ("three kinds of groups", 5, HEAD),
     ],
 )
-def test_in_the_interpreter_one_kernel_is_as_exact_as_separate_ones(kernels, dtype, shape, count, gate, joint):
+def test_in_the_interpreter_one_kernel_is_as_exact_as_separate_ones(kernels, dtype, shape, count, gate):
     plan = Plan(count=count, steps=max(5, count), replay=max(7, count), settle=True)
     layer = Layer(SHAPES[shape], plan, [0, plan.replay, 3], [0, 1003, 10], dtype, silu=shape != "C per head")
     normed = gate in (HEAD, BIASED)
-    form = kernels.Form(64 if normed else 16, 1, joint, normed)
+    form = kernels.Form(64 if normed else 16, 1, normed)
     check(layer, lambda *given: kernels.fused_step(*given, form), gate and (gate[0] or layer.heads, gate[1]))
 
 
@@ -196,6 +196,6 @@ def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, count):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=count, steps=count, replay=16, settle=True)
     layer = Layer(shape, plan, [0, 16, 16 - count], [0, 3, 1003], torch.bfloat16, device="cuda")
-    forms = layer.run(lambda *given: {"out": kernels.forms_for(*(given[i] for i in (3, 6, 9, 10)))}, (1, True))["out"]
+    forms = layer.run(lambda *given: {"out": kernels.forms_for(*(given[i] for i in (6, 9, 10)))}, (1, True))["out"]
     for form in forms["out"]:
         check(layer, lambda *given, form=form: kernels.fused_step(*given, form), (1, True))
