@@ -417,11 +417,10 @@ def _tile(size: int) -> int:
 def forms_for(state: Tensor, plan: Plan, gate: Gate | None) -> list[Form]:
     """Those whose tiles a head fills, with the norm inside where a program has the whole group.
 
-    Products of 64 rows and more are of warp groups, which `triton2.forms_for` says when to trust. Two warps have not
-    the registers for more than 8 tokens.
+    Products of 64 rows and more are of warp groups, which `triton2.forms_for` says when to trust.
     """
     width = _tile(state.shape[2])
-    found = [form for form in FORMS if form.block <= width and (form.warps > 2 or plan.count <= 8)]
+    found = [form for form in FORMS if form.block <= width]
     if gate is not None and gate.width == state.shape[2] and (width < 64 or _tile(plan.replay) == 16):
         found = [Form(width, width // 16, normed=True), *found]
     return found
