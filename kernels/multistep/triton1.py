@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..support import begins_early
+from ..support import begun_early
 from .forms import fastest, measurable
 from .ring import between_tokens
 from .triton_pieces import softplus
@@ -242,7 +242,6 @@ def selective_ring_multistep(
     """Shapes as in `selective_ring`; y [B, T, D] in x's dtype. With `warmup` the kernel is only compiled. `early`
     (default: where the GPU can): it may begin before the one before has ended, which then must not be a step of the
     same layer."""
-    early = begins_early(state.device) if early is None else early
     batch, channels, size = state.shape
     form = form or form_for(new, layer, ring, state, plan)
     y = torch.empty(batch, plan.count, channels, dtype=new.x.dtype, device=state.device)
@@ -260,7 +259,7 @@ def selective_ring_multistep(
             GROUP=layer.sources * size // numbers, C_GROUP=channels * size // new.C.shape[2], SIZE=size,
             COUNT=plan.count, SETTLE=plan.settle, TAPS=layer.weight.shape[1], SILU=layer.silu,
             GATED=new.z is not None, OPEN=layer.gate_bias is not None, BLOCK=form.block, PARTS=form.parts,
-            Q=wide // form.parts, COPY=copy, T=tile, PDL=early, launch_pdl=early,
-            num_warps=form.warps, grid=(programs, batch), warmup=warmup,
+            Q=wide // form.parts, COPY=copy, T=tile, num_warps=form.warps, grid=(programs, batch), warmup=warmup,
+            **begun_early(state, early),
         )  # fmt: skip
     return y

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..support import begins_early
+from ..support import begun_early
 from .forms import fastest, measurable
 from .ring import between_tokens
 from .triton_pieces import after, exp, fetched, mixed, part, softplus, taken, times
@@ -406,7 +406,6 @@ def ring_multistep(
     """Shapes as in `ring`; y [B, T, H, P] in x's dtype. With `warmup` the kernel is only compiled. `early` (default:
     where the GPU can): it may begin before the one before has ended, which then must not be a step of the same layer.
     """
-    early = begins_early(state.device) if early is None else early
     batch, heads, width, size = state.shape
     form = form or form_for(ring, C, A, D, state, plan)
     y = torch.empty(batch, plan.count, heads, width, dtype=ring.x.dtype, device=state.device)
@@ -419,8 +418,8 @@ def ring_multistep(
         "HEADS": heads, "X_HEADS": x_heads, "B_HEADS": b_heads, "C_HEADS": c_heads,
         "SLOTS": slots, "WIDTH": width, "SIZE": size, "COUNT": plan.count, "REPLAY": plan.replay,
         "SETTLE": plan.settle, "BLOCK_P": form.block, "N": _tile(size), "T": _tile(plan.count),
-        "PIECES": 0 if exact else pieces, "EXACT": exact, "PDL": early, "launch_pdl": early, "num_warps": form.warps,
-        "grid": (triton.cdiv(width, form.block) * heads, batch), "warmup": warmup,
+        "PIECES": 0 if exact else pieces, "EXACT": exact, "num_warps": form.warps,
+        "grid": (triton.cdiv(width, form.block) * heads, batch), "warmup": warmup, **begun_early(state, early),
     }  # fmt: skip
     with torch.cuda.device_of(state):
         if form.joint:
@@ -480,13 +479,12 @@ def convolve(
     channels, kept, heads = weight.shape[0], ring.shape[2], dt.shape[2]
     left = torch.empty(batch, count, channels - kept, dtype=ring.dtype, device=ring.device)
     block, warps, ahead = cut or (FEW if batch <= 8 else MANY)
-    grid, early = (triton.cdiv(channels, block) + triton.cdiv(heads, 8 * warps), batch), begins_early(u.device)
     with torch.cuda.device_of(u):
         _convolve.run(
             u, weight, bias, dt_bias, window, ring, left, dt, start, between_tokens(u), channels, kept, heads,
             WINDOW_SLOTS=window.shape[1], SLOTS=ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu,
             BLOCK=block, H=8 * warps, AT_ONCE=min(16, triton.next_power_of_2(count)),
-            AHEAD=ahead and window.shape[1] <= AHEAD, PDL=early, launch_pdl=early, num_warps=warps,
-            grid=grid, warmup=warmup,
+            AHEAD=ahead and window.shape[1] <= AHEAD, num_warps=warps,
+            grid=(triton.cdiv(channels, block) + triton.cdiv(heads, 8 * warps), batch), warmup=warmup, **begun_early(u),
         )  # fmt: skip
     return left
