@@ -15,9 +15,12 @@ import argparse
 import functools
 import itertools
 import json
+import os
+import runpy
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,18 +28,18 @@ from mambabench.kernels.multistep import forms, triton1, triton2
 from mambabench.kernels.multistep.ring import Plan, Ring, plain_ring_multistep
 from mambabench.kernels.multistep.selective_ring import Channels, Projected, plain_selective_ring_multistep
 from mambabench.kernels.scan.fused import TUNED
+from mambabench.kernels.support import EARLY
 from mambabench.kernels.tuning import compile_side_by_side, graph_ms, side_by_side
 from torch import Tensor
 
-SHAPES = {"Mamba2-2.7B": (80, 80, 1, 1, 64, 128), "the paper's, 8B": (32, 8, 8, 32, 128, 128)}
-"""H, groups of x, B and C, P, N."""
-SELECTIVE = {"Mamba-2.8B": (5120, 5120, 1, 1, 5120, 1), "the paper's Mamba-1, 8B": (4096, 1024, 64, 256, 128, 4)}
-"""Channels, those of x, groups of B and C, channels side by side that share no x, channels that share one; N = 16."""
-STATES = 16
+inputs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("inputs.py"))))
+SHAPES, SELECTIVE = (
+    {name: shape for name, shape in shapes.items() if name != "tiny"} for shapes in (inputs.MAMBA2, inputs.MAMBA1)
+)
+STATES, TAPS = inputs.STATES, inputs.TAPS
 COLD = 400 << 20
 """Bytes that the buffers of a graph have together, at least."""
 CALLS = 64
-TAPS = 4
 FASTEST = 6
 """Forms that are also timed written and not written."""
 CHUNKS = 16, 64, 256
@@ -65,51 +68,10 @@ Rounds = list[tuple[Tensor, Tensor]]
 """start and saved of each."""
 
 
-def cursors(plan: Plan, batch: int, rounds: int) -> Rounds:
-    """start and saved of successive rounds, long after the first."""
-    dice = torch.Generator().manual_seed(0)
-    start = torch.zeros(batch, dtype=torch.int32)
-    saved, made = start, []
-    for _ in range(50 + rounds):
-        saved = torch.where(plan.due(start, saved), start, saved)
-        start = start + torch.randint(1, plan.count + 1, (batch,), generator=dice, dtype=torch.int32)
-        made.append((start, saved))
-    return made[50:]
-
-
-class Layer:
-    """Buffers of one copy of a layer."""
-
-    def __init__(self, shape: tuple[int, ...], batch: int, plan: Plan) -> None:
-        heads, x_groups, b_groups, c_groups, width, size = shape
-        slots, self.shape, self.batch, self.count = plan.replay + plan.steps, shape, batch, plan.count
-        sizes = [(x_groups, width), (b_groups, size)]
-        kept = sum(groups * w for groups, w in sizes)
-        self.channels = kept + c_groups * size
-        self.whole = torch.randn(batch, slots, kept, device="cuda").bfloat16()
-        self.C = torch.randn(batch, plan.count, c_groups, size, device="cuda").bfloat16()
-        parts = self.whole.split([groups * w for groups, w in sizes], dim=2)
-        views = (part.unflatten(2, pair) for part, pair in zip(parts, sizes, strict=True))
-        self.ring = Ring(*views, 0.1 * torch.rand(batch, slots, heads, device="cuda"))
-        self.A, self.D = -torch.rand(heads, device="cuda") - 0.5, torch.ones(heads, device="cuda")
-        self.state = torch.randn(batch, heads, width, size, device="cuda")
-
-    def copies(self) -> int:
-        return max(2, -(-COLD // self.state.nbytes))
-
-
-def layers(shape: tuple[int, ...], batch: int, plan: Plan) -> list[Layer]:
-    first = Layer(shape, batch, plan)
-    return [first, *(Layer(shape, batch, plan) for _ in range(first.copies() - 1))]
-
-
-def moved_bytes(layer: Layer, replayed: float, written: float) -> float:
-    """Of one call: the checkpoint read, and written in a part of the rows; x, B, dt of all tokens; C and y of new."""
-    heads, x_groups, b_groups, c_groups, width, size = layer.shape
-    tokens = replayed + layer.count
-    activations = tokens * (2 * (x_groups * width + b_groups * size) + 4 * heads)
-    new = 2 * layer.count * (c_groups * size + heads * width)
-    return layer.state.nbytes * (1 + written) + layer.batch * (activations + new)
+def layers(kind: Callable[..., Any], shape: Any, batch: int, plan: Plan) -> list[Any]:
+    """As many copies of a layer's buffers as a graph needs."""
+    first = kind(shape, batch, plan)
+    return [first, *(kind(shape, batch, plan) for _ in range(max(1, COLD // first.state.nbytes)))]
 
 
 def exactly(t: Tensor) -> Tensor:
@@ -117,7 +79,7 @@ def exactly(t: Tensor) -> Tensor:
     return t.to("cpu", torch.float64, copy=True)
 
 
-def check(layer: Layer, plan: Plan, form: Any, pieces: int, start: Tensor, saved: Tensor) -> str:
+def check(layer: Any, plan: Plan, form: Any, pieces: int, start: Tensor, saved: Tensor) -> str:
     """Empty if y and the state are as near to fp64 as they should be."""
     one = slice(0, 1)
     given, C = Ring(*(t[one] for t in layer.ring.parts())), layer.C[one]
@@ -133,7 +95,7 @@ def check(layer: Layer, plan: Plan, form: Any, pieces: int, start: Tensor, saved
     )
 
 
-def compile_all(layer: Layer, plan: Plan, arms: list[tuple[Any, int]]) -> None:
+def compile_all(layer: Any, plan: Plan, arms: list[tuple[Any, int]]) -> None:
     """Side by side."""
 
     def run(arm: tuple[Any, int], state: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
@@ -143,7 +105,7 @@ def compile_all(layer: Layer, plan: Plan, arms: list[tuple[Any, int]]) -> None:
     forms.compiled(arms, layer.state, run)
 
 
-def time_ours(made: list[Layer], plan: Plan, rounds: Rounds, form: Any, pieces: int) -> float:
+def time_ours(made: list[Any], plan: Plan, rounds: Rounds, form: Any, pieces: int) -> float:
     """Microseconds of a call, the mean over the rounds."""
 
     def call(i: int) -> Callable[[], object]:
@@ -159,60 +121,52 @@ def replaying(rounds: Rounds, replayed: int) -> Rounds:
     return [(start, start - replayed) for start, _ in rounds]
 
 
-def time_convolutions(made: list[Layer], start: Tensor) -> dict[triton2.Cut, float]:
+def time_convolutions(made: list[Any], start: Tensor) -> dict[triton2.Cut, float]:
     """Microseconds of the convolution in front of the step, however it is cut up."""
-
-    def given(layer: Layer) -> tuple[Any, ...]:
-        width = layer.channels + layer.shape[0]
-        u = torch.randn(layer.batch, layer.count, width, device="cuda").bfloat16()
-        window = torch.zeros(layer.batch, layer.count + TAPS - 1, width, device="cuda", dtype=u.dtype)
-        weight, bias = torch.randn(layer.channels, TAPS, device="cuda"), torch.zeros(layer.channels, device="cuda")
-        return u, weight, bias, layer.A, window, layer.whole, layer.ring.dt, start, True
-
-    inputs = [given(layer) for layer in made]
+    given = [layer.convolution(start) for layer in made]
     with side_by_side(ignore_errors=False):
         for cut in triton2.CUTS:
-            triton2.convolve(*inputs[0], cut, warmup=True)
+            triton2.convolve(*given[0], cut, warmup=True)
 
     def call(cut: triton2.Cut, i: int) -> Callable[[], object]:
-        return lambda: triton2.convolve(*inputs[i], cut)
+        return lambda: triton2.convolve(*given[i], cut)
 
     return {cut: graph_us(rotated(functools.partial(call, cut), len(made)), 8) for cut in triton2.CUTS}
 
 
-def time_update(made: list[Layer]) -> float:
+def time_update(made: list[Any]) -> float:
     """Microseconds of mamba-ssm's single-token update."""
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     def call(i: int) -> Callable[[], object]:
         layer = made[i]
-        heads, x_groups, b_groups, c_groups, width, size = layer.shape
+        heads, x_groups, b_groups, c_groups, width, size = layer.shape[:6]
         groups = max(b_groups, c_groups)
         x = layer.ring.x[:, 0].repeat_interleave(heads // x_groups, 1).contiguous()
         B = layer.ring.B[:, 0].repeat_interleave(groups // b_groups, 1).contiguous()
         C = layer.C[:, 0].repeat_interleave(groups // c_groups, 1).contiguous()
-        dt = torch.randn(layer.batch, heads, device="cuda").bfloat16().unsqueeze(-1).expand(-1, -1, width)
+        dt = layer.u[:, 0, :heads].clone().unsqueeze(-1).expand(-1, -1, width)
         A = layer.A.view(-1, 1, 1).expand(-1, width, size)
-        D, bias = (t.unsqueeze(-1).expand(-1, width) for t in (layer.D, layer.A))
+        D, bias = (t.unsqueeze(-1).expand(-1, width) for t in (layer.D, layer.dt_bias))
         given = layer.state, x, dt, A, B, C, D, None, bias, True
         return lambda: selective_state_update(*given)
 
     return graph_us(rotated(call, len(made)))
 
 
-def time_scan(made: list[Layer]) -> float:
+def time_scan(made: list[Any]) -> float:
     """Microseconds of mamba-ssm's chunk scan over the new tokens, from a state to a state; its best chunk length."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     def time(chunk: int) -> float:
         def call(i: int) -> Callable[[], object]:
             layer = made[i]
-            heads, x_groups, b_groups, c_groups, _, _ = layer.shape
+            heads, x_groups, b_groups, c_groups, _, _ = layer.shape[:6]
             groups = max(b_groups, c_groups)
-            x = layer.ring.x[:, : layer.count].repeat_interleave(heads // x_groups, 2).contiguous()
-            B = layer.ring.B[:, : layer.count].repeat_interleave(groups // b_groups, 2).contiguous()
+            x = layer.ring.x[:, : layer.plan.count].repeat_interleave(heads // x_groups, 2).contiguous()
+            B = layer.ring.B[:, : layer.plan.count].repeat_interleave(groups // b_groups, 2).contiguous()
             C = layer.C.repeat_interleave(groups // c_groups, 2).contiguous()
-            dt = layer.ring.dt[:, : layer.count].contiguous()
+            dt = layer.ring.dt[:, : layer.plan.count].contiguous()
             more = {"D": layer.D, "initial_states": layer.state, "return_final_states": True}
             return lambda: mamba_chunk_scan_combined(x, dt, layer.A, B, C, chunk, **more)
 
@@ -235,7 +189,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.late:
-        triton1.begins_early = triton2.begins_early = lambda device: False
+        os.environ[EARLY] = "off"
     copy, read = bandwidths()
     print(f"{torch.cuda.get_device_name()}: copy {copy:,.0f} GB/s, read {read:,.0f} GB/s")
     rows = []
@@ -251,18 +205,17 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
     count, shape, found = args.tokens, SHAPES[name], []
     peers = {"update": 0.0, "scan": 0.0}
     if args.peers:
-        made = layers(shape, batch, Plan(count, count, count, True))
+        made = layers(inputs.Mamba2, shape, batch, Plan(count, count, count, True))
         ways = {"update": time_update, "scan": time_scan}
         peers |= {peer: ways[peer](made) for peer in args.peers}
         del made
     print(f"\n{name}, batch {batch}, {count} tokens: update {peers['update']:.1f} us, scan {peers['scan']:.1f} us")
     for replay in args.replay or [count, 16, 24, 48]:
         plan = Plan(count, count, replay, True)
-        made = layers(shape, batch, plan)
-        rounds = [(a.cuda(), b.cuda()) for a, b in cursors(plan, batch, max(CALLS, len(made)))]
-        replayed = statistics.fmean(float((start - saved).float().mean()) for start, saved in rounds)
-        written = statistics.fmean(float(plan.due(*pair).float().mean()) for pair in rounds)
-        bytes_moved = moved_bytes(made[0], replayed, written)
+        made = layers(inputs.Mamba2, shape, batch, plan)
+        rounds = inputs.turns(plan, batch, max(CALLS, len(made)), "cuda")
+        replayed, written = inputs.means(plan, rounds)
+        bytes_moved = made[0].step_bytes(replayed, written)
         first = made[0]
         tried = triton2.forms_for(first.ring, first.state, plan)
         tried = tried if args.form is None else [tried[i] for i in args.form]
@@ -316,47 +269,14 @@ def shortly(form: Any) -> str:
     return " ".join([numbers, *(name for name, value in pairs if value is True)])
 
 
-class Selective:
-    """Buffers of one copy of a Mamba-1 layer."""
-
-    def __init__(self, shape: tuple[int, ...], batch: int, plan: Plan) -> None:
-        channels, sources, groups, c_groups, span, repeat = shape
-        self.shape, self.batch, self.count = shape, batch, plan.count
-        slots, widths = plan.replay + plan.steps + TAPS - 1, (sources, groups * STATES, channels)
-
-        def normal(*sizes: int) -> Tensor:
-            return torch.randn(sizes, device="cuda")
-
-        self.ring = normal(batch, slots, sum(widths)).bfloat16()
-        given = normal(batch, plan.count, sum(widths) + c_groups * STATES + channels).bfloat16()
-        x, B, dt, C, z = given.split((*widths, c_groups * STATES, channels), dim=2)
-        self.new = Projected(x, B, C, dt, z)
-        decay, ones, steps = -normal(channels, STATES).exp(), torch.ones(channels, device="cuda"), normal(channels) - 3
-        taps = normal(channels, TAPS), normal(channels)
-        self.layer = Channels(decay, ones, steps, *taps, silu=True, repeat=repeat, span=span)
-        self.state = normal(batch, channels, STATES)
-
-    def parameters(self) -> tuple[Tensor, ...]:
-        layer = self.layer
-        return layer.A, layer.D, layer.dt_bias, layer.weight, layer.bias
-
-    def copies(self) -> int:
-        return max(2, -(-COLD // (self.state.nbytes + self.ring.nbytes + self.layer.A.nbytes)))
-
-    def run(self, plan: Plan, form: Any, state: Tensor, start: Tensor, saved: Tensor, warmup: bool = False) -> Tensor:
-        given = self.new, self.layer, self.ring, state, start, saved, plan, form
-        return triton1.selective_ring_multistep(*given, warmup=warmup)
-
-    def moved_bytes(self, replayed: float, written: float) -> float:
-        """Of one call: parameters and checkpoint read, this written in a part of the rows; what the ring keeps of all
-        tokens read, of new ones written too; C, z and y of new ones."""
-        kept = 2 * self.ring.shape[2] * (replayed + 2 * self.count)
-        new = 2 * self.count * (self.new.C.shape[2] + 2 * self.shape[0])
-        fixed = sum(t.nbytes for t in self.parameters())
-        return fixed + self.state.nbytes * (1 + written) + self.batch * (kept + new)
+def run_selective(
+    made: Any, plan: Plan, form: Any, state: Tensor, start: Tensor, saved: Tensor, warmup: bool = False
+) -> Tensor:
+    given = made.new, made.layer, made.ring, state, start, saved, plan, form
+    return triton1.selective_ring_multistep(*given, warmup=warmup)
 
 
-def check_selective(made: Selective, plan: Plan, form: Any, start: Tensor, saved: Tensor) -> str:
+def check_selective(made: Any, plan: Plan, form: Any, start: Tensor, saved: Tensor) -> str:
     """Empty if y and the state are as near to fp64 as they should be."""
     new, layer, at = Projected(*(t[:1] for t in made.new.parts())), made.layer, (start[:1], saved[:1])
     state, ring = made.state[:1].clone(), made.ring[:1].clone()
@@ -372,7 +292,7 @@ def check_selective(made: Selective, plan: Plan, form: Any, start: Tensor, saved
     )
 
 
-def time_selective_update(made: list[Selective], convolved: bool) -> float:
+def time_selective_update(made: list[Any], convolved: bool) -> float:
     """Microseconds of mamba-ssm's single-token update with its gate; of causal-conv1d's update in front of it."""
     from causal_conv1d import causal_conv1d_update
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -401,17 +321,16 @@ def measure_selective(name: str, batch: int, args: argparse.Namespace, copy: flo
     count, shape, found, peers = args.tokens, SELECTIVE[name], [], {"update": 0.0, "conv": 0.0}
     for replay in args.replay or [count, 16]:
         plan = Plan(count, count, replay, True)
-        first = Selective(shape, batch, plan)
-        made = [first, *(Selective(shape, batch, plan) for _ in range(first.copies() - 1))]
+        made = layers(inputs.Mamba1, shape, batch, plan)
+        first = made[0]
         if not found and args.peers:
             peers = {"update": time_selective_update(made, False), "conv": time_selective_update(made, True)}
         if not found:
             print(f"\n{name}, batch {batch}: update {peers['update']:.1f} us, its convolution {peers['conv']:.1f} us")
-        rounds = [(a.cuda(), b.cuda()) for a, b in cursors(plan, batch, max(CALLS, len(made)))]
-        replayed = statistics.fmean(float((start - saved).float().mean()) for start, saved in rounds)
-        written = statistics.fmean(float(plan.due(*pair).float().mean()) for pair in rounds)
+        rounds = inputs.turns(plan, batch, max(CALLS, len(made)), "cuda")
+        replayed, written = inputs.means(plan, rounds)
         tried = triton1.forms_for(first.state)
-        forms.compiled(tried, first.state, functools.partial(first.run, plan))
+        forms.compiled(tried, first.state, functools.partial(run_selective, first, plan))
         times = {}
         for form in tried if args.form is None else [tried[i] for i in args.form]:
             wrong = check_selective(first, plan, form, *rounds[0])
@@ -419,10 +338,12 @@ def measure_selective(name: str, batch: int, args: argparse.Namespace, copy: flo
                 print(f"  replay {replay}, {form}: {wrong}")
                 continue
             turns = zip(itertools.cycle(made), rounds)
-            times[form] = graph_us([functools.partial(one.run, plan, form, one.state, *pair) for one, pair in turns])
+            times[form] = graph_us(
+                [functools.partial(run_selective, one, plan, form, one.state, *pair) for one, pair in turns]
+            )
         if not times:
             continue
-        time, bytes_moved = min(times.values()), first.moved_bytes(replayed, written)
+        time, bytes_moved = min(times.values()), first.step_bytes(replayed, written)
         found.append(
             {
                 "shape": name, "batch": batch, "tokens": count, "replay": replay, **peers, "us": time,
