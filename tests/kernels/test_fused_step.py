@@ -190,12 +190,27 @@ LARGE = {"Mamba2-2.7B": (80, 80, 1, 1, 64, 128), "8B hybrid": (32, 8, 8, 32, 128
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("left", [False, True], ids=["divided", "not divided"])
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("count", [1, 5, 9])
-def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, count):
+def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, count, left):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=count, steps=count, replay=16, settle=True)
     layer = Layer(shape, plan, [0, 16, 16 - count], [0, 3, 1003], torch.bfloat16, device="cuda")
-    forms = layer.run(lambda *given: {"out": kernels.forms_for(*(given[i] for i in (6, 9, 10)))}, (1, True))["out"]
-    for form in forms["out"]:
-        check(layer, lambda *given, form=form: kernels.fused_step(*given, form), (1, True))
+    layer.left, gate = left, (layer.heads if left else 1, True)
+    forms = layer.run(lambda *given: tuple(kernels.forms_for(given[6], *given[9:])), gate)["out"]
+    assert forms
+    for form in forms:
+        check(layer, lambda *given, form=form: kernels.fused_step(*given, form), gate)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_faster_way_is_chosen_once_for_a_large_layer(monkeypatch):
+    kernels = pytest.importorskip(room.MODULE)
+    monkeypatch.setattr(kernels, "_best", {})
+    layer = Layer(LARGE["8B hybrid"], Plan(2, 2, 16, True), [0, 4], [0, 3], torch.bfloat16, device="cuda")
+    check(layer, room.fused_step, (1, False))
+    (form,) = kernels._best.values()
+    assert form is None or form in layer.run(lambda *given: kernels.forms_for(given[6], *given[9:]), (1, False))["out"]
+    check(layer, room.fused_step, (1, False))
+    assert list(kernels._best.values()) == [form]
