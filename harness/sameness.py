@@ -86,6 +86,8 @@ def differs(base: Side, head: Side) -> str:
     before, after = base.step, head.step
     for part in ("name", "revision", "config"):
         old, new = before["component"].get(part), after["component"].get(part)
+        if part == "config" and isinstance(old, Mapping) and isinstance(new, Mapping):
+            old, new = _both_know(old, new), _both_know(new, old)
         if old != new:
             return f"the suites differ ({_difference(part, old, new)})"
     data = [
@@ -100,6 +102,11 @@ def differs(base: Side, head: Side) -> str:
         name = next(name for name in {**machines[0], **machines[1]} if machines[0].get(name) != machines[1].get(name))
         return f"the devices differ ({machines[0].get(name)} and {machines[1].get(name)})"
     return ""
+
+
+def _both_know(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the options that are off here and that the other side's code did not have: they changed nothing."""
+    return {name: value for name, value in config.items() if value or name in other}
 
 
 def _difference(part: str, old: Any, new: Any) -> str:

@@ -178,6 +178,32 @@ def test_what_differs_is_not_comparable(make, change, reason):
     assert exit_code([first]) == 12
 
 
+def test_an_option_that_is_off_and_that_the_other_side_s_code_did_not_have_yet_is_no_difference(make):
+    base, head = make("base"), make("head", config={"limit": 0, "lengths": []})
+    for comparisons in (run(base, head), run(head, base)):
+        assert of(comparisons, "lookup/acc")[0].verdict == "pass"
+    assert of(run(make("ten", config={"limit": 10}), head), "*")[0].reason == "the suites differ (limit: 10 and 0)"
+
+
+def test_kinds_of_requests_in_one_step_are_compared_each_by_itself(stores, tmp_path):
+    kinds = [{"prompt_tokens": prompt, "temperature": at} for prompt in (32, 512) for at in (0.0, 1.0)]
+    made = []
+    for name, slower in (("base", 1.0), ("head", 1.5)):
+        builder = stores.Builder(tmp_path / name, began=1e6 if name == "base" else 2e6)
+        builder.model("teacher", teacher=True)
+        bursts = []
+        for place, kind in enumerate(kinds):
+            seconds = {"subject": 0.002 * (slower if kind == kinds[-1] else 1.0), "reference": 0.002}
+            timed, _ = stores.bursts(np.random.default_rng(place), seconds, noise=0.005)
+            bursts += [{**row, **kind, "block": 8 * place + row["block"]} for row in timed]
+        builder.step("teacher/lookup/speed@seed0", records={"burst": bursts}, traits=("pair", "alone"))
+        made.append(builder.write())
+    found = {c.metric: c for c in of(run(*made), "tpot")}
+    names = [f"tpot batch 1, prompt {kind['prompt_tokens']}, temperature {kind['temperature']}" for kind in kinds]
+    assert list(found) == names
+    assert [found[name].difference for name in names] == pytest.approx([0, 0, 0, 0.5])
+
+
 def test_data_moved_to_another_folder_still_compare(make):
     moved = {"text": {"file": "/elsewhere/text.txt", "fingerprint": "f1"}}
     comparisons = run(make("base"), make("head", data=moved))
