@@ -133,7 +133,8 @@ class SpeedConfig:
         if self.temperatures:
             _at_least(self, temperatures=0)
         if not self.requests:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}; no batch of prompts has so few tokens")
+            least = min(self.batch) * min(self.lengths or (self.prompt_tokens,))
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; the smallest batch of prompts has {least}")
 
     @property
     def requests(self) -> tuple[Request, ...]:

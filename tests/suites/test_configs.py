@@ -38,7 +38,7 @@ def test_large_batches_of_long_prompts_are_left_out_but_not_all():
     options = {"batch": [1, 4], "lengths": [16, 64]}
     assert choose("speed", **options).requests == ((1, 16, 0), (4, 16, 0), (1, 64, 0), (4, 64, 0))
     assert choose("speed", **options, batch_tokens=64).requests == ((1, 16, 0), (4, 16, 0), (1, 64, 0))
-    with pytest.raises(ConfigError, match="batch_tokens is 15; no batch of prompts has so few tokens"):
+    with pytest.raises(ConfigError, match="batch_tokens is 15; the smallest batch of prompts has 16"):
         choose("speed", **options, batch_tokens=15)
 
 

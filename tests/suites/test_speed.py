@@ -146,6 +146,24 @@ def test_a_round_of_each_arm_has_its_cost_at_each_batch_size(records, lookup):
     assert all(r["unit"] == "s" and r["value"] > 0 for r in costs)
 
 
+def test_arms_take_turns_when_the_costs_of_rounds_are_measured_and_medians_count(measure):
+    class Priced(StandardDecoder):
+        def __init__(self, k, told):
+            super().__init__()
+            self.k, self.told = k, iter(told)
+
+        def costs(self, model, prompts, limits):
+            asked.append(self.k)
+            return {self.k: next(self.told)}
+
+    asked = []
+    arms = Priced(4, [3, 900, 1, 2, 800]), Priced(0, [7, 7, 700, 6, 8])
+    records = measure(Speed(dataclasses.replace(CONFIG, batch=(1,))), TEXTS, *arms)
+    assert asked == [4, 0] * 5
+    told = {r["name"]: r["value"] for r in records if r["kind"] == "fact" and r["name"].startswith("cost of a round")}
+    assert told == {"cost of a round, K = 4, batch 1": 3, "cost of a round, K = 0, batch 1": 7}
+
+
 def test_what_a_decoder_tells_of_blocks_is_told_once_as_their_mean(measure, plain):
     class Telling(StandardDecoder):
         def generate(self, model, prompts, limits, emit):
