@@ -16,7 +16,10 @@ from .provenance import NOTE, marked, other_code
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-ORDER = ("quality", "distillation", "speculation", "speed", "acceptance", "losslessness", "cost", "steps")
+ORDER = (
+    *("quality", "distillation", "speculation", "speed", "acceptance", "acceptance-map", "rounds", "losslessness"),
+    *("cost", "steps"),
+)
 """Built-in tables in this order, those of plug-ins before the last of them."""
 
 

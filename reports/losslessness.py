@@ -231,7 +231,8 @@ class Check:
         `yes` only where each of their seeds was checked on their kind of device and in their dtype, at their
         temperature and batch size, and every text of every such check is right (`of_texts`).
         """
-        at = float(temperature) if isinstance(temperature, int | float) else math.nan
+        # As the checks' tasks write it.
+        at = float(f"{temperature:g}") if isinstance(temperature, int | float) else math.nan
         texts = self._texts.get((model, decoder, at))
         if texts is None:
             return "unchecked: sampled" if at and (model, decoder, 0.0) in self._texts else "unchecked"
@@ -243,20 +244,20 @@ class Check:
                 if (cell["model"], cell["decoder"]) != (model, decoder):
                     continue
                 checks = self._checked.get((model, decoder, str(cell["seed"]), at), [])
-                if lacks := _lacking(checks, cell["seed"], kind_of(cell["device"]), batch):
+                if lacks := _lacking(checks, cell["seed"], kind_of(cell["device"]), None if at else batch):
                     missing[lacks] = None
         return f"unchecked: {', '.join(missing)}" if missing else "yes"
 
 
 def _lacking(checks: Sequence[Vouched], seed: object, device: str, batch: object) -> str:
-    """What no check is like, empty where one is like all of it."""
+    """What no check is like, empty where one is like all of it. A batch size counts where one is given."""
     if not checks:
         return f"seed {seed}"
     if not (checks := [check for check in checks if check.device == device]):
         return f"on {device or 'an unknown device'}"
     if not (checks := [check for check in checks if check.measured]):
         return f"in {DTYPES.get(device)}"
-    if batch is not None and not any(not check.batches or batch in check.batches for check in checks):
+    if batch is not None and not any(batch in check.batches for check in checks):
         return f"batch {batch}"
     return ""
 

@@ -16,6 +16,7 @@ from ..harness.results import Results
 from .build import Plot
 from .cells import is_numeric, number
 from .quality import AVERAGE
+from .speed import SCRIPTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,10 +42,12 @@ def plots_of(frames: Mapping[str, DataFrame], results: Results) -> tuple[Plot, .
 def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plot | None:
     if "quality" not in frames or "speed" not in frames:
         return None
-    quality, speed = frames["quality"], frames["speed"].copy()
+    quality, speed = frames["quality"], frames["speed"]
     measure = _measure(quality)
     if measure is None or "tokens/s" not in speed:
         return None
+    # A model's quality is that of its own text.
+    speed = speed[[not str(verdict).startswith(("no:", SCRIPTED)) for verdict in speed["lossless"]]]
     # One request stands for all: the smallest batch, and the first of what else may differ.
     for column in ("batch", "prompt", "new", "temperature", "content"):
         if column in speed and speed[column].notna().any():
@@ -124,6 +127,8 @@ def wide_range(axes: Axes, values: Sequence[float]) -> None:
 
 def _accepted_lengths(results: Results) -> Plot | None:
     rounds = results.rounds[results.rounds["arm"] == "subject"]
+    if "scripted" in rounds:
+        rounds = rounds[rounds["scripted"].isna()]
     if rounds.empty:
         return None
     timed = rounds[rounds["suite"].isin(results.timings["suite"].unique())]

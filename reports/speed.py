@@ -31,14 +31,16 @@ from .rows import (
 
 LEVEL = 0.95
 BANDWIDTHS = ("copy bandwidth", "read bandwidth")
+SCRIPTED = "scripted"
+"""In place of a verdict on text that chance made."""
 MEGA = 1e6
 FIGURES = (
     *(
         "TPOT ms",
         "speed-up",
+        "lossless",
         "predicted",
         "of predicted",
-        "lossless",
         "tokens/s",
         "scripted %",
         "accepted length",
@@ -52,7 +54,7 @@ FIGURES = (
 )
 NAMES = {"prompt_tokens": "prompt", "new_tokens": "new"}
 REQUESTS = ("suite", *(NAMES.get(name, name) for name in REQUEST))
-OF_DRAFTS = ("by position %", "predicted")
+OF_DRAFTS = ("by position %", "predicted", "of predicted")
 """Figures that only the table of speculation has, to keep this one narrower."""
 
 
@@ -70,10 +72,8 @@ class Speed:
         "whatever the model said, so the speed is that of drafts as good. Distinct 4-grams: of the runs of four tokens "
         "in a text, those that are different; text that loops has few. Copy and read bandwidth: the bytes that a plain "
         "step must move, over TPOT, as a share of what a copy moves beside it on the device, and of what is read where "
-        "nothing is written; small weights may lie in caches, which are faster. "
-        "Predicted: the speed-up of this accepted length if all time were rounds, accepted length \u00d7 cost of a "
-        "plain step / cost of a round, costs measured apart, where the host only starts rounds; with adaptive K what "
-        "was expected of each window from the ones before. Of predicted: speed-up / predicted."
+        "nothing is written; small weights may lie in caches, which are faster. A draft reads the prompt too: on a "
+        "CPU before the first token is told, on a GPU behind it."
     )
 
     def __init__(self, config: NoOptions) -> None:
@@ -110,6 +110,8 @@ def figures(results: Results) -> pd.DataFrame | None:
                 row |= _bandwidths(results, row, of)
             if decoder in results.decoders[:1]:
                 row["lossless"] = "reference"
+            elif row.get("scripted %") is not None:
+                row["lossless"] = SCRIPTED
             else:
                 steps = set(zip(of["store"], of["key"], strict=True))
                 row["lossless"] = check.verdict(model, decoder, steps, row.get("temperature"), row.get("batch"))

@@ -177,20 +177,55 @@ def test_sampled_text_was_not_checked(timed):
     assert found()["lossless"] == "unchecked: sampled"
 
 
-@pytest.mark.parametrize("table", ["speed", "acceptance", "losslessness"])
-def test_scripted_acceptance_is_labelled_wherever_it_is_printed(timed, stores, table):
-    start, found = timed
-    store = start()
+def scripted(store, stores, differing=4):
+    """Its checks are as green as they can be if none of four texts differs."""
     for suite, use in (("speed", "speed"), ("losslessness", "losslessness")):
         timings, rounds = stores.bursts(store.rng, {"subject": 0.0015, "reference": 0.002}, accepted=0.6)
         records = {"burst": timings, "round": [{**row, "scripted": 0.75} for row in rounds]}
         if suite == "losslessness":
-            equal = [{**row, "metric": "equal", "value": 0.0} for row in stores.samples(store.rng, "batch 1", items=4)]
+            samples = stores.samples(store.rng, "batch 1", items=4)
+            equal = [{**row, "metric": "equal", "value": float(i >= differing)} for i, row in enumerate(samples)]
             records = {"sample": equal, "round": records["round"]}
         traits = ("pair", "alone") if suite == "speed" else ("pair",)
         store.builder.step(f"teacher/lookup/{suite}@seed0", records=records, use=use, traits=traits)
+
+
+@pytest.mark.parametrize("table", ["speculation", "speed", "acceptance", "losslessness"])
+def test_scripted_acceptance_is_labelled_wherever_it_is_printed(timed, stores, table):
+    start, found = timed
+    scripted(start(), stores)
     row = next(row for row in found(table, every=True) if row["accepted length"])
     assert row["scripted %"] == 75
+
+
+@pytest.mark.parametrize("table", ["speculation", "speed"])
+def test_nothing_vouches_for_the_speed_up_of_scripted_acceptance(timed, stores, table):
+    start, found = timed
+    scripted(start(), stores, differing=0)
+    row = next(row for row in found(table, every=True) if row["accepted length"])
+    assert row["lossless"] == "scripted"
+    assert not is_green(row)
+
+
+def test_no_picture_of_what_decoders_do_has_scripted_acceptance(stores, tmp_path, report_of):
+    store = Timed(stores, tmp_path / "store")
+    rows = stores.samples(store.rng, items=20)
+    store.builder.step("teacher/-/tasks@seed0", records={"sample": rows}, use="lm-eval", traits=("score",))
+    scripted(store, stores)
+    plots = {plot.name: plot.svg for plot in report_of(store.builder.write(), with_plots=True).plots}
+    assert "accepted-lengths" not in plots
+    assert "teacher, plain" in plots["quality-speed"]
+    assert "teacher, lookup" not in plots["quality-speed"]
+
+
+def test_a_check_that_does_not_say_at_which_batch_size_is_none_of_greedy_text(timed, stores):
+    start, found = timed
+    store = start()
+    store.speed()
+    rows = [{**row, "metric": "equal", "value": 1.0} for row in stores.samples(store.rng, "whole", items=4)]
+    store.builder.step("teacher/lookup/own@seed0", records={"sample": rows}, use="losslessness", traits=("pair",))
+    assert found()["lossless"] == "unchecked: batch 1"
+    assert not is_green(found())
 
 
 def test_a_check_that_compared_no_text_is_none(timed):
