@@ -85,11 +85,12 @@ class SpeculativeDecoder:
         batch = Batch(model, prompts, limits, told, on_text)
         rounds = self.rounds(model, prompts, limits)
         rounds.prefill()
-        # The draft begins with the prompt while the model is still at it.
-        rounds.open_draft()
+        if limits.new_tokens > 1:
+            # Before the host waits, so that no token but the first waits for the draft to read the prompts.
+            rounds.open_draft()
         batch.begin(rounds.first())
         chooser = None
-        if self.window:
+        if self.window and batch.running:
             costs = self._costs.of(model, len(prompts), limits, self.k, rounds.try_out)
             chooser = Chooser(costs, self.window)
         run(batch, rounds, self.look, chooser)

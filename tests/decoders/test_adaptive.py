@@ -6,7 +6,7 @@ from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness.conformance_decoders import answer_with_records, check_decoder, check_records
-from mambabench.harness.interfaces import Limits, Prompt
+from mambabench.harness.interfaces import Limits, Prompt, silent
 from mambabench.harness.mockmodel import MockStepper
 
 
@@ -74,6 +74,15 @@ def test_costs_are_measured_once_for_a_batch_size_of_a_model():
     assert len(played) == 2 * count
     costs.of(MockStepper(), 2, limits, 3, played.append)
     assert len(played) == 3 * count
+
+
+@pytest.mark.parametrize("limits", [Limits(new_tokens=1), Limits(new_tokens=9, stop_tokens=tuple(range(8)))])
+def test_nothing_is_measured_for_texts_that_end_with_their_first_token(limits):
+    model = MockStepper()
+    requests = [Prompt((1, 2, 1)), Prompt((3,))]
+    answers, records = answer_with_records(SpeculativeDecoder(NgramDraft(), 3, window=2), model, requests, limits)
+    assert answers == StandardDecoder().generate(model, requests, limits, silent)
+    assert [record["kind"] for record in records] == ["burst", "burst"]
 
 
 @pytest.mark.parametrize(("window", "known"), [(0, [3]), (2, [1, 2, 3])])
