@@ -10,73 +10,61 @@ fp64 before it is timed.
 from __future__ import annotations
 
 import argparse
+import runpy
 import statistics
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from mambabench.kernels.few_rows import Projection, Stream, Unscaled, add_projected, project
-from mambabench.kernels.multistep import triton2_fused
+from mambabench.kernels.multistep import Plan, triton2_fused
 from mambabench.kernels.multistep.forms import compiled
-from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step, tap_by_tap
-from mambabench.kernels.multistep.ring import Plan, Ring
+from mambabench.kernels.multistep.fused_step import separate_step
 from mambabench.kernels.tuning import graph_ms
 from torch import Tensor
 
+inputs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("inputs.py"))))
 SHAPES = {
-    "Mamba2-2.7B": (80, 80, 1, 1, 64, 128, 2560, 5120),
-    "Mamba2-130M": (24, 24, 1, 1, 64, 128, 768, 1536),
-    "the paper's, 8B": (32, 8, 8, 32, 128, 128, 4096, 128),
+    "Mamba2-2.7B": (inputs.MAMBA2["Mamba2-2.7B"], 2560),
+    "Mamba2-130M": (inputs.Shape2(24, 24, 1, 1, 64, 128, 1536), 768),
+    "Mamba2-paper": (inputs.MAMBA2["Mamba2-paper"], 4096),
 }
-"""H, groups of x, B and C, P, N, the stream's width, that of the norm."""
+"""Layers, and the stream's width."""
 COLD = 200 << 20
 """Bytes that the buffers of a graph have together, at least."""
-CALLS, TAPS, REPLAY = 32, 4, 16
+CALLS, REPLAY = 32, 16
 
 
 class Layer:
-    """Buffers of one copy of a layer; rows are at every stage between two writes of the checkpoint."""
+    """Buffers of one copy of a layer with its projections; rows are at every stage between two writes of the
+    checkpoint."""
 
-    def __init__(self, shape: tuple[int, ...], batch: int, count: int) -> None:
-        heads, x_groups, b_groups, c_groups, width, size, hidden, normed = shape
-        self.plan = Plan(count, count, REPLAY, True)
-        sizes = [x_groups * width, b_groups * size]
-        channels, slots, inner = sum(sizes) + c_groups * size, REPLAY + count, heads * width
-        entries = channels + heads
+    def __init__(self, name: str, batch: int, count: int) -> None:
+        shape, hidden = SHAPES[name]
+        self.count, self.made = count, inputs.Mamba2(shape, batch, Plan(count, count, REPLAY, True))
+        start = (1 + torch.arange(batch, device="cuda") % (REPLAY - count + 1)).int()
+        self.turn = inputs.Turn(start, torch.zeros_like(start))
+        self.inner, self.lines = len(self.made.norm), len(self.made.norm) + self.made.u.shape[2]
 
-        def normal(*wanted: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.randn(wanted, device="cuda", dtype=dtype)
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(sizes, device="cuda", dtype=torch.bfloat16)
 
-        half = torch.bfloat16
-        self.inner, self.batch = inner, batch
-        self.kept, self.dt = (
-            normal(batch, slots, sum(sizes), dtype=half),
-            0.1 * torch.rand_like(normal(batch, slots, heads)),
-        )
-        x, B = self.kept.split(sizes, dim=2)
-        self.ring = Ring(x.unflatten(2, (-1, width)), B.unflatten(2, (-1, size)), self.dt)
-        window = normal(batch, count + TAPS - 1, entries, dtype=half)
-        weight, bias = (t.bfloat16().float() for t in (normal(channels, TAPS), normal(channels)))
-        taps = tap_by_tap(weight, bias, half)
-        self.front = Front(weight, bias, normal(heads) - 3, window, self.kept, True, taps)
-        self.gate = Gate(normal(inner, dtype=half), None, normed, 1e-5, left=normed == inner)
-        self.A, self.D, self.state = -normal(heads).exp(), normal(heads), normal(batch, heads, width, size)
-        self.start = (1 + torch.arange(batch, device="cuda") % (REPLAY - count + 1)).int()
-        self.saved = torch.zeros_like(self.start)
-        self.projected = normal(batch * count, inner + entries, dtype=half)
-        self.into = Projection(
-            normal(inner + entries, hidden, dtype=half) / hidden**0.5, None, normal(hidden, dtype=half), 1e-5
-        )
-        self.out = Projection(normal(hidden, inner, dtype=half) / inner**0.5)
-        self.stream = Stream(normal(batch * count, hidden, dtype=half))
+        self.into = Projection(normal(self.lines, hidden) / hidden**0.5, None, normal(hidden), 1e-5)
+        self.out = Projection(normal(hidden, self.inner) / self.inner**0.5)
+        self.stream = Stream(normal(batch * count, hidden))
 
-    def given(self, projected: Tensor) -> tuple[Any, ...]:
-        u = projected[:, self.inner :].unflatten(0, (self.batch, -1))
-        cursors = self.start, self.saved, self.plan, self.gate
-        return u, projected[:, : self.inner], self.front, self.ring, self.A, self.D, self.state, *cursors
+    def given(self, projected: Tensor | None = None) -> tuple[Any, ...]:
+        """Arguments of `fused_step`, with what a projection made, if given."""
+        u, z, *others = self.made.fused_step(self.turn)
+        if projected is not None:
+            z, u = projected[:, : self.inner], projected[:, self.inner :].unflatten(0, u.shape[:2])
+        return u, z, *others
 
     def bytes(self) -> int:
-        return self.state.nbytes + self.kept.nbytes + self.projected.nbytes + self.front.window.nbytes
+        made = self.made
+        return made.state.nbytes + made.whole.nbytes + made.window.nbytes + 2 * self.lines * len(self.stream.h)
 
 
 def graph_us(calls: list[Callable[[], object]]) -> float:
@@ -86,43 +74,17 @@ def graph_us(calls: list[Callable[[], object]]) -> float:
 
 def check(layer: Layer, form: Any) -> str:
     """Empty if the first row comes out as near to fp64 as bf16 allows."""
-
-    def first(exact: bool) -> tuple[Any, ...]:
-        def part(t: Tensor) -> Tensor:
-            return (
-                t.to("cpu", torch.float64, copy=True)
-                if exact and t.is_floating_point()
-                else t.cpu()
-                if exact
-                else t.clone()
-            )
-
-        kept, dt = part(layer.kept[:1]), part(layer.dt[:1])
-        x, B = kept.split([t.shape[2] * t.shape[3] for t in (layer.ring.x, layer.ring.B)], dim=2)
-        ring = Ring(x.unflatten(2, layer.ring.x.shape[2:]), B.unflatten(2, layer.ring.B.shape[2:]), dt)
-        front, gate = layer.front, layer.gate
-        front = Front(
-            *(part(t) for t in (front.weight, front.bias, front.dt_bias, front.window[:1])),
-            kept,
-            True,
-            part(front.taps),
-        )
-        projected = part(layer.projected[: layer.plan.count])
-        gate = Gate(part(gate.weight), None, gate.width, gate.eps)
-        others = [part(t) for t in (layer.A, layer.D, layer.state[:1], layer.start[:1], layer.saved[:1])]
-        u = projected[:, layer.inner :].unflatten(0, (1, -1))
-        return u, projected[:, : layer.inner], front, ring, *others, layer.plan, gate
-
-    want = separate_step(*first(True))
-    made = triton2_fused.fused_step(*first(False), form)
-    got = (made.divided() if isinstance(made, Unscaled) else made).cpu().double()
-    off = float((got - want).norm() / want.norm())
+    first = inputs.Turn(*(at[:1] for at in layer.turn))
+    want = separate_step(*layer.made.row(0).fused_step(first))
+    made = triton2_fused.fused_step(*layer.given(), form)
+    got = made.divided() if isinstance(made, Unscaled) else made
+    off = float((got[: layer.count] - want).norm() / want.norm())
     return "" if off < 2.0**-7 else f"off by {off:.1e}"
 
 
 def step_us(layers: list[Layer], way: Callable[..., object]) -> float:
     turns = [layers[i % len(layers)] for i in range(max(CALLS, len(layers)))]
-    return graph_us([lambda layer=layer: way(*layer.given(layer.projected)) for layer in turns])
+    return graph_us([lambda layer=layer: way(*layer.given()) for layer in turns])
 
 
 def layer_us(layers: list[Layer], way: Callable[..., Tensor | Unscaled]) -> float:
@@ -139,15 +101,16 @@ def layer_us(layers: list[Layer], way: Callable[..., Tensor | Unscaled]) -> floa
 
 
 def measure(name: str, batch: int, count: int, args: argparse.Namespace) -> None:
-    first = Layer(SHAPES[name], batch, count)
-    layers = [first, *(Layer(SHAPES[name], batch, count) for _ in range(min(15, COLD // first.bytes())))]
-    forms = triton2_fused.forms_for(first.state, first.plan, first.gate)
+    first = Layer(name, batch, count)
+    layers = [first, *(Layer(name, batch, count) for _ in range(min(15, COLD // first.bytes())))]
+    *_, state, _, _, plan, gate = first.given()
+    forms = triton2_fused.forms_for(state, plan, gate)
     forms = forms if args.form is None else [forms[args.form]]
 
     def run(form: Any, state: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> object:
-        return triton2_fused.fused_step(*first.given(first.projected), form, warmup=warmup)
+        return triton2_fused.fused_step(*first.given(), form, warmup=warmup)
 
-    compiled(forms, first.state, run)
+    compiled(forms, state, run)
     wrong = {form: check(first, form) for form in forms}
     ways = {form: lambda *given, form=form: triton2_fused.fused_step(*given, form) for form in forms}
     times = {form: step_us(layers, ways[form]) for form in forms if not wrong[form]}

@@ -128,9 +128,9 @@ class Mamba2:
         return self.ring, self.C, self.A, self.D, self.state, *turn, self.plan
 
     def fused_step(self, turn: Turn) -> tuple[object, ...]:
-        """Arguments of `fused_step`."""
+        """Arguments of `fused_step`, of which the division of a norm over all heads is left to the product behind."""
         front = Front(self.weight, self.bias, self.dt_bias, self.window, self.whole, True, self.taps)
-        gate = Gate(self.norm, None, self.shape.normed, 1e-5)
+        gate = Gate(self.norm, None, self.shape.normed, 1e-5, left=self.shape.normed == len(self.norm))
         given = self.u, self.z.flatten(0, 1), front, self.ring
         return *given, self.A, self.D, self.state, *turn, self.plan, gate
 
