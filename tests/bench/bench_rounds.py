@@ -181,7 +181,7 @@ def _round(
 def recurrent(state: State) -> list[Tensor]:
     """All that calls change but keys and values: of those what lies behind the start is no longer read."""
     layers = [layer for layer in state.layers if not isinstance(layer, KVCache)]
-    return [state.settled, state.saved, state.end, *(tensor for layer in layers for tensor in layer.tensors())]
+    return [*state.cursors, *(tensor for layer in layers for tensor in layer.tensors())]
 
 
 def _of_a_round(model: HybridStepper, state: State, work: Callable[[], None], rounds: int) -> float:

@@ -55,6 +55,7 @@ def test_a_round_does_not_wait_for_the_host(draft, limits, way, monkeypatch):
     rounds.prefill()
     if of is not None:
         rounds.open_draft()
+    rounds.first()
     for _ in range(3):
         rounds.play(3)
     torch.cuda.synchronize()
