@@ -86,7 +86,7 @@ class SpeculativeDecoder:
         rounds = self.rounds(model, prompts, limits)
         rounds.prefill()
         if limits.new_tokens > 1:
-            # Before the host waits, so that no token but the first waits for the draft to read the prompts.
+            # Before the host waits for the first tokens, so that the device goes on to the draft's prompts at once.
             rounds.open_draft()
         batch.begin(rounds.first())
         chooser = None
