@@ -2,8 +2,8 @@
 
 It drives the backend through random rounds (any acceptance, calls without drafts, repeated calls, rounds of a target
 and of a draft, ragged rows, copied rows, prompts that go on) and holds every call against full recomputation of the
-text that the rows stand for. Scores and, where the backend trains, modules and what is saved of them are held to the
-same logits. Needs torch.
+text that the rows stand for. Scores, picks and, where the backend trains, modules and what is saved of them are held to
+the same logits. Needs torch.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def check_backend(
         again.round(number)
     for call, (one, two) in enumerate(zip(first.results, again.results, strict=False)):
         assert torch.equal(one, two), f"determinism: call {call} gave other logits the second time"
+    if "picks" in model.traits:
+        _check_picks(model, shape, seed, tolerance)
     _check_training(made, artifact, device, seed)
 
 
@@ -329,6 +331,23 @@ def _check_many_equals_one_by_one(model: Stepper, shape: _Shape, seed: int, tole
     many = model.advance(ids, lengths, together)
     one = [model.advance(ids[:, t : t + 1], lengths + t, apart) for t in range(shape.steps)]
     _close(torch.cat(one, dim=1), many, tolerance, f"advance of {shape.steps} tokens against one token at a time")
+
+
+def _check_picks(model: Stepper, shape: _Shape, seed: int, tolerance: float) -> None:
+    """The likeliest of the logits that come with a call, the lowest index of equal ones, are its last tokens."""
+    driver = _Driver(model, shape, random.Random(seed), tolerance)
+    prompts, lengths = driver.tokens(7), driver.vector([3 + row % 5 for row in range(shape.batch)])
+    for count in sorted({1, min(2, shape.steps), shape.steps}):
+        given, plain = (model.open(shape.batch, shape.context, shape.steps) for _ in range(2))
+        last, _ = (model.prefill(prompts, lengths, state) for state in (given, plain))
+        last = last.round()
+        ids = driver.tokens(count).T.contiguous().T
+        picked = ids.clone()
+        picked[:, -1] = last.sort(dim=1, descending=True, stable=True).indices[:, 0]
+        logits = model.advance(ids, lengths, given, last=last)  # type: ignore[call-arg]
+        what = f"advance of {count} tokens with a pick"
+        assert torch.equal(ids, picked), f"{what}: the last tokens are {ids[:, -1].tolist()}, not the likeliest"
+        _close(logits, model.advance(picked, lengths, plain), tolerance, f"{what} against the same tokens")
 
 
 def _check_training(backend: Backend, artifact: Path, device: str, seed: int) -> None:

@@ -167,8 +167,9 @@ def shares(figures: Mapping[str, tuple[float, str]]) -> list[str]:
     whole = times.get("whole", math.nan)
     lines = [f"{name:{width}}  {1000 * s:9.4f} ms  {s / whole:6.1%}" for name, s in times.items()]
     if "kernels" in figures:
-        beside = figures["kernels beside the models"][0]
-        lines.append(f"{'kernels':{width}}  {figures['kernels'][0]:9.0f}, {beside:.0f} beside the models")
+        beside = figures.get("kernels beside the models")
+        more = f", {beside[0]:.0f} beside the models" if beside else ""
+        lines.append(f"{'kernels':{width}}  {figures['kernels'][0]:9.0f}{more}")
     return [f"[{line}]" for line in lines]
 
 

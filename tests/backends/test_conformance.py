@@ -127,6 +127,41 @@ def test_a_fault_of_stepping_is_found(
         check_backend(faulty(hybrid_backend, fault), half, rounds=200, dtype=dtype, tolerance=tolerance)
 
 
+def pick_behind_the_call(model: HybridStepper) -> None:
+    """Puts the likeliest tokens in when the others have run."""
+    whole = model.advance
+
+    def advance(ids, start, state, settle=True, last=None):
+        logits = whole(ids.clone(), start, state, settle, last=None)
+        if last is not None:
+            ids[:, -1] = last.argmax(1)
+        return logits
+
+    model.advance = advance
+
+
+def pick_the_last_of_equal_ones(model: HybridStepper) -> None:
+    whole = model.advance
+
+    def advance(ids, start, state, settle=True, last=None):
+        if last is not None:
+            ids[:, -1] = last.shape[1] - 1 - last.flip(1).argmax(1)
+        return whole(ids, start, state, settle)
+
+    model.advance = advance
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(pick_behind_the_call, "with a pick against the same tokens"), (pick_the_last_of_equal_ones, "not the likeliest")],
+)
+def test_a_pick_that_is_not_what_runs_is_found(
+    fault: Fault, message: str, half: Path, hybrid_backend: Mamba2HybridBackend
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_backend(faulty(hybrid_backend, fault), half, rounds=20)
+
+
 def call_likely_greedy(model: HybridStepper) -> None:
     """Calls every likely token greedy."""
     whole = model.score

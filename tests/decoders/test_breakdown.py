@@ -59,6 +59,7 @@ def test_the_parts_are_shown_beside_the_whole():
         "[target kernels     1.5000 ms   75.0%]",
         "[kernels               411, 2 beside the models]",
     ]
+    assert shares({"kernels": (3.0, "")}) == ["[kernels          3]"], "as a plug-in may tell it"
     assert shares({}) == []
 
 
