@@ -121,22 +121,21 @@ class Speed:
         lengths = [request.prompt_tokens + half]
         texts = take_prompts(bench.data[self.config.data], arms["subject"].model, request.batch, lengths)
         prompts = [Prompt(ids, number) for number, ids in enumerate(texts)]
-        for name, arm in arms.items():
-            for (what, unit), values in arm.told.items():
-                value = sum(values) / len(values)
-                bench.emit("fact", name=f"{what}, {what_of}", value=value, unit=unit, arm=name)
-            arm.told.clear()
-        known: dict[tuple[str, int], list[float]] = {}
+        known: dict[tuple[str, str], list[float]] = {}
         for _ in range(TURNS[torch.device(bench.subject.device).type]):
             for name, arm in arms.items():
                 costs = getattr(decoder_of(arm.subject), "costs", None)
                 for k, seconds in costs(arm.model, prompts, limits).items() if costs else ():
-                    known.setdefault((name, k), []).append(seconds)
-        for (name, k), turns in known.items():
-            fact = {"name": f"cost of a round, K = {k}, {what_of}", "value": statistics.median(turns), "unit": "s"}
-            bench.emit("fact", **fact, arm=name)
-        for arm in arms.values():
+                    known.setdefault((name, f"cost of a round, K = {k}"), []).append(seconds)
+        facts = {(name, what): (statistics.median(turns), "s") for (name, what), turns in known.items()}
+        for name, arm in arms.items():
+            # A decoder that goes by costs tells of them too.
+            told = {(name, what): (statistics.mean(of), unit) for (what, unit), of in arm.told.items()}
+            facts = told | facts
+            arm.told.clear()
             arm.opened.clear()
+        for (name, what), (value, unit) in facts.items():
+            bench.emit("fact", name=f"{what}, {what_of}", value=value, unit=unit, arm=name)
 
     def _profile(self, bench: Bench, arms: dict[str, Arm], request: Request, prompts: list[Prompt]) -> None:
         """Takes rounds of the last block apart."""

@@ -89,7 +89,9 @@ def test_a_plan_drafts_with_its_models_and_their_layers(folder, mambabench):
     same = [outcome for label, outcome in measured.items() if "/same@" in label]
     assert len(same) == 4
     assert {outcome["state"] for outcome in measured.values()} == {"ok"}
-    told = {fact["name"] for fact in measured["teacher/drafted/speed@seed0"]["facts"]}
+    facts = [(fact["name"], fact["arm"]) for fact in measured["teacher/drafted/speed@seed0"]["facts"]]
+    assert len(facts) == len(set(facts))
+    told = {name for name, _ in facts}
     assert {f"adaptive K, {kind} time per token, batch 1" for kind in ("predicted", "measured")} <= told
     assert {f"cost of a round, K = {k}, batch 1" for k in (0, 1, 2)} <= told
     own = {fact["name"]: fact["value"] for fact in measured["pure/drafted/same@seed0"]["facts"]}
