@@ -46,9 +46,12 @@ class Cold:
         self.asked = request.config.getoption("benchmark_enable", False)
 
     def inputs(self, make: Make) -> tuple[Any, ...]:
-        """Those of the first call, made anew."""
+        """Those of the first call, made anew: all written, which a kernel that begins early does not wait for."""
         torch.manual_seed(0)
-        return make()
+        made = make()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return made
 
     def __call__(
         self, make: Make, run: Callable[..., Any], moved: float = 0, flops: float = 0, calls: int = CALLS

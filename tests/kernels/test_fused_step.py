@@ -74,6 +74,8 @@ class Layer:
         if gate is not None:
             gate = Gate(t["norm"], t["gate"] if gate[1] else None, gate[0] * self.width, 1e-5, self.left)
         cursors = t["start"], t["saved"]
+        if t["start"].is_cuda:
+            torch.cuda.synchronize()  # which a kernel that begins early does not wait for
         out = way(u, t["projected"][:, :inner], front, ring, t["A"], t["D"], t["state"], *cursors, self.plan, gate)
         if isinstance(out, Unscaled):
             out = out.x.double() / (out.squares.double().sum(1, keepdim=True) / inner + out.eps).sqrt()
