@@ -288,6 +288,7 @@ class Work:
             scratch=self.folder / "scratch",
             emit=self.recorder,
             models=self._models(),
+            cache=self.store.cache,
         )
 
     def _subject(self, artifact: Artifact, decoder: Mapping[str, Any] | None) -> Subject:

@@ -35,7 +35,7 @@ API = 1
 
 KINDS = (
     *("backend", "distiller", "decoder", "draft", "selector", "source"),
-    *("suite", "table", "renderer", "launcher", "command"),
+    *("suite", "judge", "table", "renderer", "launcher", "command"),
 )
 
 
@@ -434,6 +434,8 @@ class Bench:
     emit: Emit
     models: Mapping[str, Artifact] = field(default_factory=dict)
     """What each `ModelRef` of the suite's config resolved to, keyed by the name."""
+    cache: Path | None = None
+    """As a job's: what is kept there serves other steps of the store, and may be deleted."""
 
 
 class Suite(Protocol):

@@ -1,0 +1,48 @@
+"""How suites ask a judge: verdicts become records, and failures end the step rather than its numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ..interfaces import Bench, Choice, MambabenchError
+from ..plugins import build
+from . import FOLDER, Desk, Judge, Request, Verdict
+
+
+def ask_and_record(choice: Choice, requests: Sequence[Request], bench: Bench) -> list[Verdict]:
+    """Has the chosen judge answer; leaves a `judgment` record for each request and facts about all."""
+    twice = [name for name, count in Counter(request.id for request in requests).items() if count > 1]
+    if twice:
+        raise MambabenchError(f"two requests to the judge are called {twice[0]!r}")
+    judge: Judge = build(choice)
+    desk = Desk(folder=(bench.cache or bench.scratch) / FOLDER, data=bench.data, emit=bench.emit)
+    verdicts = judge.judge(requests, desk)
+    for request, verdict in zip(requests, verdicts, strict=True):
+        bench.emit("judgment", **_record(request, verdict))
+    states = Counter(verdict.state for verdict in verdicts)
+    for state in ("ok", "malformed", "failed"):
+        bench.emit("fact", name=f"judgments, {state}", value=states[state], unit="requests")
+    failed = [verdict for verdict in verdicts if verdict.state == "failed"]
+    allowed = float(getattr(choice.config, "allow_failed", 0.0))
+    if len(failed) > allowed * len(requests):
+        raise MambabenchError(
+            f"{len(failed)} of {len(requests)} requests to the judge failed ({failed[0].id}: {failed[0].reason}); "
+            "all other judgments are kept: `run --retry` asks for these alone"
+        )
+    return verdicts
+
+
+def _record(request: Request, verdict: Verdict) -> dict[str, Any]:
+    reply = verdict.reply
+    return {
+        "id": request.id,
+        "state": verdict.state,
+        "reason": verdict.reason,
+        "asked": verdict.asked,
+        "reply": reply.text if reply else None,
+        "model": reply.model if reply else "",
+        "prompt_tokens": reply.prompt_tokens if reply else 0,
+        "completion_tokens": reply.completion_tokens if reply else 0,
+    }
