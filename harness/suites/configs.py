@@ -30,12 +30,21 @@ class PerplexityConfig:
     data: DataRef
     context: int = 512
     """Longest window in tokens, of which the last is not run; a longer document is scored in several."""
+    windows: Literal["disjoint", "sliding", "packed"] = "disjoint"
+    """Of a document that is longer than `context`: one behind the other, or moved on by `stride`, so that every token
+    but a document's first sees at least `context` - `stride`. `packed`: documents share windows."""
+    stride: int = 0
+    """Tokens between sliding windows; 0 is half of `context`."""
     batch: int = 8
     limit: int = 0
     """Documents; 0 takes all."""
 
     def __post_init__(self) -> None:
-        _at_least(self, context=2, batch=1, limit=0)
+        _at_least(self, context=2, batch=1, limit=0, stride=0)
+        if self.stride and self.windows != "sliding":
+            raise ValueError(f"stride is {self.stride}; only sliding windows have one")
+        if self.stride >= self.context:
+            raise ValueError(f"stride is {self.stride}; it must be below context = {self.context}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +60,25 @@ class DivergenceConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, context=2, batch=1, limit=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgreementConfig:
+    data: DataRef
+    teacher: ModelRef = "teacher"
+    """Whose distribution and likeliest tokens the model's are held against."""
+    context: int = 512
+    """Longest window in tokens, of which the last is not run; a longer document is read in several."""
+    depths: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+    """Where in a document one group of tokens ends and the next begins, in tokens behind its first."""
+    batch: int = 8
+    limit: int = 0
+    """Documents; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, context=2, depths=1, batch=1, limit=0)
+        if list(self.depths) != sorted(set(self.depths)):
+            raise ValueError(f"depths is {list(self.depths)}; they must ascend")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

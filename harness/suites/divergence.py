@@ -16,8 +16,9 @@ from torch import Tensor
 from ..documents import Document, encode_many
 from ..interfaces import Artifact, Bench, Tokenizer, Unsupported
 from .configs import DivergenceConfig
-from .perplexity import Window, batches, groups
+from .perplexity import groups
 from .texts import pad
+from .windows import Window, batches, disjoint
 
 LOGITS_AT_A_TIME = 1 << 26
 """Of each model, that are in use at once beside those of a batch."""
@@ -48,10 +49,15 @@ class Divergence:
         encoded = list(encode_many(group, tokenizer))
         nat = [0.0] * len(group)
         if models is not None:
-            for chosen in batches(encoded, self.config):
+            windows = (
+                window
+                for number, (ids, context) in enumerate(encoded)
+                for window in disjoint(number, ids, context, self.config.context)
+            )
+            for chosen in batches(windows, self.config.batch):
                 values = _of_windows(chosen, *models, bench.subject.device)
                 for window, value in zip(chosen, values, strict=True):
-                    nat[window.document] += value
+                    nat[window.pieces[0].document] += value
         for document, (ids, context), value in zip(group, encoded, nat, strict=True):
             if len(ids) > context:
                 bench.emit(
@@ -68,7 +74,7 @@ class Divergence:
 def _of_windows(windows: Sequence[Window], teacher: Any, student: Any, device: str) -> list[float]:
     """nat of each window, summed over the tokens that it scores."""
     ids, lengths = pad([window.ids for window in windows], device)
-    begins = torch.tensor([window.context for window in windows], device=device)
+    begins = torch.tensor([window.pieces[0].begin for window in windows], device=device)
     places = torch.arange(1, ids.shape[1], device=device)
     counted = (places >= begins[:, None]) & (places < lengths[:, None])
     theirs, own = (model(input_ids=ids[:, :-1], use_cache=False).logits for model in (teacher, student))

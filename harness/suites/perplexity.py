@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 from ..documents import Document, encode_many, read_documents
 from ..interfaces import Bench, MambabenchError, Stepper, Tokenizer
-from .configs import DivergenceConfig, PerplexityConfig
+from .configs import AgreementConfig, DivergenceConfig, PerplexityConfig
 from .texts import check_room, pad
+from .windows import Encoded, Window, batches, disjoint, packed, sliding
 
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A piece of a document: its tokens from place `context` on are scored."""
-
-    document: int
-    ids: Sequence[int]
-    context: int
+PACKED_TOGETHER = 256
+"""Documents that are packed into common windows: so many, whatever is scored at a time."""
 
 
 class Perplexity:
-    """Documents are scored each by itself behind the beginning-of-text token. One that is longer than `context` tokens
-    is cut into windows; each window after the first has the token before it as its only context."""
+    """Documents are scored behind the beginning-of-text token (the end-of-text one of a tokenizer without it), which is
+    never scored itself; where there is neither, a document's first token is context. A text's end is not scored."""
 
     def __init__(self, config: PerplexityConfig) -> None:
         self.config = config
@@ -31,17 +25,18 @@ class Perplexity:
     def run(self, bench: Bench) -> None:
         model = bench.subject.load()
         check_room("perplexity", model, self.config.context - 1)
-        for group in groups(bench, self.config):
+        together = PACKED_TOGETHER if self.config.windows == "packed" else 0
+        for group in groups(bench, self.config, together):
             self._measure(group, model, bench)
 
     def _measure(self, group: Sequence[Document], model: Stepper, bench: Bench) -> None:
         encoded = list(encode_many(group, model.tokenizer))
         nll = [0.0] * len(group)
-        for chosen in batches(encoded, self.config):
+        for chosen in batches(windows(encoded, self.config), self.config.batch):
             scores = model.score(*pad([window.ids for window in chosen], model.device))
             for row, window in enumerate(chosen):
-                scored = scores.logprob[row, window.context - 1 : len(window.ids) - 1]
-                nll[window.document] -= float(scored.double().sum())
+                for document, begin, end in window.pieces:
+                    nll[document] -= float(scores.logprob[row, begin - 1 : end - 1].double().sum())
         for document, (ids, context), value in zip(group, encoded, nll, strict=True):
             if len(ids) == context:
                 continue
@@ -73,8 +68,24 @@ def scored_bytes(document: Document, ids: Sequence[int], context: int, tokenizer
     return len(tokenizer.decode(ids, skip_special_tokens=True).encode()) - len(before.encode())
 
 
-def groups(bench: Bench, config: PerplexityConfig | DivergenceConfig) -> Iterator[list[Document]]:
-    """The documents of a suite's data, so many at a time that records keep coming, with progress as they are done.
+def windows(encoded: Sequence[Encoded], config: PerplexityConfig) -> Iterator[Window]:
+    """The windows of documents, as the config says."""
+    if config.windows == "packed":
+        yield from packed(encoded, config.context)
+        return
+    stride = config.stride or config.context // 2
+    for number, (ids, context) in enumerate(encoded):
+        if config.windows == "sliding":
+            yield from sliding(number, ids, context, config.context, stride)
+        else:
+            yield from disjoint(number, ids, context, config.context)
+
+
+def groups(
+    bench: Bench, config: PerplexityConfig | DivergenceConfig | AgreementConfig, together: int = 0
+) -> Iterator[list[Document]]:
+    """The documents of a suite's data, so many at a time that records keep coming (or `together`), with progress as
+    they are done.
 
     Raises MambabenchError where there are none."""
     documents = read_documents(bench.data[config.data])
@@ -82,35 +93,9 @@ def groups(bench: Bench, config: PerplexityConfig | DivergenceConfig) -> Iterato
         documents = itertools.islice(documents, config.limit)
     done = 0
     bench.emit("progress", done=0, total=config.limit, unit="documents")
-    while group := list(itertools.islice(documents, 16 * config.batch)):
+    while group := list(itertools.islice(documents, together or 16 * config.batch)):
         yield group
         done += len(group)
         bench.emit("progress", done=done, total=config.limit or done, unit="documents")
     if not done:
         raise MambabenchError(f"{bench.data[config.data]}: no documents to score")
-
-
-def batches(
-    encoded: Iterable[tuple[list[int], int]], config: PerplexityConfig | DivergenceConfig
-) -> Iterator[list[Window]]:
-    """The windows of documents (ids, and how many of them are context), those of similar length side by side."""
-    windows = [
-        window for number, (ids, context) in enumerate(encoded) for window in cut(number, ids, context, config.context)
-    ]
-    windows.sort(key=lambda window: len(window.ids))
-    for first in range(0, len(windows), config.batch):
-        yield windows[first : first + config.batch]
-
-
-def cut(document: int, ids: Sequence[int], context: int, longest: int) -> Iterator[Window]:
-    """Cuts a document into windows of at most `longest` tokens, which score every token from place `context` on once.
-
-    >>> [(w.ids, w.context) for w in cut(0, [0, 1, 2, 3, 4, 5], 1, 4)]
-    [([0, 1, 2, 3], 1), ([3, 4, 5], 1)]
-    >>> [(w.ids, w.context) for w in cut(0, [0, 1, 2, 3, 4, 5], 5, 4)]
-    [([3, 4, 5], 2)]
-    """
-    for start in range(0, len(ids) - 1, longest - 1):
-        end = min(start + longest, len(ids))
-        if end > context:
-            yield Window(document, ids[start:end], max(context - start, 1))

@@ -8,7 +8,8 @@ from mambabench.harness.documents import Document
 from mambabench.harness.interfaces import MambabenchError, Unsupported
 from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites.configs import PerplexityConfig
-from mambabench.harness.suites.perplexity import Perplexity, cut, scored_bytes
+from mambabench.harness.suites.perplexity import Perplexity, scored_bytes
+from mambabench.harness.suites.windows import disjoint, packed, sliding
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -96,14 +97,89 @@ def test_bytes_are_those_that_the_scored_tokens_add_to_the_text(pieces, context,
 
 
 @settings(deadline=None)
-@given(st.integers(2, 40), st.integers(1, 39), st.integers(2, 12))
-def test_windows_score_every_token_once_with_context(length, context, longest):
-    context = min(context, length - 1)
-    scored = []
-    for window in cut(0, list(range(length)), context, longest):
-        assert 1 <= window.context < len(window.ids) <= longest
-        scored += window.ids[window.context :]
-    assert scored == list(range(context, length))
+@given(st.integers(2, 40), st.integers(1, 39), st.integers(2, 12), st.data())
+def test_windows_score_every_token_once_with_context(length, context, longest, data):
+    context, stride = min(context, length - 1), data.draw(st.integers(1, longest - 1))
+    ids = list(range(length))
+    for windows, seen in (
+        (disjoint(0, ids, context, longest), 1),
+        (sliding(0, ids, context, longest, stride), longest - stride),
+    ):
+        scored = []
+        for window in windows:
+            ((document, begin, end),) = window.pieces
+            assert document == 0
+            assert min(seen, window.ids[begin]) <= begin < end == len(window.ids) <= longest
+            scored += window.ids[begin:end]
+        assert scored == list(range(context, length))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6), st.integers(2, 12))
+def test_packed_windows_score_every_token_once_for_its_document(shapes, longest):
+    encoded = [([100 * number + place for place in range(length)], min(context, length))
+               for number, (length, context) in enumerate(shapes)]  # fmt: skip
+    scored = [[] for _ in encoded]
+    for window in packed(encoded, longest):
+        assert len(window.ids) <= longest
+        for document, begin, end in window.pieces:
+            assert 1 <= begin < end <= len(window.ids)
+            scored[document] += window.ids[begin:end]
+    assert scored == [ids[context:] for ids, context in encoded]
+
+
+def test_sliding_windows_are_those_of_the_definition(measure):
+    """Against a sum over single tokens, each with exactly what it sees of a document longer than the context."""
+    text, longest, stride = "gfedcbaabcdefgcacabbd", 8, 3
+    records = measure(
+        Perplexity(PerplexityConfig(data="text", context=longest, windows="sliding", stride=stride)), [text]
+    )
+    model = MockStepper()
+    ids = [0, *model.tokenizer.encode(text)]
+    total = 0.0
+    for place in range(1, len(ids)):
+        moves = max(0, -(-(place + 1 - longest) // stride))
+        logits = model.logits(ids[moves * stride : place])
+        total += math.log(np.exp(logits).sum()) - logits[ids[place]]
+    ((value, weight),) = samples(records, "nll_per_token")
+    assert (value, weight) == (pytest.approx(total, rel=1e-12), len(text))
+
+
+def test_a_stride_of_one_token_gives_each_all_the_context_there_is_room_for(measure):
+    config = PerplexityConfig(data="text", context=6, windows="sliding", stride=1)
+    records = measure(Perplexity(config), ["gfedcbaabcdefg"])
+    model = MockStepper()
+    ids = [0, *model.tokenizer.encode("gfedcbaabcdefg")]
+    total = 0.0
+    for place in range(1, len(ids)):
+        logits = model.logits(ids[max(0, place - 5) : place])
+        total += math.log(np.exp(logits).sum()) - logits[ids[place]]
+    assert samples(records, "nll_per_token")[0][0] == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_packed_documents_see_those_before_them(measure, batch):
+    texts, longest = ["abc", "gfedcbaabcdefg", "bb"], 7
+    records = measure(Perplexity(PerplexityConfig(data="text", context=longest, windows="packed", batch=batch)), texts)
+    model = MockStepper()
+    encoded = [[0, *model.tokenizer.encode(text)] for text in texts]
+    stream = [token for ids in encoded for token in ids]
+    at = 0
+    for ids, (value, weight) in zip(encoded, samples(records, "nll_per_token"), strict=True):
+        total = 0.0
+        for place in range(at + 1, at + len(ids)):
+            begin = (place - 1) // (longest - 1) * (longest - 1)
+            logits = model.logits(stream[begin:place])
+            total += math.log(np.exp(logits).sum()) - logits[stream[place]]
+        assert (value, weight) == (pytest.approx(total, rel=1e-12), len(ids) - 1)
+        at += len(ids)
+
+
+def test_a_stride_belongs_to_sliding_windows():
+    with pytest.raises(ValueError, match="only sliding windows"):
+        PerplexityConfig(data="text", stride=4)
+    with pytest.raises(ValueError, match="below context = 8"):
+        PerplexityConfig(data="text", windows="sliding", context=8, stride=8)
 
 
 def test_limits_and_bad_sizes(measure):
