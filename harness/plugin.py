@@ -8,6 +8,7 @@ from .hooks import hookimpl
 from .interfaces import Component
 from .launchers.configs import LocalConfig
 from .suites.configs import (
+    AgreementConfig,
     DivergenceConfig,
     LmEvalConfig,
     LosslessnessConfig,
@@ -44,6 +45,14 @@ def mambabench_components() -> Iterable[Component]:
             config=DivergenceConfig,
             traits=frozenset({"score"}),
             summary="KL(teacher || model) per token of given documents",
+        ),
+        Component(
+            kind="suite",
+            name="agreement",
+            target="mambabench.harness.suites.agreement:Agreement",
+            config=AgreementConfig,
+            traits=frozenset({"score"}),
+            summary="KL(teacher || model) and equal likeliest tokens, by depth in given documents",
         ),
         Component(
             kind="suite",

@@ -6,8 +6,8 @@ is some 1e-6 nat a token, of either sign, and sums over tokens are taken in fp64
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..documents import Document, encode_many
 from ..interfaces import Artifact, Bench, Tokenizer, Unsupported
-from .configs import DivergenceConfig
+from .configs import AgreementConfig, DivergenceConfig
 from .perplexity import groups
 from .texts import pad
-from .windows import Window, batches, disjoint
+from .windows import Encoded, Window, batches, disjoint
 
 LOGITS_AT_A_TIME = 1 << 26
 """Of each model, that are in use at once beside those of a batch."""
@@ -33,13 +33,8 @@ class Divergence:
 
     @torch.inference_mode()
     def run(self, bench: Bench) -> None:
-        subject, told = bench.subject.artifact, bench.models[self.config.teacher]
-        for artifact in (subject, told):
-            _check_room(artifact, self.config.context - 1)
-        tokenizer = subject.backend.tokenizer(subject.path)
-        models = None
-        if subject.path != told.path:
-            models = _load(told, bench.subject.device), _load(subject, bench.subject.device)
+        tokenizer = bench.subject.artifact.backend.tokenizer(bench.subject.artifact.path)
+        models = both("divergence", bench, self.config)
         for group in groups(bench, self.config):
             self._measure(group, tokenizer, models, bench)
 
@@ -49,14 +44,11 @@ class Divergence:
         encoded = list(encode_many(group, tokenizer))
         nat = [0.0] * len(group)
         if models is not None:
-            windows = (
-                window
-                for number, (ids, context) in enumerate(encoded)
-                for window in disjoint(number, ids, context, self.config.context)
-            )
-            for chosen in batches(windows, self.config.batch):
-                values = _of_windows(chosen, *models, bench.subject.device)
-                for window, value in zip(chosen, values, strict=True):
+            for chosen in batches(windows_of(encoded, self.config), self.config.batch):
+                sums = torch.zeros(len(chosen), dtype=torch.float64, device=bench.subject.device)
+                for where in compared(chosen, *models, bench.subject.device):
+                    sums.index_add_(0, where.rows, divergence(where.theirs, where.own).double())
+                for window, value in zip(chosen, sums.tolist(), strict=True):
                     nat[window.pieces[0].document] += value
         for document, (ids, context), value in zip(group, encoded, nat, strict=True):
             if len(ids) > context:
@@ -71,23 +63,51 @@ class Divergence:
                 )
 
 
-def _of_windows(windows: Sequence[Window], teacher: Any, student: Any, device: str) -> list[float]:
-    """nat of each window, summed over the tokens that it scores."""
+class Compared(NamedTuple):
+    """Tokens that are scored, N of a batch of windows, with what both models say of each."""
+
+    rows: Tensor
+    """int64 [N]: the window of each."""
+    places: Tensor
+    """int64 [N]: its place in the window."""
+    theirs: Tensor
+    """The teacher's logits for it, [N, V]."""
+    own: Tensor
+    """The model's, [N, V]."""
+
+
+def both(suite: str, bench: Bench, config: DivergenceConfig | AgreementConfig) -> tuple[Any, Any] | None:
+    """The teacher and the model, in fp32 on the bench's device; None where they are one.
+
+    Raises `Unsupported` where one has too few positions."""
+    subject, told = bench.subject.artifact, bench.models[config.teacher]
+    for artifact in (subject, told):
+        _check_room(suite, artifact, config.context - 1)
+    if subject.path == told.path:
+        return None
+    return _load(told, bench.subject.device), _load(subject, bench.subject.device)
+
+
+def windows_of(encoded: Sequence[Encoded], config: DivergenceConfig | AgreementConfig) -> Iterator[Window]:
+    """The windows of documents, each with one piece."""
+    for number, (ids, context) in enumerate(encoded):
+        yield from disjoint(number, ids, context, config.context)
+
+
+def compared(windows: Sequence[Window], teacher: Any, student: Any, device: str) -> Iterator[Compared]:
+    """What two models say of the tokens that windows score, some of them at a time."""
     ids, lengths = pad([window.ids for window in windows], device)
     begins = torch.tensor([window.pieces[0].begin for window in windows], device=device)
     places = torch.arange(1, ids.shape[1], device=device)
     counted = (places >= begins[:, None]) & (places < lengths[:, None])
     theirs, own = (model(input_ids=ids[:, :-1], use_cache=False).logits for model in (teacher, student))
     if theirs.shape != own.shape:
-        raise Unsupported(f"divergence: the teacher has {theirs.shape[-1]} tokens, the model {own.shape[-1]}")
+        raise Unsupported(f"the teacher has {theirs.shape[-1]} tokens, the model {own.shape[-1]}")
     rows, columns = counted.nonzero(as_tuple=True)
-    sums = torch.zeros(len(windows), dtype=torch.float64, device=device)
     size = max(1, LOGITS_AT_A_TIME // own.shape[-1])
     for first in range(0, len(rows), size):
-        part = slice(first, first + size)
-        where = rows[part], columns[part]
-        sums.index_add_(0, rows[part], divergence(theirs[where], own[where]).double())
-    return [float(value) for value in sums.tolist()]
+        where = rows[first : first + size], columns[first : first + size]
+        yield Compared(where[0], where[1] + 1, theirs[where], own[where])
 
 
 def divergence(theirs: Tensor, own: Tensor) -> Tensor:
@@ -100,7 +120,7 @@ def _load(artifact: Artifact, device: str) -> Any:
     return model.to(device)
 
 
-def _check_room(artifact: Artifact, tokens: int) -> None:
+def _check_room(suite: str, artifact: Artifact, tokens: int) -> None:
     room = artifact.backend.describe(artifact.path)["max_context"]
     if tokens > room:
-        raise Unsupported(f"divergence: needs {tokens} positions, {artifact.name} has {room}")
+        raise Unsupported(f"{suite}: needs {tokens} positions, {artifact.name} has {room}")

@@ -25,6 +25,8 @@ class Piece(NamedTuple):
 class Window(NamedTuple):
     ids: Sequence[int]
     pieces: tuple[Piece, ...]
+    start: int = 0
+    """Place of its first token in its document, if it has one."""
 
 
 def disjoint(document: int, ids: Sequence[int], context: int, longest: int) -> Iterator[Window]:
@@ -51,7 +53,7 @@ def sliding(document: int, ids: Sequence[int], context: int, longest: int, strid
         end = min(longest if scored == 1 else scored + stride, len(ids))
         start = max(0, end - longest) if scored == 1 else scored + stride - longest
         if end > context:
-            yield Window(ids[start:end], (Piece(document, max(scored, context) - start, end - start),))
+            yield Window(ids[start:end], (Piece(document, max(scored, context) - start, end - start),), start)
         scored = end
 
 
