@@ -7,22 +7,36 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..interfaces import DataRef, ModelRef
+from ..interfaces import DataRef, FileRef, ModelRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LmEvalConfig:
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
     """Names of tasks: of the YAML files in the folder `data`, or lm-eval's own where `data` is not given."""
+    preset: Literal["", "bias", "paper-zero-shot", "paper-few-shot"] = ""
+    """A set of tasks with the numbers of examples and the metrics of their table."""
     data: DataRef | None = None
+    local: FileRef = ""
+    """A folder that stands for the hub: it has a sub-folder for each data set that tasks ask for."""
+    shots: int | None = None
+    """Examples in front of each item of `tasks`; as each task says where this is not given."""
+    chat: bool = False
+    """Items are asked in the tokenizer's chat template, examples as earlier turns."""
+    system: str = ""
+    """A system message, or text in front of everything without a chat template."""
+    twins: bool = False
+    """Multiple-choice tasks are also asked to write their answers, which are matched with the choices."""
     batch: int = 16
     limit: int = 0
     """Items per task; 0 takes all."""
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError("tasks is empty; name at least one")
+        if not self.tasks and not self.preset:
+            raise ValueError("tasks is empty; name at least one, or a preset")
         _at_least(self, batch=1, limit=0)
+        if self.shots is not None:
+            _at_least(self, shots=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,8 @@ from mambabench.harness.conformance_decoders import greedy_ids
 from mambabench.harness.interfaces import Limits, MambabenchError, Prompt, Unsupported
 from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites.configs import LmEvalConfig
-from mambabench.harness.suites.lm_eval import LmEval, StepperLM, generation_limits
+from mambabench.harness.suites.lm_eval import LmEval
+from mambabench.harness.suites.lm_eval_model import StepperLM, generation_limits
 
 COMMON = """
 dataset_path: json

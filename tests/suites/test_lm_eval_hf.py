@@ -12,7 +12,7 @@ from mambabench.backends.hybrid import TeacherBackend
 from mambabench.backends.plugin import TeacherConfig
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness.interfaces import silent
-from mambabench.harness.suites.lm_eval import StepperLM
+from mambabench.harness.suites.lm_eval_model import StepperLM
 
 STORY = "Once upon a time there was a little girl named Lily. She liked to play with her dog in the park. "
 LONG = STORY * 24
