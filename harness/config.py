@@ -105,8 +105,8 @@ class Structurer:
         return make_dict_structure_fn(cls, self.converter, _cattrs_forbid_extra_keys=True, **overrides)
 
     def _choice_hook(self, kind: str, default: Any) -> Any:
-        def hook(value: Any, _: Any) -> Choice:
-            if isinstance(value, Choice):
+        def hook(value: Any, _: Any) -> Choice | None:
+            if isinstance(value, Choice) or (value is None and default is None):
                 return value
             if isinstance(value, Mapping) and isinstance(default, Choice):
                 value = {"use": default.name, **value}
@@ -155,6 +155,8 @@ def _literal_hook(cls: Any) -> Any:
 
 
 def _kind_chosen(hint: Any) -> str | None:
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return next((found for arg in get_args(hint) if (found := _kind_chosen(arg))), None)
     marks = hint.__metadata__ if get_origin(hint) is Annotated else ()
     return next((mark.kind for mark in marks if isinstance(mark, ChoiceOf)), None)
 
@@ -228,14 +230,15 @@ def _section(hint: Any) -> str | None:
 def plain(
     config: Any, defaults: bool = True, replace: Mapping[str, Any] | None = None, prefix: str = ""
 ) -> dict[str, Any]:
-    """A config as JSON data. Without `defaults`, fields at their default are left out; `replace` overrides by path."""
+    """A config as JSON data. Without `defaults`, fields at their default are left out, and those whose metadata says
+    that they do not decide a result (`decides` is False); `replace` overrides by path."""
     table: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value, path = getattr(config, item.name), f"{prefix}{item.name}"
         if replace and path in replace:
             table[item.name] = replace[path]
             continue
-        if not defaults and _is_default(item, value):
+        if not defaults and (_is_default(item, value) or not item.metadata.get("decides", True)):
             continue
         if isinstance(value, Choice):
             table[item.name] = {"use": value.name, **plain(value.config, defaults, replace, f"{path}.")}

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from .hooks import hookimpl
 from .interfaces import Component
+from .judges.configs import OpenAIConfig, RecordedConfig
 from .launchers.configs import LocalConfig
 from .suites.configs import (
     AgreementConfig,
@@ -77,6 +78,21 @@ def mambabench_components() -> Iterable[Component]:
             config=SpeedConfig,
             traits=frozenset({"pair", "alone"}),
             summary="Latency of a decoder beside plain decoding, alternating on the same prompts",
+        ),
+        Component(
+            kind="judge",
+            name="openai",
+            target="mambabench.harness.judges.client:OpenAIJudge",
+            config=OpenAIConfig,
+            requires=("openai>=2",),
+            summary="A model behind any endpoint that speaks OpenAI's protocol",
+        ),
+        Component(
+            kind="judge",
+            name="recorded",
+            target="mambabench.harness.judges.recording:RecordedJudge",
+            config=RecordedConfig,
+            summary="What a judge said in an earlier run",
         ),
         Component(
             kind="launcher",

@@ -66,6 +66,8 @@ class Verdict:
     reason: str = ""
     asked: int = 0
     """Replies that this run had for it; 0 where all were on disk already."""
+    heard: tuple[tuple[Mapping[str, Any], Reply], ...] = ()
+    """All replies to it, malformed ones too, each behind the question that it answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..interfaces import Bench, Choice, MambabenchError
@@ -19,8 +20,8 @@ def ask_and_record(choice: Choice, requests: Sequence[Request], bench: Bench) ->
     judge: Judge = build(choice)
     desk = Desk(folder=(bench.cache or bench.scratch) / FOLDER, data=bench.data, emit=bench.emit)
     verdicts = judge.judge(requests, desk)
-    for request, verdict in zip(requests, verdicts, strict=True):
-        bench.emit("judgment", **_record(request, verdict))
+    for verdict in verdicts:
+        bench.emit("judgment", **_record(verdict))
     states = Counter(verdict.state for verdict in verdicts)
     for state in ("ok", "malformed", "failed"):
         bench.emit("fact", name=f"judgments, {state}", value=states[state], unit="requests")
@@ -34,15 +35,11 @@ def ask_and_record(choice: Choice, requests: Sequence[Request], bench: Bench) ->
     return verdicts
 
 
-def _record(request: Request, verdict: Verdict) -> dict[str, Any]:
-    reply = verdict.reply
+def _record(verdict: Verdict) -> dict[str, Any]:
     return {
-        "id": request.id,
+        "id": verdict.id,
         "state": verdict.state,
         "reason": verdict.reason,
         "asked": verdict.asked,
-        "reply": reply.text if reply else None,
-        "model": reply.model if reply else "",
-        "prompt_tokens": reply.prompt_tokens if reply else 0,
-        "completion_tokens": reply.completion_tokens if reply else 0,
+        "replies": [{"question": question, "reply": asdict(reply)} for question, reply in verdict.heard],
     }
