@@ -15,6 +15,7 @@ from .suites.configs import (
     LosslessnessConfig,
     PerplexityConfig,
     PreferencesConfig,
+    RecallConfig,
     SpeedConfig,
 )
 
@@ -62,6 +63,14 @@ def mambabench_components() -> Iterable[Component]:
             config=PreferencesConfig,
             traits=frozenset({"score"}),
             summary="How often the chosen answer of a pair is the more likely one",
+        ),
+        Component(
+            kind="suite",
+            name="recall",
+            target="mambabench.harness.suites.recall:Recall",
+            config=RecallConfig,
+            traits=frozenset({"score"}),
+            summary="Phone book, needle, several keys, copying: chosen and written, by distance and length",
         ),
         Component(
             kind="suite",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..interfaces import DataRef, FileRef, ModelRef
+from .recall_words import NAMES, NUMBERS, SPAN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,73 @@ class PreferencesConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, context=2, batch=1, limit=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecallConfig:
+    kinds: tuple[Literal["phone-book", "needle", "multi-key", "copying"], ...] = (
+        *("phone-book", "needle", "multi-key", "copying"),
+    )
+    lengths: tuple[int, ...] = (128, 256, 512)
+    """Of a text with its question and answer, in tokens; as much of it is filled as fits."""
+    depths: tuple[float, ...] = (0.0, 0.5, 1.0)
+    """Where in a text the answer stands: 0 is the beginning, 1 the end."""
+    items: int = 16
+    """Texts per kind and length; each is asked about at every depth."""
+    choices: int = 4
+    """Of the likelihood form, the answer included."""
+    entries: int = 4
+    """Of a text of the kind `multi-key`."""
+    span: int = 5
+    """Words of the kind `copying`."""
+    keys: tuple[str, ...] = ()
+    """Whom questions are about. Empty: 1,600 names of people."""
+    values: tuple[str, ...] = ()
+    """What answers are. Empty: the numbers from 1000 to 9999."""
+    words: tuple[str, ...] = ()
+    """What is copied. Empty: 32 common words."""
+    filler: tuple[str, ...] = ()
+    """Sentences that say nothing. Empty: 15 simple ones."""
+    entry: str = "The number of {key} is {value}"
+    opening: str = ""
+    """Before the entries of a book, or before an entry that stands alone."""
+    separator: str = ". "
+    """Between the entries of a book."""
+    closing: str = "."
+    """Behind them."""
+    question: str = "The number of {key} is"
+    shown: str = "They said: {span}."
+    again: str = "They said:"
+    """What asks for a copy. Empty: the copy follows at once, whatever `depths` says."""
+    batch: int = 8
+    """Items answered side by side."""
+    seed: int = 0
+    """Of the items, which are the same for every model and seed of a plan."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, lengths=8, depths=0, items=1, choices=2, entries=2, span=2, batch=1)
+        if max(self.depths) > 1:
+            raise ValueError(f"depths is {list(self.depths)}; they are from 0 to 1")
+        for name in ("entry", "question", "shown"):
+            for part in {"entry": ("{key}", "{value}"), "question": ("{key}",), "shown": ("{span}",)}[name]:
+                if part not in getattr(self, name):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}; it must have {part}")
+        pools = {"keys": (self.keys_pool, self.entries), "values": (self.values_pool, max(self.choices, self.entries))}
+        for name, (pool, least) in {**pools, "words": (self.words_pool, self.span)}.items():
+            if len(set(pool)) < max(least, len(pool)):
+                raise ValueError(f"{name} has {len(set(pool))} different words; it needs {max(least, len(pool))}")
+
+    @property
+    def keys_pool(self) -> tuple[str, ...]:
+        return self.keys or NAMES
+
+    @property
+    def values_pool(self) -> tuple[str, ...]:
+        return self.values or NUMBERS
+
+    @property
+    def words_pool(self) -> tuple[str, ...]:
+        return self.words or SPAN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,8 +35,8 @@ class Perplexity:
         for chosen in batches(windows(encoded, self.config), self.config.batch):
             scores = model.score(*pad([window.ids for window in chosen], model.device))
             for row, window in enumerate(chosen):
-                for document, begin, end in window.pieces:
-                    nll[document] -= float(scores.logprob[row, begin - 1 : end - 1].double().sum())
+                for place, begin, end in window.pieces:
+                    nll[place] -= float(scores.logprob[row, begin - 1 : end - 1].double().sum())
         for document, (ids, context), value in zip(group, encoded, nll, strict=True):
             if len(ids) == context:
                 continue
