@@ -5,12 +5,14 @@ residuals are summed within clusters before they are squared, with the correctio
 2024, arXiv 2411.00640, appendix A). Differences and quotients of two ratios over the same items are linearised per item
 (delta method), so that what the items share cancels. Latency is multiplicative: it is averaged in logarithms.
 
-Only numpy is imported here; scipy.special (light, unlike scipy.stats) where a quantile is needed.
+Only numpy is imported here; scipy.special (light, unlike scipy.stats) where a quantile is needed, scipy.stats where
+clusters are drawn anew.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -181,29 +183,104 @@ class PairedTask:
     teacher_value: Array
     teacher_weight: Array
     clusters: NDArray[np.generic]
+    chance: float = 0.0
+    """What one who knows nothing reaches; subtracted on both sides."""
 
 
-def recovery(tasks: Sequence[PairedTask]) -> Estimate:
-    """The average of a model's metrics divided by that of its teacher's (1 = as good), paired by item.
+def recovery(tasks: Sequence[PairedTask], level: float | None = None) -> Estimate:
+    """The average of a model's metrics above chance divided by that of its teacher's (1 = as good), paired by item.
 
-    With A = mean_k r_k: d(A / A') = (dA - (A / A') dA') / A'. Tasks are independent, items within one are paired.
+    With A = mean_k (r_k - chance_k): d(A / A') = (dA - (A / A') dA') / A'. Tasks are independent, items within one are
+    paired. With `level` the interval is Fieller's, which stays honest where the teacher is near chance; where the
+    teacher cannot be told from chance it is infinite.
     """
     count = len(tasks)
     model, teacher, parts = 0.0, 0.0, []
     for task in tasks:
         own, influence = _influence(*_arrays(task.value, task.weight))
         reference, of_teacher = _influence(*_arrays(task.teacher_value, task.teacher_weight))
-        model, teacher = model + own / count, teacher + reference / count
+        model, teacher = model + (own - task.chance) / count, teacher + (reference - task.chance) / count
         parts.append((influence / count, of_teacher / count, task.clusters))
     if teacher == 0:
         return Estimate(value=math.nan)
     quotient = model / teacher
     errors = [clustered_se((own - quotient * reference) / teacher, clusters) for own, reference, clusters in parts]
-    return Estimate(
+    estimate = Estimate(
         value=quotient,
         se=math.sqrt(sum(se**2 for se, _ in errors)),
         df=min(df for _, df in errors),
         n=sum(len(clusters) for _, _, clusters in parts),
+    )
+    if level is None:
+        return estimate
+    own_variance, of_reference, of_difference = (
+        sum(clustered_se(pick(own, reference), clusters)[0] ** 2 for own, reference, clusters in parts)
+        for pick in (lambda own, _: own, lambda _, reference: reference, lambda own, reference: own - reference)
+    )
+    shared = (own_variance + of_reference - of_difference) / 2
+    low, high = fieller((model, own_variance), (teacher, of_reference), shared, t_quantile(level, estimate.df))
+    return replace(estimate, low=low, high=high)
+
+
+def fieller(above: tuple[float, float], below: tuple[float, float], covariance: float, t: float) -> tuple[float, float]:
+    """Interval of a quotient of two normal estimates, each (value, variance): all q for which above - q * below is
+    within `t` standard errors of 0 (Fieller 1954). Infinite where the denominator is within `t` of 0 itself.
+
+    >>> fieller((2.0, 0.0), (4.0, 0.0), 0.0, 2.0), fieller((1.0, 1.0), (1.0, 1.0), 0.0, 2.0)
+    ((0.5, 0.5), (-inf, inf))
+    """
+    (a, of_a), (b, of_b) = above, below
+    square = b**2 - t**2 * of_b
+    if not square > 0:
+        return -math.inf, math.inf
+    middle = a * b - t**2 * covariance
+    root = math.sqrt(max(middle**2 - square * (a**2 - t**2 * of_a), 0.0))
+    return (middle - root) / square, (middle + root) / square
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.intp]], float],
+    clusters: Sequence[object] | NDArray[np.generic],
+    level: float,
+    times: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic without a closed form of its error, with its interval when clusters are drawn anew.
+
+    Args:
+        statistic: of items, given as their places [M], of which some come several times.
+        clusters: [N], what each item belongs to.
+
+    Returns:
+        The statistic of all items, its standard deviation and its bias-corrected and accelerated interval (Efron 1987),
+        which is a point where drawing changes nothing; nan for a single cluster.
+    """
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    members = [np.flatnonzero(index == of) for of in range(int(index.max()) + 1)]
+    value = float(statistic(np.arange(len(index))))
+    if len(members) < 2:
+        return Estimate(value=value, df=0.0, n=len(index))
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        # Where all draws agree there is no distribution, and no interval but the value.
+        warnings.simplefilter("ignore", (stats.DegenerateDataWarning, RuntimeWarning))
+        found = stats.bootstrap(
+            (np.arange(len(members)),),
+            lambda drawn: statistic(np.concatenate([members[of] for of in drawn])),
+            vectorized=False,
+            n_resamples=times,
+            confidence_level=level,
+            method="BCa",
+            random_state=np.random.default_rng(seed),
+        )
+    low, high = (float(end) for end in found.confidence_interval)
+    if not math.isfinite(low + high):
+        low, high = (
+            float(end) for end in np.quantile(found.bootstrap_distribution, (0.5 - level / 2, 0.5 + level / 2))
+        )
+    return Estimate(
+        value=value, se=float(found.standard_error), df=len(members) - 1.0, n=len(index), low=low, high=high
     )
 
 

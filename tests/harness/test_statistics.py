@@ -107,6 +107,98 @@ def test_recovery_is_undefined_where_the_teacher_gets_nothing_right():
     assert math.isnan(st.recovery([task]).value)
 
 
+def answered(rng, clusters=25, size=4):
+    """A teacher with 80 % and a model with 56 % right, chance a quarter, on passages of four questions each, which are
+    easy or hard for both: the model truly recovers 0.31 / 0.55 of what is above chance."""
+    hardness = np.repeat(rng.random(clusters), size)
+    draws = 0.5 * hardness + 0.5 * rng.random(clusters * size)
+    draws = np.where(draws < 0.5, 2 * draws**2, 1 - 2 * (1 - draws) ** 2)
+    again = np.where(rng.random(clusters * size) < 0.5, draws, rng.random(clusters * size))
+    teacher, own = (draws < 0.8).astype(float), (again < 0.56).astype(float)
+    ones = np.ones(clusters * size)
+    return st.PairedTask(own, ones, teacher, ones, np.repeat(np.arange(clusters), size), 0.25)
+
+
+def test_recovery_above_chance_is_covered_as_often_as_its_interval_says():
+    rng = np.random.default_rng(6)
+    true, covered = 0.31 / 0.55, 0
+    for _ in range(1500):
+        task = answered(rng)
+        found = st.recovery([task], 0.95)
+        assert found.low < found.value < found.high
+        covered += found.low <= true <= found.high
+    assert 0.935 <= covered / 1500 <= 0.97
+
+
+def test_paired_differences_are_covered_as_often_as_their_interval_says_and_narrower_than_unpaired_ones():
+    rng = np.random.default_rng(7)
+    covered, narrower = 0, 0
+    for _ in range(1500):
+        task = answered(rng, clusters=30, size=2)
+        found = st.paired_difference((task.teacher_value, task.weight), (task.value, task.weight), task.clusters)
+        low, high = found.interval(0.95)
+        covered += low <= -0.24 <= high
+        narrower += found.se < st.welch(task.teacher_value, task.value).se
+    assert 0.935 <= covered / 1500 <= 0.965
+    assert narrower > 1200
+
+
+def test_fieller_s_interval_is_the_delta_method_s_where_the_teacher_is_far_from_chance():
+    rng = np.random.default_rng(8)
+    task = answered(rng, clusters=4000)
+    found = st.recovery([task], 0.95)
+    assert (found.low, found.high) == pytest.approx(found.interval(0.95), abs=1e-3)
+
+
+def test_fieller_s_interval_is_infinite_where_the_teacher_is_at_chance():
+    value = np.tile([1.0, 0.0, 0.0, 0.0], 5)
+    lucky = value.copy()
+    lucky[1] = 1.0
+    task = st.PairedTask(value, np.ones(20), lucky, np.ones(20), np.arange(20), 0.25)
+    found = st.recovery([task], 0.95)
+    assert (found.low, found.high) == (-math.inf, math.inf)
+
+
+def test_what_a_teacher_shares_with_its_student_narrows_fieller_s_interval():
+    rng = np.random.default_rng(9)
+    task = answered(rng, clusters=200)
+    other = st.PairedTask(
+        task.value, task.weight, rng.permutation(task.teacher_value), task.weight, task.clusters, task.chance
+    )
+    paired, unpaired = st.recovery([task], 0.95), st.recovery([other], 0.95)
+    assert paired.value == pytest.approx(unpaired.value)
+    assert paired.high - paired.low < 0.9 * (unpaired.high - unpaired.low)
+
+
+def test_a_bootstrap_finds_the_error_of_a_mean():
+    value, weight, clusters = clustered_ratio(np.random.default_rng(10))
+    closed = st.ratio(value, weight, clusters)
+    found = st.bootstrap(lambda i: value[i].sum() / weight[i].sum(), clusters, 0.95)
+    assert found.value == pytest.approx(closed.value)
+    assert found.se == pytest.approx(closed.se, rel=0.1)
+    assert (found.low, found.high) == pytest.approx(closed.interval(0.95), abs=0.25 * closed.se)
+
+
+def test_bootstrapped_intervals_of_a_median_cover_it_as_often_as_they_say():
+    """Three values to a cluster, skewed, around a median of 1."""
+    rng = np.random.default_rng(11)
+    clusters = np.repeat(np.arange(25), 3)
+    covered = 0
+    for _ in range(200):
+        values = np.exp(np.repeat(rng.normal(0, 0.5, 25), 3) + rng.normal(0, 0.5, 75))
+        found = st.bootstrap(lambda i, of=values: float(np.median(of[i])), clusters, 0.95, times=200)
+        covered += found.low <= 1 <= found.high
+    assert 0.90 <= covered / 200 <= 0.985
+
+
+def test_a_bootstrap_of_what_never_changes_is_a_point_and_of_one_cluster_nothing():
+    same = st.bootstrap(lambda i: 0.5, range(6), 0.95, times=20)
+    assert (same.value, same.low, same.high) == (0.5, 0.5, 0.5)
+    one = st.bootstrap(lambda i: 0.5, ["a", "a"], 0.95, times=20)
+    assert one.value == 0.5
+    assert math.isnan(one.low)
+
+
 def test_seeds_are_averaged_and_their_spread_is_told_apart_from_that_of_items():
     rng = np.random.default_rng(3)
     items, seeds = 200, 4
