@@ -8,6 +8,7 @@ from .hooks import hookimpl
 from .interfaces import Component
 from .judges.configs import OpenAIConfig, RecordedConfig
 from .launchers.configs import LocalConfig
+from .suites.chat_configs import AlpacaEvalConfig, MtBenchConfig, ReasoningConfig
 from .suites.configs import (
     AgreementConfig,
     DivergenceConfig,
@@ -71,6 +72,31 @@ def mambabench_components() -> Iterable[Component]:
             config=RecallConfig,
             traits=frozenset({"score"}),
             summary="Phone book, needle, several keys, copying: chosen and written, by distance and length",
+        ),
+        Component(
+            kind="suite",
+            name="reasoning",
+            target="mambabench.harness.suites.reasoning:Reasoning",
+            config=ReasoningConfig,
+            traits=frozenset({"generate"}),
+            summary="GSM8K and CRUXEval by reasoning in a chat, as ZeroEval puts and scores them",
+        ),
+        Component(
+            kind="suite",
+            name="mt-bench",
+            target="mambabench.harness.suites.mt_bench:MtBench",
+            config=MtBenchConfig,
+            traits=frozenset({"generate"}),
+            summary="Answers in two turns, rated 1 to 10 by a judge, as FastChat does",
+        ),
+        Component(
+            kind="suite",
+            name="alpaca-eval",
+            target="mambabench.harness.suites.alpaca_eval:AlpacaEval",
+            config=AlpacaEvalConfig,
+            requires=("alpaca-eval>=0.6.6",),
+            traits=frozenset({"generate"}),
+            summary="How often a judge prefers the answers to a reference's, at any length and at equal lengths",
         ),
         Component(
             kind="suite",

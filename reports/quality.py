@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 AVERAGE, RECOVERY = "average %", "recovery %"
+NO_ACCURACY = ("prefers", "win_rate", "lc_win_rate")
+"""How shares begin that are no accuracies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,15 @@ class Column:
     task: str
     metric: str
     form: str
-    """`share` (printed in percent), `perplexity`, `bits`, `plain`, or `none` for a suite that measured nothing."""
+    """`share` and `rate` (printed in percent; the less of a rate the better), `perplexity`, `bits`, `plain`, or `none`
+    for a suite that measured nothing."""
 
     @property
     def where(self) -> tuple[str, str, str]:
         return self.suite, self.task, self.metric
 
     def shown(self, estimate: st.Estimate) -> st.Estimate:
-        if self.form == "share":
+        if self.form in ("share", "rate"):
             return estimate.scaled(100)
         if self.form == "perplexity":
             return estimate.exp()
@@ -193,8 +196,8 @@ def _columns(samples: pd.DataFrame, cells: pd.DataFrame) -> list[Column]:
             form = "perplexity"
         elif metric.startswith("nll_per_byte"):
             form = "bits"
-        elif shares and (group["better"] == "higher").all():
-            form = "share"
+        elif shares and ("unit" not in group or group["unit"].isna().all()) and group["better"].nunique() == 1:
+            form = "share" if group["better"].iloc[0] == "higher" else "rate"
         columns.append(Column(suite, task, metric, form))
     known = {column.suite for column in columns}
     return columns + [Column(suite, "", "", "none") for suite in dict.fromkeys(cells["suite"]) if suite not in known]
@@ -202,17 +205,17 @@ def _columns(samples: pd.DataFrame, cells: pd.DataFrame) -> list[Column]:
 
 def _averaged(columns: Sequence[Column]) -> list[Column]:
     """The first accuracy of each task of each suite. To prefer as somebody did is none: a teacher that was not trained
-    for it is no measure."""
+    for it is no measure. Neither is to be preferred to another system."""
     first: dict[tuple[str, str], Column] = {}
     for column in columns:
-        if column.form == "share" and not column.metric.startswith("prefers"):
+        if column.form == "share" and not column.metric.startswith(NO_ACCURACY):
             first.setdefault((column.suite, column.task), column)
     return list(first.values())
 
 
 def _names(columns: Sequence[Column]) -> dict[Column, str]:
     """Headings, with the suite's name only where two suites have one task and metric."""
-    words = {"share": " %", "perplexity": "", "bits": "", "plain": ""}
+    words = {"share": " %", "rate": " %", "perplexity": "", "bits": "", "plain": ""}
     heads = {}
     for column in columns:
         metric = column.metric

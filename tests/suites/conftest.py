@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,6 +43,7 @@ def measure(tmp_path: Path) -> Callable[..., Records]:
         reference: Decoder | None = None,
         make: Callable[[], MockStepper] = MockStepper,
         data: Path | None = None,
+        files: Mapping[str, Path] | None = None,
     ) -> Records:
         if data is None:
             data = tmp_path / "text.jsonl"
@@ -55,7 +59,7 @@ def measure(tmp_path: Path) -> Callable[..., Records]:
             Bench(
                 subject=Subject(artifact, "subject", decoder, "cpu", "float32"),
                 reference=Subject(artifact, "plain", reference, "cpu", "float32") if reference else None,
-                data={"text": data},
+                data={"text": data, **(files or {})},
                 seed=0,
                 scratch=tmp_path / "scratch",
                 emit=emit,
@@ -74,3 +78,21 @@ def plain() -> StandardDecoder:
 @pytest.fixture
 def lookup() -> SpeculativeDecoder:
     return SpeculativeDecoder(NgramDraft(), 3)
+
+
+@pytest.fixture(scope="session")
+def chatting() -> ModuleType:
+    """The module of a toy model that chats; loaded by path, as the folders beside it must not become importable."""
+    spec = importlib.util.spec_from_file_location("mambabench_chatting", Path(__file__).with_name("chatting.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def chats(chatting: ModuleType, tmp_path: Path) -> Any:
+    """Runs suites that have a model answer: `suite.run(chats.bench(data=file))`, then `chats.of("sample")`."""
+    return chatting.Chats(tmp_path)

@@ -1,0 +1,354 @@
+"""AlpacaEval 2: how often a judge prefers the model's answers to those of a reference system, by alpaca-eval.
+
+Prompts, the order in which the judge sees two answers, the reading of its verdict and the length-controlled win rate
+are alpaca-eval's; the judge is asked by ours. An item's difficulty is looked up by its row, so every item keeps its
+row: one without a verdict is counted, and in neither the win rate nor the fit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..documents import Message
+from ..interfaces import Bench, Choice, MambabenchError, Unsupported
+from ..judges import Reply, Request, ask
+from .answering import Answerer, Question, answers_of, item_of, read_records, recorded, recorded_name
+from .chat_configs import AlpacaEvalConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pandas import DataFrame
+
+T = TypeVar("T")
+TASK = "alpaca_eval"
+GAMED, DIFFICULTY = "df_gamed.csv", "instruction_difficulty.csv"
+HUB = "tatsu-lab/alpaca_eval"
+COLUMNS = ("index", "instruction_difficulty", "model", "not_gamed_baseline", "preference", "std_delta_len")
+"""Of df_gamed.csv."""
+PLACEHOLDER = re.compile(r"{(instruction|output_1|output_2)}")
+DRAW = 1.5
+SEED = 0
+"""That of the leaderboard; who stands first depends on it and the instruction."""
+TOOLS = ("function_call", "functions", "tool_choice", "tools")
+Preference = float | None
+"""1: the reference's answer is preferred, 2: the model's, and what lies between; None: no verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An instruction, with the answer of the system to beat."""
+
+    number: int
+    instruction: str
+    occurrence: int
+    """How often the same instruction stands before it."""
+    output: str
+    generator: str
+
+    @property
+    def id(self) -> str:
+        return f"alpaca-{self.number}"
+
+    @property
+    def item(self) -> str:
+        return item_of(str(self.number), self.instruction)
+
+    @property
+    def asks(self) -> tuple[str, int]:
+        return self.instruction, self.occurrence
+
+
+class AlpacaEval:
+    def __init__(self, config: AlpacaEvalConfig) -> None:
+        self.config = config
+
+    def run(self, bench: Bench) -> None:
+        config, model = self.config, recorded_name(bench, self.config)
+        rows = read_rows(bench.data[config.data])[: config.limit or None]
+        gamed = self._gamed(bench) if config.length_controlled else None
+        if config.judgments:
+            answers, preferences = read_annotations(recorded(bench.data[config.judgments], model), rows)
+        else:
+            assert config.judge is not None
+            evaluator = Evaluator(config.annotator)
+            answers = self._answers(bench, rows)
+            preferences = judged(evaluator, config.judge, rows, answers, bench)
+        emit_preferences(bench, rows, answers, preferences, gamed, model)
+
+    def _answers(self, bench: Bench, rows: Sequence[Row]) -> list[str]:
+        if self.config.answers:
+            return read_outputs(recorded(bench.data[self.config.answers], recorded_name(bench, self.config)), rows)
+        answerer = Answerer(bench, self.config, TASK)
+        asked = [Question(id=row.id, messages=(Message("user", row.instruction),)) for row in rows]
+        answers = answerer.answer(asked)
+        answerer.emit_facts()
+        return [answers[row.id] for row in rows]
+
+    def _gamed(self, bench: Bench) -> Path:
+        """df_gamed.csv, with the difficulties of the other file where that is given. Looked for before anything is
+        generated."""
+        import pandas
+
+        gamed = bench.data[self.config.gamed] if self.config.gamed else _from_hub(GAMED)
+        frame = pandas.read_csv(gamed)
+        if lacking := sorted(set(COLUMNS) - set(frame.columns)):
+            raise MambabenchError(f"{gamed}: lacks the column {lacking[0]!r}; {GAMED} has {', '.join(COLUMNS)}")
+        if not self.config.difficulty:
+            return gamed
+        file = bench.data[self.config.difficulty]
+        difficulty = pandas.read_csv(file, index_col=0)
+        if difficulty.shape[1] != 1 or not set(frame["index"]) <= set(difficulty.index):
+            raise MambabenchError(f"{file}: {DIFFICULTY} has one figure for each row of {gamed}")
+        frame["instruction_difficulty"] = frame["index"].map(difficulty.iloc[:, 0])
+        bench.scratch.mkdir(parents=True, exist_ok=True)
+        written = bench.scratch / GAMED
+        frame.to_csv(written, index=False)
+        return written
+
+
+class Evaluator:
+    """One of alpaca-eval's evaluators: its prompt, the order of answers, and how a reply is read."""
+
+    def __init__(self, name: str) -> None:
+        import yaml
+        from alpaca_eval import constants, utils
+        from alpaca_eval.annotators import SinglePairwiseAnnotator
+
+        file = Path(constants.EVALUATORS_CONFIG_DIR) / name / "configs.yaml"
+        if not file.is_file():
+            raise MambabenchError(
+                f"annotator {name!r} is none of alpaca-eval's evaluators, which are in {file.parents[1]}"
+            )
+        config = yaml.safe_load(file.read_text())[name]
+        self.settings: Mapping[str, Any] = config.pop("completions_kwargs", {})
+        if any(tool in self.settings for tool in TOOLS) or config.get("batch_size", 1) != 1:
+            raise MambabenchError(f"annotator {name!r} needs more than one prompt with a text for a reply")
+        self._all = config.get("completion_key") == "completions_all"
+        self._annotator = SinglePairwiseAnnotator(
+            **{**config, "fn_completions": _unused, "is_shuffle": False, "seed": SEED}
+        )
+        template = self._annotator.prompt_template.strip()
+        turns = [{"role": "user", "content": template}]
+        if template.startswith("<|im_start|>"):
+            turns = utils.prompt_to_chatml(template)
+        self._messages = [Message(turn["role"], turn["content"]) for turn in turns]
+
+    def switched(self, rows: Sequence[Row]) -> list[bool]:
+        """Whether the judge sees the model's answer first."""
+        import pandas
+
+        frame = pandas.DataFrame(
+            {"instruction": [row.instruction for row in rows], "output_1": "reference", "output_2": "model"}
+        )
+        for processor in self._annotator.processors:
+            frame = processor.preprocess(frame)
+        return list(frame["output_1"] == "model")
+
+    def request(self, row: Row, answer: str, switched: bool) -> Request:
+        outputs = (answer, row.output) if switched else (row.output, answer)
+        texts = {"instruction": row.instruction, "output_1": outputs[0], "output_2": outputs[1]}
+        # All at once, and into messages: what an answer holds can neither end a message nor take another's place.
+        messages = tuple(
+            Message(role, PLACEHOLDER.sub(lambda match: texts[match.group(1)], content))
+            for role, content in self._messages
+        )
+        return Request(
+            id=row.id,
+            messages=messages,
+            read=lambda reply: self.read(reply, switched),
+            temperature=float(self.settings.get("temperature", 0.0)),
+            max_tokens=int(self.settings.get("max_tokens", 2048)),
+            top_logprobs=int(self.settings.get("top_logprobs", 0)) if self.settings.get("logprobs") else 0,
+        )
+
+    def read(self, reply: Reply, switched: bool) -> float:
+        """The preference in a reply. Raises ValueError where there is none."""
+        return self.read_completion(_completion(reply) if self._all else reply.text, switched)
+
+    def read_completion(self, completion: Any, switched: bool) -> float:
+        """The same of what alpaca-eval records as `raw_completion`."""
+        try:
+            (preference,) = self._annotator.fn_completion_parser(completion)
+        except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"no verdict in {str(completion)[:80]!r}: {error}") from None
+        if preference is None or not 1 <= preference <= 2:
+            raise ValueError(f"no verdict in {str(completion)[:80]!r}")
+        return float(3 - preference if switched else preference)
+
+
+def judged(
+    evaluator: Evaluator, judge: Choice, rows: Sequence[Row], answers: Sequence[str], bench: Bench
+) -> list[Preference]:
+    """What the judge prefers, row by row. Two equal answers are a draw, about which nobody is asked."""
+    switched = evaluator.switched(rows)
+    asked = [each for each in zip(rows, answers, switched, strict=True) if each[0].output != each[1]]
+    verdicts = {verdict.id: verdict for verdict in ask(judge, [evaluator.request(*each) for each in asked], bench)}
+    known = {name: verdict.value if verdict.state == "ok" else None for name, verdict in verdicts.items()}
+    return [known.get(row.id, DRAW) for row in rows]
+
+
+def emit_preferences(
+    bench: Bench,
+    rows: Sequence[Row],
+    answers: Sequence[str],
+    preferences: Sequence[Preference],
+    gamed: Path | None,
+    model: str,
+) -> None:
+    """Emits each row's share of a win, and what it would be at equal lengths by alpaca-eval's fit. The standard error
+    of the one is that of the other's own mean, over rows."""
+    if all(preference is None for preference in preferences):
+        raise MambabenchError(f"{TASK}: the judge gave no verdict on any of {len(rows)} answers")
+    controlled = length_controlled(rows, answers, preferences, gamed, model) if gamed else [None] * len(rows)
+    for row, preference, fitted in zip(rows, preferences, controlled, strict=True):
+        figures = {
+            "win_rate": None if preference is None else preference - 1,
+            "lc_win_rate": fitted,
+            "no_verdict": float(preference is None),
+        }
+        for metric, value in figures.items():
+            better = "lower" if metric == "no_verdict" else "higher"
+            if value is not None:
+                bench.emit("sample", task=TASK, item=row.item, metric=metric, value=value, better=better)
+    mean = sum(map(len, answers)) / len(answers)
+    bench.emit("fact", name="mean length of answers", value=mean, unit="characters")
+
+
+def length_controlled(
+    rows: Sequence[Row], answers: Sequence[str], preferences: Sequence[Preference], gamed: Path, model: str
+) -> list[float]:
+    """Each row's preference (0 to 1) at equal lengths, as alpaca-eval's fit `length_controlled_v1` predicts it."""
+    glm = importlib.import_module("alpaca_eval.metrics.glm_winrate")
+    frame = as_annotations(rows, answers, preferences, model)
+    with _local(glm, {GAMED: gamed}), warnings.catch_warnings():
+        # alpaca-eval's own use of scikit-learn, which our requirements hold to versions that take it.
+        warnings.simplefilter("ignore", FutureWarning)
+        glm.get_length_controlled_winrate(frame, save_weights_dir=None)
+    return [float(value) for value in frame["glm_preference"]]
+
+
+def as_annotations(
+    rows: Sequence[Row], answers: Sequence[str], preferences: Sequence[Preference], model: str
+) -> DataFrame:
+    """Judged answers as alpaca-eval has them. A model that is called like the reference is still another one."""
+    import pandas
+
+    return pandas.DataFrame(
+        {
+            "preference": [math.nan if value is None else value for value in preferences],
+            "output_1": [row.output for row in rows],
+            "output_2": list(answers),
+            "generator_1": "reference",
+            "generator_2": f"model {model}",
+        }
+    )
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Instructions and reference answers, in the order of the file."""
+    seen: Counter[str] = Counter()
+    rows = []
+    for number, record in enumerate(_checked(read_records(file), file, ("instruction", "output"))):
+        instruction = record["instruction"]
+        rows.append(Row(number, instruction, seen[instruction], record["output"], str(record.get("generator", ""))))
+        seen[instruction] += 1
+    return rows
+
+
+def read_outputs(file: Path, rows: Sequence[Row]) -> list[str]:
+    """A model's recorded answers in the order of the rows: AlpacaEval's model outputs, or a step's records."""
+    records = read_records(file)
+    by_id = answers_of(records)
+    if by_id:
+        found = [by_id.get(row.id) for row in rows]
+    else:
+        by_text = _by_instruction(_checked(records, file, ("instruction", "output")))
+        found = [by_text[row.asks]["output"] if row.asks in by_text else None for row in rows]
+    return _complete(found, file, "answers")
+
+
+def read_annotations(file: Path, rows: Sequence[Row]) -> tuple[list[str], list[Preference]]:
+    """Recorded answers with their preferences, in the order of the rows; 0 is an old way to write a draw."""
+    known = _by_instruction(_checked(read_records(file), file, ("instruction", "output_1", "output_2", "preference")))
+    found = _complete([known.get(row.asks) for row in rows], file, "judgments")
+    for row, record in zip(rows, found, strict=True):
+        if record["output_1"] != row.output:
+            raise MambabenchError(f"{file}: item {row.number} was judged against another answer than the reference's")
+    preferences = [record["preference"] for record in found]
+    return [record["output_2"] for record in found], [None if value is None else value or DRAW for value in preferences]
+
+
+def _by_instruction(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
+    seen: Counter[str] = Counter()
+    known = {}
+    for record in records:
+        known[record["instruction"], seen[record["instruction"]]] = record
+        seen[record["instruction"]] += 1
+    return known
+
+
+def _complete(found: Sequence[T | None], file: Path, what: str) -> list[T]:
+    left = [number for number, each in enumerate(found) if each is None]
+    if left:
+        raise MambabenchError(f"{file}: {len(left)} of {len(found)} {what} are missing, the first of item {left[0]}")
+    return [each for each in found if each is not None]
+
+
+def _checked(records: list[dict[str, Any]], file: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    if any(record.get("kind") == "answer" for record in records):
+        return records
+    for number, record in enumerate(records):
+        if left := [name for name in names if name not in record]:
+            raise MambabenchError(f"{file}: item {number} lacks {left[0]!r}")
+    return records
+
+
+def _completion(reply: Reply) -> dict[str, Any]:
+    """A reply as an OpenAI client's choice, of which alpaca-eval reads the first tokens."""
+    content = [
+        {"top_logprobs": [{"token": token, "logprob": value} for token, value in likeliest.items()]}
+        for likeliest in reply.top_logprobs
+    ]
+    return {"text": reply.text, "logprobs": {"content": content}}
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id=HUB, filename=name, repo_type="dataset"))
+    except OSError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unsupported(
+            f"alpaca-eval: {name} of {HUB} cannot be had ({reason}); the option `gamed` names a local copy, and "
+            "`length_controlled = false` does without"
+        ) from error
+
+
+@contextmanager
+def _local(module: Any, files: Mapping[str, Path]) -> Iterator[None]:
+    """Has alpaca-eval take files of the hub from here."""
+    original = module.hf_hub_download
+
+    def download(*arguments: Any, filename: str, **options: Any) -> str:
+        return str(files[filename])
+
+    module.hf_hub_download = download
+    try:
+        yield
+    finally:
+        module.hf_hub_download = original
+
+
+def _unused(*arguments: Any, **options: Any) -> None:
+    """Stands where alpaca-eval would ask a judge itself."""

@@ -1,0 +1,220 @@
+"""How suites have a model answer questions: chats become prompts, and answers are kept before the next batch begins.
+
+An answer is a record, so a store has what was scored, and another step can score it again. What a model wrote is data:
+it is matched, parsed as JSON and shown to judges, never executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import lzma
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..documents import Message
+from ..events import counted
+from ..interfaces import Bench, Choice, Limits, MambabenchError, Prompt, Stepper, Unsupported, silent
+from ..plugins import build
+from .chat_configs import AnsweringConfig
+
+EVENTS = "events.jsonl"
+SUFFIXES = (".jsonl", ".json", ".jsonl.xz", ".json.xz")
+NO_ROOM = "no room"
+"""How an answer ended whose question fills the model's context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    id: str
+    """Unique within a step."""
+    messages: tuple[Message, ...]
+    temperature: float = 0.0
+
+
+class Written(NamedTuple):
+    """A chat as a model reads it, and what ends the answer."""
+
+    ids: tuple[int, ...]
+    stop_tokens: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+
+
+class Answerer:
+    """Answers questions with the subject's decoder; loads the model when the first one is to be answered. Answers stand
+    in the step's scratch folder, so that a killed step has none written twice."""
+
+    def __init__(self, bench: Bench, config: AnsweringConfig, task: str) -> None:
+        self.bench, self.config, self.task = bench, config, task
+        self._model: Stepper | None = None
+        self._file = bench.scratch / "answers.jsonl"
+        self._kept: dict[str, dict[str, Any]] = {}
+        if self._file.exists():
+            self._kept = {answer["id"]: answer for answer in _whole_lines(self._file)}
+        self.ends: Counter[str] = Counter()
+
+    def answer(self, questions: Sequence[Question]) -> dict[str, str]:
+        """The answers' texts by the questions' ids."""
+        missing = [question for question in questions if question.id not in self._kept]
+        done = len(questions) - len(missing)
+        for batch, limits in self._batches(missing):
+            self.bench.emit("progress", done=done, total=len(questions), unit="answers")
+            self._write(batch, limits)
+            done += len(batch)
+        for question in questions:
+            answer = self._kept[question.id]
+            self.bench.emit("answer", task=self.task, **answer)
+            self.ends[answer["finish"]] += 1
+        return {question.id: self._kept[question.id]["text"] for question in questions}
+
+    def emit_facts(self) -> None:
+        """Tells how many answers there are and how many the limit of tokens, or of the model's context, cut short."""
+        self.bench.emit("fact", name="answers", value=sum(self.ends.values()), unit="answers")
+        self.bench.emit(
+            "fact", name="answers cut short", value=self.ends["length"] + self.ends[NO_ROOM], unit="answers"
+        )
+
+    @property
+    def model(self) -> Stepper:
+        if self._model is None:
+            self._model = self.bench.subject.load()
+        return self._model
+
+    def _batches(self, questions: Sequence[Question]) -> Iterator[tuple[list[tuple[Question, Written]], Limits]]:
+        """Questions with the same limits, of similar length, the longest first."""
+        groups: dict[Limits, list[tuple[Question, Written]]] = {}
+        for question in questions:
+            written = write(question.messages, self.model.tokenizer, self.config.template)
+            limits = Limits(
+                new_tokens=min(self.config.new_tokens, max(0, self.model.max_context - len(written.ids))),
+                stop_tokens=written.stop_tokens,
+                stop_strings=written.stop_strings,
+                temperature=question.temperature,
+                seed=self.bench.seed,
+            )
+            groups.setdefault(limits, []).append((question, written))
+        for limits, members in groups.items():
+            members.sort(key=lambda member: -len(member[1].ids))
+            for first in range(0, len(members), self.config.batch):
+                yield members[first : first + self.config.batch], limits
+
+    def _write(self, batch: Sequence[tuple[Question, Written]], limits: Limits) -> None:
+        if limits.new_tokens:
+            decoder = self.bench.subject.decoder or build(Choice("decoder", "standard", None))
+            prompts = [Prompt(written.ids, _stream(question.id)) for question, written in batch]
+            given = decoder.generate(self.model, prompts, limits, silent)
+            answers = [(answer.text.strip(), answer.finish, len(answer.ids)) for answer in given]
+        else:
+            answers = [("", NO_ROOM, 0)] * len(batch)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a", encoding="utf-8") as file:
+            for (question, _), (text, finish, tokens) in zip(batch, answers, strict=True):
+                answer = {"id": question.id, "text": text, "finish": finish, "tokens": tokens}
+                self._kept[question.id] = answer
+                file.write(json.dumps(answer) + "\n")
+
+
+def write(messages: Sequence[Message], tokenizer: Any, template: str = "") -> Written:
+    """A chat up to where its next answer begins, by one of fschat's templates or else by the tokenizer's own.
+
+    Raises `Unsupported` for a tokenizer without a chat template, `MambabenchError` for an unknown name.
+    """
+    text, stop_tokens, stop_strings = _by_name(messages, template) if template else _by_tokenizer(messages, tokenizer)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is not None and ids[:1] != [begin]:
+        ids = [begin, *ids]
+    ends = dict.fromkeys([*stop_tokens, *([] if end is None else [end])])
+    return Written(tuple(ids), tuple(ends), stop_strings)
+
+
+def _by_name(messages: Sequence[Message], template: str) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    from fastchat.conversation import conv_templates, get_conv_template
+
+    if template not in conv_templates:
+        raise MambabenchError(f"template {template!r} is none of fschat's; it has {', '.join(sorted(conv_templates))}")
+    chat = get_conv_template(template)
+    for message in messages:
+        if message.role == "system":
+            chat.set_system_message(message.content)
+        else:
+            chat.append_message(chat.roles[message.role == "assistant"], message.content)
+    chat.append_message(chat.roles[1], None)
+    stops = [chat.stop_str] if isinstance(chat.stop_str, str) else chat.stop_str or []
+    return chat.get_prompt(), tuple(chat.stop_token_ids or ()), tuple(stop for stop in stops if stop)
+
+
+def _by_tokenizer(messages: Sequence[Message], tokenizer: Any) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise Unsupported("the tokenizer has no chat template; the option `template` names one of fschat's")
+    turns = [message._asdict() for message in messages]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # What the template writes behind an answer ends it, whether or not it is the tokenizer's end of text.
+    mark = "mambabench"
+    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": mark}], tokenize=False)
+    ending = whole.rpartition(mark)[2].strip()
+    return text, (), (ending,) if ending else ()
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON array or of JSON lines, compressed with xz or not; of a step's events, those that count.
+    Raises `MambabenchError` for anything else."""
+    if file.name == EVENTS:
+        return counted(file)
+    try:
+        with io.TextIOWrapper(lzma.open(file), encoding="utf-8") if file.suffix == ".xz" else file.open() as stream:
+            text = stream.read()
+        if text.lstrip()[:1] == "[":
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.splitlines() if line and not line.isspace()]
+    except (ValueError, OSError, lzma.LZMAError) as error:
+        raise MambabenchError(f"{file}: neither a JSON array nor JSON lines: {error}") from None
+    if not all(isinstance(record, dict) for record in records):
+        raise MambabenchError(f"{file}: holds something that is no JSON object")
+    return list(records)
+
+
+def recorded_name(bench: Bench, config: AnsweringConfig) -> str:
+    """What recordings call the model."""
+    return config.recorded_as or bench.subject.artifact.name
+
+
+def recorded(path: Path, model: str) -> Path:
+    """What was recorded of a model: a file, or in a folder the one that is named after it.
+    Raises `Unsupported` for a folder without it."""
+    if not path.is_dir():
+        return path
+    found = next((file for suffix in SUFFIXES if (file := path / f"{model}{suffix}").is_file()), None)
+    if found is None:
+        raise Unsupported(f"{path}: nothing was recorded of {model!r} (a file {model}.json or {model}.jsonl)")
+    return found
+
+
+def answers_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Texts by id, of the `answer` records of a step."""
+    return {record["id"]: record["text"] for record in records if record.get("kind") == "answer"}
+
+
+def item_of(*parts: str) -> str:
+    """A hash of an item's content, by which two runs find the same one."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _stream(name: str) -> int:
+    """Which random numbers an answer takes: those of its question, wherever it stands."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) >> 1
+
+
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """A kill may have cut the last one short; what is appended then must not continue it."""
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        file.write_bytes(whole)
+    for line in whole.splitlines():
+        yield json.loads(line)

@@ -1,0 +1,90 @@
+"""Options of the suites that have models answer questions in chats: plain data, as in `configs`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from ..interfaces import Choice, ChoiceOf, FileRef
+from .configs import _at_least
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweringConfig:
+    """How answers are had. All of it is without meaning where recorded answers are scored."""
+
+    answers: FileRef | None = None
+    """Recorded answers, scored in place of the model's: a file, or a folder that has one named after each model.
+    Formats: the benchmark's own, or `events.jsonl` of an earlier step."""
+    recorded_as: str = ""
+    """What recordings call the model; if empty, its name in the plan."""
+    template: str = ""
+    """How chats are written: one of fschat's conversation templates, or the tokenizer's chat template if empty."""
+    batch: int = 8
+    """Answers written side by side."""
+    limit: int = 0
+    """Questions; 0 takes all."""
+    new_tokens: int = 2048
+    """Longest answer; an answer has less where the model's context ends before."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, batch=1, limit=0, new_tokens=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningConfig(AnsweringConfig):
+    task: Literal["gsm8k", "crux"]
+    data: FileRef | None = None
+    """The questions, JSON lines as published: `question` and `answer` (GSM8K), `code`, `input`, `output` (CRUXEval).
+    Recorded answers in ZeroEval's form have their questions with them."""
+
+    def __post_init__(self) -> None:
+        AnsweringConfig.__post_init__(self)
+        if self.data is None and self.answers is None:
+            raise ValueError(f"data is missing: the file of the questions of {self.task}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MtBenchConfig(AnsweringConfig):
+    data: FileRef
+    """A folder with FastChat's question.jsonl, judge_prompts.jsonl and reference_answer/."""
+    judge: Annotated[Choice, ChoiceOf("judge")] | None = None
+    judgments: FileRef | None = None
+    """Judgments that FastChat recorded by single grading, in place of a judge's: a file, or a folder that has one named
+    after each model. What was recorded here is read by the judge `recorded`."""
+    reference: str = "gpt-4"
+    """Whose reference answers the judge is shown: the name of a file in reference_answer/."""
+    new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        AnsweringConfig.__post_init__(self)
+        check_judged(self.judge, self.judgments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlpacaEvalConfig(AnsweringConfig):
+    data: FileRef
+    """The instructions with the answers of the system to beat, in the order of the leaderboard: AlpacaEval's JSON of
+    model outputs."""
+    judge: Annotated[Choice, ChoiceOf("judge")] | None = None
+    judgments: FileRef | None = None
+    """Judgments that AlpacaEval recorded (annotations.json), in place of a judge's: a file, or a folder that has one
+    named after each model. What was recorded here is read by the judge `recorded`."""
+    annotator: str = "weighted_alpaca_eval_gpt4_turbo"
+    """One of alpaca-eval's evaluators: its prompt, and how its verdict is read. The judge model is that of `judge`."""
+    length_controlled: bool = True
+    gamed: FileRef | None = None
+    """df_gamed.csv of the hub's data set tatsu-lab/alpaca_eval, for the length-controlled win rate; without it, that
+    of the hub or its cache."""
+    difficulty: FileRef | None = None
+    """instruction_difficulty.csv of the same; without it, the difficulties in df_gamed.csv."""
+
+    def __post_init__(self) -> None:
+        AnsweringConfig.__post_init__(self)
+        check_judged(self.judge, self.judgments)
+
+
+def check_judged(judge: Choice | None, judgments: str | None) -> None:
+    """Raises ValueError unless one of both says where judgments come from."""
+    if (judge is None) == (judgments is None):
+        raise ValueError("one of `judge` and `judgments` must be given: who judges, or what was recorded")
