@@ -238,8 +238,10 @@ class StepperLM(TemplateLM):
         return _sums([i for _, i in rows], torch.cat(logprobs, 1), torch.cat(greedy, 1), counted)
 
     def _shares(self, context: int, lengths: Sequence[int]) -> bool:
-        together = context + len(lengths) * _padded(max(lengths))
-        return WORTH * together < len(lengths) * context + sum(lengths)
+        """Whether running a context once is worth it; its longest continuation must fit with its padding."""
+        width = _padded(max(lengths))
+        worth = WORTH * (context + len(lengths) * width) < len(lengths) * context + sum(lengths)
+        return worth and context + width <= self.max_length
 
     def _room(self, rows: Sequence[tuple[tuple[int, ...], int]], texts: Sequence[list[int]]) -> bool:
         """Whether the padding of these rows still lies within the model's positions."""

@@ -27,6 +27,7 @@ from ..interfaces import MambabenchError, Unsupported
 
 ASK_S = 5.0
 """Seconds that the hub has to answer at all."""
+DEFINITION = re.compile(r"^(?:task|group):[ \t]*[\"']?([\w.-]+)[\"']?[ \t]*$", re.MULTILINE)
 
 
 def load_tasks(
@@ -58,20 +59,26 @@ def load_tasks(
 
 @functools.lru_cache
 def builtin(name: str) -> TaskManager:
-    """lm-eval's own tasks: of the family that defines `name`, or all where that family needs others. Reading the YAML
-    of all takes some ten seconds, finding the family a fraction of one."""
-    root = Path(lm_eval.tasks.__file__).parent
-    line = re.compile(rf"^(?:task|group):\s*[\"']?{re.escape(name)}[\"']?\s*$", re.MULTILINE)
-    families = {
-        path.relative_to(root).parts[0]
-        for path in root.rglob("*.yaml")
-        if line.search(path.read_text(encoding="utf-8", errors="replace"))
-    }
+    """lm-eval's own tasks: of the families that define `name`, or all where those need others. Reading the YAML of all
+    takes some ten seconds, finding the families a fraction of one."""
+    families = _families().get(name)
     if families:
+        root = Path(lm_eval.tasks.__file__).parent
         manager = TaskManager(include_path=[str(root / family) for family in sorted(families)], include_defaults=False)
         if name in manager.all_tasks and _complete(name, manager):
             return manager
     return _all_builtin()
+
+
+@functools.lru_cache
+def _families() -> Mapping[str, set[str]]:
+    """The folders of lm-eval that define a task or group, by its name."""
+    root = Path(lm_eval.tasks.__file__).parent
+    found: dict[str, set[str]] = {}
+    for path in root.rglob("*.yaml"):
+        for name in DEFINITION.findall(path.read_text(encoding="utf-8", errors="replace")):
+            found.setdefault(name, set()).add(path.relative_to(root).parts[0])
+    return found
 
 
 @functools.lru_cache

@@ -1,0 +1,268 @@
+"""What the suite adds to lm-eval: presets, data in place of the hub, resuming at the task, chats, generative twins."""
+
+import json
+import time
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+import datasets
+from mambabench.harness.interfaces import MambabenchError, Unsupported
+from mambabench.harness.mockmodel import MockStepper
+from mambabench.harness.suites import lm_eval as suite_module
+from mambabench.harness.suites import lm_eval_tasks
+from mambabench.harness.suites.configs import LmEvalConfig
+from mambabench.harness.suites.lm_eval import LmEval
+from mambabench.harness.suites.lm_eval_model import StepperLM
+from mambabench.harness.suites.lm_eval_presets import PRESETS, Asked
+from mambabench.harness.suites.twins import match, right_choices
+
+TASK = """
+task: {name}
+dataset_path: {path}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}},
+              {{metric: acc_norm, aggregation: mean, higher_is_better: true}},
+              {{metric: mcc, aggregation: matthews_corrcoef, higher_is_better: true}}]
+"""
+ITEMS = [{"q": "abcdefg"[i % 5 :] + "ab" * (i % 3), "options": ["c", "gf", "d"], "answer": i % 3} for i in range(8)]
+
+
+def write_items(folder):
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write_items(folder / "items")
+    near = TASK.replace("test_split", "dataset_kwargs: {{data_files: {{test: items/test.jsonl}}}}\ntest_split")
+    for name in ("one", "two", "three"):
+        (folder / f"{name}.yaml").write_text(near.format(name=name, path="json"))
+    (folder / "far.yaml").write_text(TASK.format(name="far", path="org/letters") + "dataset_name: small\n")
+    (folder / "all.yaml").write_text(
+        "group: all\ntask: [one, two]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    return folder
+
+
+def samples(records, **wanted):
+    return [r for r in records if r["kind"] == "sample" and all(r[name] == value for name, value in wanted.items())]
+
+
+def test_items_have_hashes_and_what_the_model_said(measure, folder):
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text")), data=folder)
+    rows = samples(records, metric="acc")
+    assert len(rows) == len(ITEMS)
+    assert all(len(row["prompt_hash"]) == len(row["target_hash"]) == 16 for row in rows)
+    assert len({row["prompt_hash"] for row in rows}) == len({item["q"] for item in ITEMS})
+    said = {r["item"]: r["responses"] for r in records if r["kind"] == "response"}
+    assert said.keys() == {row["item"] for row in rows}
+    for row in rows:
+        logprobs = [logprob for logprob, _ in said[row["item"]]]
+        assert len(logprobs) == 3
+        assert max(logprobs) < 0
+
+
+def test_metrics_that_are_no_means_are_facts_as_lm_eval_makes_them(measure, folder):
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text")), data=folder)
+    (fact,) = [record for record in records if record["kind"] == "fact"]
+    assert fact["name"] == "one: mcc"
+    assert -1 <= fact["value"] <= 1
+    assert not samples(records, metric="mcc")
+
+
+def test_the_tasks_of_a_group_with_one_mean_are_counted_as_the_group(measure, folder):
+    records = measure(LmEval(LmEvalConfig(tasks=("all",), data="text")), data=folder)
+    rows = samples(records, metric="acc")
+    assert {row["task"] for row in rows} == {"all"}
+    assert {row["part"] for row in rows} == {"one", "two"}
+    assert len({row["item"] for row in rows}) == 2 * len(ITEMS)
+
+
+def test_a_task_named_twice_is_counted_once(measure, folder):
+    records = measure(LmEval(LmEvalConfig(tasks=("one", "one"), data="text")), data=folder)
+    assert len(samples(records, metric="acc")) == len(ITEMS)
+
+
+def test_a_killed_step_goes_on_with_the_task_that_it_was_at(measure, folder, monkeypatch):
+    evaluated = []
+    evaluate = suite_module.evaluate
+
+    def counting(model, tasks, **options):
+        (name,) = tasks["tasks"]
+        if name == "three" and "three" not in evaluated:
+            evaluated.append(name)
+            raise KeyboardInterrupt
+        evaluated.append(name)
+        return evaluate(model, tasks, **options)
+
+    suite = LmEval(LmEvalConfig(tasks=("one", "two", "three"), data="text"))
+    whole = samples(measure(suite, data=folder))
+    for path in (folder.parent / "scratch" / "lm-eval").iterdir():
+        path.unlink()
+    monkeypatch.setattr(suite_module, "evaluate", counting)
+    with pytest.raises(KeyboardInterrupt):
+        measure(suite, data=folder)
+    resumed = measure(suite, data=folder)
+    assert evaluated == ["one", "two", "three", "three"]
+    assert samples(resumed) == whole
+
+
+@pytest.mark.parametrize("form", ["sub-folder", "bare", "card"])
+def test_a_folder_can_stand_for_the_hub(measure, folder, tmp_path, form):
+    local = tmp_path / "hub"
+    place = local / ("letters" if form == "bare" else "org/letters")
+    write_items(place / "small")
+    if form == "card":
+        card = 'configs:\n- config_name: small\n  data_files: [{split: test, path: "small/*.jsonl"}]\n'
+        (place / "README.md").write_text(f"---\n{card}---\n")
+    config = LmEvalConfig(tasks=("far",), data="text", local="hub")
+    assert len(samples(measure(LmEval(config), data=folder, files={"hub": local}), metric="acc")) == len(ITEMS)
+    assert datasets.load_dataset.__module__.startswith("datasets")
+
+
+def test_what_the_folder_in_place_of_the_hub_lacks_is_unsupported(measure, folder, tmp_path):
+    (tmp_path / "hub").mkdir()
+    config = LmEvalConfig(tasks=("far",), data="text", local="hub")
+    with pytest.raises(Unsupported, match=r"data of task 'far' cannot be had: .* no folder 'org/letters'"):
+        measure(LmEval(config), data=folder, files={"hub": tmp_path / "hub"})
+
+
+def test_a_hub_that_does_not_answer_is_given_up_in_seconds_and_before_the_model_is_loaded(measure, folder, monkeypatch):
+    def never():
+        raise AssertionError("the model was loaded")
+
+    for owner in (lm_eval_tasks.constants, datasets.config):
+        monkeypatch.setattr(owner, "HF_HUB_OFFLINE", False)
+    # An address that no network routes: connecting waits for its own end.
+    monkeypatch.setattr(lm_eval_tasks.constants, "ENDPOINT", "http://192.0.2.1")
+    monkeypatch.setattr(lm_eval_tasks, "ASK_S", 0.3)
+    lm_eval_tasks.hub_answers.cache_clear()
+    began = time.monotonic()
+    with pytest.raises(Unsupported, match="data of task 'far' cannot be had"):
+        measure(LmEval(LmEvalConfig(tasks=("one", "far"), data="text")), data=folder, make=never)
+    assert time.monotonic() - began < 5
+    lm_eval_tasks.hub_answers.cache_clear()
+
+
+def test_a_task_that_would_run_what_models_write_is_refused(measure, folder):
+    text = (folder / "one.yaml").read_text().replace("task: one", "task: one\nunsafe_code: true")
+    (folder / "one.yaml").write_text(text)
+    with pytest.raises(MambabenchError, match="'one' executes what models write"):
+        measure(LmEval(LmEvalConfig(tasks=("one",), data="text")), data=folder)
+
+
+def test_presets_name_tasks_of_lm_eval_and_metrics_that_these_have():
+    for preset, asked in PRESETS.items():
+        for each in asked:
+            manager = lm_eval_tasks.builtin(each.task)
+            assert each.task in manager.all_tasks, preset
+
+
+def test_a_preset_keeps_its_metrics_and_numbers_of_examples(measure, folder, monkeypatch):
+    text = (
+        (folder / "two.yaml").read_text().replace("task: two", 'task: two\nfewshot_split: test\nfewshot_delimiter: ""')
+    )
+    (folder / "two.yaml").write_text(text)
+    monkeypatch.setitem(PRESETS, "bias", (Asked("one", ("acc_norm",)), Asked("two", ("acc",), 2)))
+    records = measure(LmEval(LmEvalConfig(preset="bias", data="text")), data=folder)
+    assert {(row["task"], row["metric"]) for row in samples(records)} == {("one", "acc_norm"), ("two", "acc")}
+    zero, two = (samples(records, task=name) for name in ("one", "two"))
+    assert [row["target_hash"] for row in zero] == [row["target_hash"] for row in two]
+    assert all(left["prompt_hash"] != right["prompt_hash"] for left, right in zip(zero, two, strict=True))
+
+
+class Chatting:
+    """A tokenizer with a chat template that takes no system message."""
+
+    chat_template = "…"
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, continue_final_message):
+        from jinja2.exceptions import TemplateError
+
+        assert not tokenize
+        assert add_generation_prompt != continue_final_message
+        if messages[0]["role"] == "system":
+            raise TemplateError("no system role")
+        return "".join(("g" if of["role"] == "user" else "f") + of["content"] for of in messages) + "f"
+
+
+def chatting():
+    model = MockStepper(seed=3)
+    model.tokenizer = Chatting(model.tokenizer)
+    return model
+
+
+def test_chats_are_written_by_the_tokenizers_template(measure, folder, monkeypatch):
+    asked = []
+    score = StepperLM.loglikelihood
+    monkeypatch.setattr(
+        StepperLM, "loglikelihood", lambda lm, requests: asked.extend(r.args for r in requests) or score(lm, requests)
+    )
+    config = LmEvalConfig(tasks=("one",), data="text", chat=True, system="be kind")
+    measure(LmEval(config), data=folder, make=chatting)
+    assert asked[0] == ("g" + ITEMS[0]["q"] + "f", "c")
+    (folder.parent / "scratch" / "lm-eval" / "1.jsonl").unlink()
+    with pytest.raises(Unsupported, match="no chat template"):
+        measure(LmEval(config), data=folder)
+
+
+def test_twins_stand_beside_the_likelihoods_with_the_gap(measure, folder):
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text", twins=True)), data=folder)
+    columns = {name: [row["value"] for row in samples(records, metric=name)] for name in ("acc", "generated", "gap")}
+    assert all(len(column) == len(ITEMS) for column in columns.values())
+    assert columns["gap"] == [a - b for a, b in zip(columns["acc"], columns["generated"], strict=True)]
+    texts = [r["responses"][0] for r in records if r["kind"] == "response" and r["filter"] == "twin"]
+    chosen = [match(text, ITEMS[0]["options"]) for text in texts]
+    right = [float(at == item["answer"]) for at, item in zip(chosen, ITEMS, strict=True)]
+    assert columns["generated"] == right
+    assert [row["value"] for row in samples(records, metric="no_answer")] == [float(at is None) for at in chosen]
+
+
+def test_a_task_whose_choices_are_prompts_has_no_twin(measure, folder):
+    text = (folder / "one.yaml").read_text().replace('"{{q}}"', "answer").replace('"{{answer}}"', "q")
+    (folder / "one.yaml").write_text(text)
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text", twins=True)), data=folder)
+    assert samples(records, metric="acc")
+    assert not samples(records, metric="generated")
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "wanted"),
+    [
+        (" Sunlight. It is", ["sun", "sunlight"], 1),
+        ("the sun", ["sun", "moon"], 0),
+        ("sun or moon", ["moon", "sun"], 1),
+        ("it is sun or moon", ["moon", "sun"], None),
+        ("", ["moon", "sun"], None),
+        ("yes", ["yes", "Yes!"], None),
+        ("+ 3", ["+ 3", "- 3"], None),
+        ("?!", ["?!", "!?"], 0),
+    ],
+)
+def test_written_answers_are_matched_with_choices(answer, choices, wanted):
+    assert match(answer, choices) == wanted
+
+
+def test_targets_may_be_places_or_choices_or_several():
+    choices = ["a", "b", "7"]
+    assert right_choices(1, choices) == {1}
+    assert right_choices("b", choices) == {1}
+    assert right_choices("7", choices) == {2}
+    assert right_choices("0", choices) == {0}
+    assert right_choices([0, "b"], choices) == {0, 1}
