@@ -81,8 +81,7 @@ class MtBench:
             answers = self._answers(bench, questions)
             verdicts = ask(config.judge, requests(questions, answers, folder.prompts), bench)
             ratings = {verdict.id: verdict.value if verdict.state == "ok" else None for verdict in verdicts}
-        for question in questions:
-            emit_scores(bench, question, ratings)
+        emit_scores(bench, questions, ratings)
 
     def _answers(self, bench: Bench, questions: Sequence[Asked]) -> dict[str, str]:
         """Texts by `name`; the second turn sees the first with its answer."""
@@ -161,15 +160,22 @@ def rate(text: str) -> float:
     return rating
 
 
-def emit_scores(bench: Bench, question: Asked, ratings: Mapping[str, float | None]) -> None:
-    """Emits a question's ratings: of both turns together, of each, and of its category; both turns are one cluster."""
-    for turn in range(1, len(question.turns) + 1):
-        rating = ratings[name(question.number, turn)]
-        item, cluster = question.item(turn), question.item(1)
-        for metric in ("score", f"turn {turn}", question.category) if rating is not None else ():
-            bench.emit("sample", task=TASK, item=item, cluster=cluster, metric=metric, value=rating, unit="points")
-        missing = float(rating is None)
-        bench.emit("sample", task=TASK, item=item, cluster=cluster, metric="no_verdict", value=missing, better="lower")
+def emit_scores(bench: Bench, questions: Sequence[Asked], ratings: Mapping[str, float | None]) -> None:
+    """Emits ratings: all together, those of each turn and of each category. The turns of a question are one cluster."""
+    turns = [(question, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
+    metrics = ["score", "turn 1", "turn 2", *dict.fromkeys(question.category for question in questions)]
+    for metric in metrics:
+        for question, turn in turns:
+            rating = ratings[name(question.number, turn)]
+            if rating is not None and metric in ("score", f"turn {turn}", question.category):
+                emit_sample(bench, question, turn, metric=metric, value=rating, unit="points")
+    for question, turn in turns:
+        missing = float(ratings[name(question.number, turn)] is None)
+        emit_sample(bench, question, turn, metric="no_verdict", value=missing, better="lower")
+
+
+def emit_sample(bench: Bench, question: Asked, turn: int, **fields: Any) -> None:
+    bench.emit("sample", task=TASK, item=question.item(turn), cluster=question.item(1), **fields)
 
 
 def read_folder(folder: Path, reference: str) -> Folder:
