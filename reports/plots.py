@@ -31,12 +31,15 @@ MARKS = ("o", "s", "D", "^", "v", "P", "X")
 def plots_of(frames: Mapping[str, DataFrame], results: Results) -> tuple[Plot, ...]:
     """The plots for which there is data."""
     from .map_plots import maps
+    from .recall_plots import by_depth, by_distance
     from .training_plots import ladder, loss_curves
 
     measured = (_quality_and_speed(frames, results), _accepted_lengths(results))
     rungs = ladder(results) if "distillation" in frames else ()
     scripted = maps(results) if "acceptance-map" in frames else ()
-    return (*rungs, *(plot for plot in measured if plot is not None), *scripted, *loss_curves(results))
+    told = [by_distance(results)] if "recall" in frames else []
+    told += [by_depth(results)] if "agreement" in frames else []
+    return (*rungs, *(plot for plot in (*told, *measured) if plot is not None), *scripted, *loss_curves(results))
 
 
 def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plot | None:
@@ -166,10 +169,15 @@ def canvas() -> tuple[Any, Axes]:
 
 def canvases(count: int) -> tuple[Any, Sequence[Axes]]:
     """A figure with axes side by side."""
+    return grid(1, count, (6.4, 4.0))
+
+
+def grid(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Sequence[Axes]]:
+    """A figure with rows of axes, row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    every = [figure.add_subplot(1, count, place + 1) for place in range(count)]
+    figure = Figure(figsize=inches, layout="constrained")
+    every = [figure.add_subplot(rows, columns, place + 1) for place in range(rows * columns)]
     for axes in every:
         _dress(axes)
     return figure, every

@@ -10,6 +10,9 @@ from .options import NoOptions
 
 TABLES = (
     ("quality", "quality:Quality", "Each metric of each model beside its teacher's, with errors and recovery"),
+    ("recall", "recall:Recall", "What models look up in the text before them, chosen and written, and how far back"),
+    ("recall-distance", "recall:RecallDistance", "The same by length of the text and place of the answer"),
+    ("agreement", "agreement:Agreement", "KL to the teacher and equal likeliest tokens, by depth in the text"),
     ("distillation", "distillation:Distillation", "Distance from the teacher and what training took, a row per model"),
     ("speculation", "speculation:Speculation", "Decoders that draft: acceptance, speed-up, prediction and checks"),
     ("speed", "speed:Speed", "Latency, throughput, speed-up and memory per decoder"),

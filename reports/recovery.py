@@ -44,6 +44,17 @@ def recovery(parts: Sequence[pd.DataFrame], taught: Sequence[pd.DataFrame]) -> s
     return _with_seeds(share, between, parts[0]).with_interval(LEVEL)
 
 
+def above_chance(part: pd.DataFrame, taught: pd.DataFrame, chance: float) -> st.Estimate:
+    """What a model reaches above chance as a share of what its teacher does, with Fieller's interval; where seeds add
+    to the error, with the delta method's. Raises OtherItems."""
+    share = st.recovery([st.PairedTask(*_paired(part, taught), chance)], LEVEL)
+    own = estimate(part)
+    if not math.isfinite(own.seed_se):
+        return share
+    between = own.seed_se * abs(share.value / (own.value - chance)) if own.value != chance else math.nan
+    return _with_seeds(share, between, part).with_interval(LEVEL)
+
+
 def perplexity_ratio(part: pd.DataFrame, taught: pd.DataFrame) -> st.Estimate:
     """A model's perplexity over its teacher's: exp of the paired difference per token. Raises OtherItems."""
     value, weight, teacher_value, teacher_weight, clusters = _paired(part, taught)
@@ -65,13 +76,15 @@ def _with_seeds(of_items: st.Estimate, between: float, part: pd.DataFrame) -> st
 
 def _paired(part: pd.DataFrame, taught: pd.DataFrame) -> tuple[st.Array, st.Array, st.Array, st.Array, st.Array]:
     """Values and weights of both in one order of items, seeds averaged, and the clusters."""
-    own, reference = _by_item(part), _by_item(taught)
+    own, reference = of_items(part), of_items(taught)
     if not own.index.equals(reference.index):
         raise OtherItems
     arrays = [side[name].to_numpy(dtype=float) for side in (own, reference) for name in ("value", "weight")]
     return arrays[0], arrays[1], arrays[2], arrays[3], own["cluster"].to_numpy()
 
 
-def _by_item(part: pd.DataFrame) -> pd.DataFrame:
+def of_items(part: pd.DataFrame) -> pd.DataFrame:
+    """One row per item, in their order: values and weights, means over seeds, and what else is told of it."""
     keyed = part.assign(again=part.groupby(["key", "item"]).cumcount()).groupby(["item", "again"], sort=True)
-    return keyed[["value", "weight"]].mean().assign(cluster=keyed["cluster"].first())
+    others = [name for name in ("cluster", "distance") if name in part]
+    return keyed[["value", "weight"]].mean().join(keyed[others].first())
