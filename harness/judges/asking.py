@@ -30,7 +30,7 @@ def ask_and_record(choice: Choice, requests: Sequence[Request], bench: Bench) ->
     if len(failed) > allowed * len(requests):
         raise MambabenchError(
             f"{len(failed)} of {len(requests)} requests to the judge failed ({failed[0].id}: {failed[0].reason}); "
-            "all other judgments are kept: `run --retry` asks for these alone"
+            "the others are on disk, and are not asked for again"
         )
     return verdicts
 
