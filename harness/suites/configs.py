@@ -15,7 +15,7 @@ from .recall_words import NAMES, NUMBERS, SPAN
 class LmEvalConfig:
     tasks: tuple[str, ...] = ()
     """Names of tasks: of the YAML files in the folder `data`, or lm-eval's own where `data` is not given."""
-    preset: Literal["", "bias", "paper-zero-shot", "paper-few-shot"] = ""
+    preset: Literal["", "bias", "paper-zero-shot", "paper-few-shot", "paper-generation"] = ""
     """A set of tasks with the numbers of examples and the metrics of their table."""
     data: DataRef | None = None
     local: FileRef = ""

@@ -46,4 +46,5 @@ PRESETS: dict[str, Sequence[Asked]] = {
         Asked("winogrande", ("acc",), 5),
         Asked("truthfulqa_mc2", ("acc",), 0),
     ),
+    "paper-generation": (Asked("gsm8k_zeroeval", ()), Asked("crux_zeroeval", ())),
 }

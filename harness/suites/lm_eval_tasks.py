@@ -24,6 +24,7 @@ from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from ..interfaces import MambabenchError, Unsupported
+from .lm_eval_generation import CONFIGS
 
 ASK_S = 5.0
 """Seconds that the hub has to answer at all."""
@@ -40,21 +41,33 @@ def load_tasks(
     Raises `MambabenchError` for an unknown name and `Unsupported` for a task whose data cannot be had.
     """
     for name in names:
+        if name in CONFIGS and folder is None:
+            yield (
+                name,
+                name,
+                _loaded(name, TaskManager(include_defaults=False), [CONFIGS[name]()], scratch, local)[name],
+            )
+            continue
         manager = TaskManager(include_path=folder, include_defaults=False) if folder else builtin(name)
         if name not in manager.all_tasks:
             known = (
                 f"{folder} has {', '.join(manager.all_tasks) or 'none'}" if folder else "lm-eval has none of this name"
             )
             raise MambabenchError(f"lm-eval: unknown task {name!r}; {known}")
-        try:
-            with data_from(local, scratch):
-                loaded = manager.load(name if folder is None else list(_local_configs(name, manager, scratch)))
-        except OSError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise Unsupported(f"lm-eval: the data of task {name!r} cannot be had: {reason}") from error
+        spec: Any = name if folder is None else list(_local_configs(name, manager, scratch))
+        loaded = _loaded(name, manager, spec, scratch, local)
         one = _one_mean(name, manager)
-        for own, task in loaded["tasks"].items():
+        for own, task in loaded.items():
             yield name if one else own, own, task
+
+
+def _loaded(name: str, manager: TaskManager, spec: Any, scratch: Path, local: Path | None) -> dict[str, Any]:
+    try:
+        with data_from(local, scratch):
+            return dict(manager.load(spec)["tasks"])
+    except OSError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unsupported(f"lm-eval: the data of task {name!r} cannot be had: {reason}") from error
 
 
 @functools.lru_cache

@@ -102,13 +102,18 @@ def read_problems(file: Path, task: str) -> list[Problem]:
     for number, record in enumerate(read_records(file)):
         if not all(isinstance(record.get(name), str) for name in FIELDS[task]):
             raise MambabenchError(f"{file}: item {number} lacks the texts {', '.join(FIELDS[task])} of {task}")
-        if task == "gsm8k":
-            question, gold = record["question"], record["answer"].rpartition("####")[2].strip()
-        else:
-            question = f"{CRUX}{record['code']}\nassert f({record['input']}) == ??\n[/PYTHON]"
-            gold = record["output"]
-        problems.append(Problem(IDS[task].format(number), question, gold))
+        problems.append(problem_of(record, task, number))
     return problems
+
+
+def problem_of(record: Mapping[str, Any], task: str, number: int) -> Problem:
+    """A record of GSM8K or CRUXEval, as published, as ZeroEval puts it."""
+    if task == "gsm8k":
+        question, gold = record["question"], record["answer"].rpartition("####")[2].strip()
+    else:
+        question = f"{CRUX}{record['code']}\nassert f({record['input']}) == ??\n[/PYTHON]"
+        gold = record["output"]
+    return Problem(IDS[task].format(number), question, gold)
 
 
 def read_answers(file: Path, problems: Sequence[Problem] | None) -> tuple[list[Problem], dict[str, str], int]:

@@ -14,8 +14,10 @@ from mambabench.harness.suites import lm_eval as suite_module
 from mambabench.harness.suites import lm_eval_tasks
 from mambabench.harness.suites.configs import LmEvalConfig
 from mambabench.harness.suites.lm_eval import LmEval
+from mambabench.harness.suites.lm_eval_generation import CONFIGS
 from mambabench.harness.suites.lm_eval_model import StepperLM
 from mambabench.harness.suites.lm_eval_presets import PRESETS, Asked
+from mambabench.harness.suites.reasoning import read_problems
 from mambabench.harness.suites.twins import match, right_choices
 
 TASK = """
@@ -161,11 +163,10 @@ def test_a_task_that_would_run_what_models_write_is_refused(measure, folder):
         measure(LmEval(LmEvalConfig(tasks=("one",), data="text")), data=folder)
 
 
-def test_presets_name_tasks_of_lm_eval_and_metrics_that_these_have():
+def test_presets_name_tasks_that_there_are():
     for preset, asked in PRESETS.items():
         for each in asked:
-            manager = lm_eval_tasks.builtin(each.task)
-            assert each.task in manager.all_tasks, preset
+            assert each.task in CONFIGS or each.task in lm_eval_tasks.builtin(each.task).all_tasks, preset
 
 
 def test_a_preset_keeps_its_metrics_and_numbers_of_examples(measure, folder, monkeypatch):
@@ -266,3 +267,36 @@ def test_targets_may_be_places_or_choices_or_several():
     assert right_choices("7", choices) == {2}
     assert right_choices("0", choices) == {0}
     assert right_choices([0, "b"], choices) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "record", "answers"),
+    [
+        (
+            "gsm8k",
+            "openai/gsm8k/main",
+            {"question": "How many?", "answer": "6 * 7 = 42\n#### 42"},
+            {'{"reasoning": "", "answer": "42 apples"}': (1, 0), "answer: 41": (0, 0), "I pass": (0, 1)},
+        ),
+        (
+            "crux",
+            "cruxeval-org/cruxeval",
+            {"code": "def f(x):\n    return x", "input": "'a'", "output": "'a'"},
+            {'{"reasoning": "", "answer": "a"}': (1, 0), '{"answer": "__import__(1)"}': (0, 0), "": (0, 1)},
+        ),
+    ],
+)
+def test_generation_of_the_paper_is_asked_and_scored_as_by_zeroeval(tmp_path, task, path, record, answers):
+    place = tmp_path / "hub" / path
+    place.mkdir(parents=True)
+    (place / "test.jsonl").write_text(json.dumps(record) + "\n")
+    ((label, name, loaded),) = lm_eval_tasks.load_tasks([f"{task}_zeroeval"], None, tmp_path, tmp_path / "hub")
+    assert label == name == f"{task}_zeroeval"
+    (doc,) = loaded.eval_docs
+    (problem,) = read_problems(place / "test.jsonl", task)
+    assert loaded.doc_to_text(doc) == problem.prompt
+    assert not getattr(loaded, "UNSAFE_CODE", False)
+    for text, (right, without) in answers.items():
+        found = loaded.process_results(doc, [text])
+        assert (found["exact_match"], found["no_answer"]) == (right, without)
+        assert found.keys() == loaded.aggregation().keys()
