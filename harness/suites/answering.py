@@ -65,6 +65,7 @@ class Answerer:
             self.bench.emit("progress", done=done, total=len(questions), unit="answers")
             self._write(batch, limits)
             done += len(batch)
+        self.bench.emit("progress", done=done, total=len(questions), unit="answers")
         for question in questions:
             answer = self._kept[question.id]
             self.bench.emit("answer", task=self.task, **answer)
@@ -133,8 +134,10 @@ def write(messages: Sequence[Message], tokenizer: Any, template: str = "") -> Wr
 
 
 def _by_name(messages: Sequence[Message], template: str) -> tuple[str, tuple[int, ...], tuple[str, ...]]:
-    from fastchat.conversation import conv_templates, get_conv_template
-
+    try:
+        from fastchat.conversation import conv_templates, get_conv_template
+    except ImportError as error:
+        raise Unsupported(f"template {template!r} is fschat's, which is not installed (mambabench[eval])") from error
     if template not in conv_templates:
         raise MambabenchError(f"template {template!r} is none of fschat's; it has {', '.join(sorted(conv_templates))}")
     chat = get_conv_template(template)
