@@ -70,7 +70,7 @@ class RecallDistance:
 
     title = "Recall by distance"
     note = (
-        "As in the table before it, by the length of the text and where in it the answer stands (0 is its beginning); "
+        "As in the table before it, by the length of the text and where in it the answer stands (0 %: its beginning); "
         "distance: tokens from there to where it is asked for, the mean."
     )
 
@@ -81,14 +81,18 @@ class RecallDistance:
         rows = []
         for (suite, kind, length, depth), parts in _grouped(results, ["suite", "task", "length", "depth"]):
             for part in parts:
-                where = {"length": int(length), "depth": depth, "distance": float(part.own["distance"].mean())}
+                where = {
+                    "length": int(length),
+                    "depth %": round(100 * depth),
+                    "distance": round(part.own["distance"].mean()),
+                }
                 rows.append({"suite": suite, "task": kind, **where, **_row(results, part)})
         if not rows:
             return None
         heads = [f"{name} %" for name in FORMS.values()]
         beside = [f"{name} recovery %" for name in FORMS.values()]
         others = [f"{who} {name} %" for who in ("teacher", "chance") for name in FORMS.values()]
-        columns = ["suite", "task", "length", "depth", "distance", "model", *heads, *beside, *others, "items"]
+        columns = ["suite", "task", "length", "depth %", "distance", "model", *heads, *beside, *others, "items"]
         return _shown(rows, columns, beside)
 
 

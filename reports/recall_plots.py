@@ -36,6 +36,7 @@ def by_distance(results: Results) -> Plot | None:
             _lines(panel, here, models, marks)
             panel.axhline(100 * here["chance"].mean(), color=INK, linewidth=1, linestyle=":")
             panel.set_ylim(-4, 104)
+            panel.set_xlim(0, 1.06 * samples["distance"].max())
             if row == 0:
                 panel.set_title(kind, color=INK, fontsize=10)
             if row == len(recall.FORMS) - 1:

@@ -7,7 +7,6 @@ the text. How long a text is, and where in it the answer stands, is counted in t
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +110,12 @@ def _of_text(config: RecallConfig, kind: str, length: int, number: int, tokenize
     if size < 0:
         least = max(len(begin) + len(encode(f"{of.prompt} {of.answer}")) + AFTER for of in questions(0))
         raise MambabenchError(f"recall: a {kind} does not fit {length} tokens; lengths of about {least} would do")
+    seen = set()
     for depth, asked in zip(depths, questions(size), strict=True):
+        # A text may be too short for every depth to be a place of its own.
+        if (asked.prompt, asked.before) in seen:
+            continue
+        seen.add((asked.prompt, asked.before))
         ids = encode(asked.prompt)
         choices = (asked.answer, *asked.wrong)
         whole = [encode(f"{asked.prompt} {choice}") for choice in choices]
@@ -156,23 +160,19 @@ def _phone_book(config: RecallConfig, dice: random.Random, size: int, depth: flo
 
 def _needle(config: RecallConfig, dice: random.Random, size: int, depth: float) -> Question:
     """One entry in filler. What else could be the answer stands nowhere in the text."""
-    pairs = _pairs(config, dice, config.choices)
-    filler = _filler(config, dice, size)
-    at = round(depth * size)
-    return _in_filler(config, dice, [filler[:at], filler[at:]], pairs[:1], 0, [value for _, value in pairs[1:]])
+    asked, *others = _pairs(config, dice, config.choices)
+    wrong = [value for _, value in others]
+    return _in_filler(config, dice, asked, _filler(config, dice, size), depth, wrong, 1 / len(config.values_pool))
 
 
 def _multi_key(config: RecallConfig, dice: random.Random, size: int, depth: float) -> Question:
     """Several entries in filler, of which one is asked for; the others stand anywhere."""
-    pairs = _pairs(config, dice, config.entries)
-    filler = _filler(config, dice, size)
-    places = sorted(dice.randint(0, size) for _ in pairs[1:])
-    at = round(depth * size)
-    asked = sum(place < at for place in places) if at < size else len(places)
-    cuts = [0, *places[:asked], at, *places[asked:], size]
-    parts = [filler[begin:end] for begin, end in itertools.pairwise(cuts)]
-    told = [*pairs[1 : asked + 1], pairs[0], *pairs[asked + 1 :]]
-    return _in_filler(config, dice, parts, told, asked, [value for _, value in pairs[1:]])
+    asked, *others = _pairs(config, dice, config.entries)
+    units = _filler(config, dice, size)
+    for pair in others:
+        units.insert(dice.randint(0, len(units)), _alone(config, *pair))
+    wrong = [value for _, value in others]
+    return _in_filler(config, dice, asked, units, depth, wrong, 1 / config.entries)
 
 
 def _copying(config: RecallConfig, dice: random.Random, size: int, depth: float) -> Question:
@@ -206,19 +206,16 @@ MAKERS: dict[str, Callable[[RecallConfig, random.Random, int, float], Question]]
 def _in_filler(
     config: RecallConfig,
     dice: random.Random,
-    filler: Sequence[Sequence[str]],
-    pairs: Sequence[tuple[str, str]],
-    asked: int,
-    others: Sequence[str],
+    pair: tuple[str, str],
+    units: Sequence[str],
+    depth: float,
+    wrong: Sequence[str],
+    chance: float,
 ) -> Question:
-    """Entries between parts of filler, of which there is one more."""
-    units = list(filler[0])
-    for place, (pair, behind) in enumerate(zip(pairs, filler[1:], strict=True)):
-        if place == asked:
-            before = " ".join([*units, config.opening + _until_value(config, *pair)])
-        units += [config.opening + _told(config, *pair) + config.closing, *behind]
-    chance = 1 / (len(pairs) if len(pairs) > 1 else len(config.values_pool))
-    return _asked(config, dice, units, before, pairs[asked], others, chance)
+    """An entry among other units of a text."""
+    at = round(depth * len(units))
+    before = " ".join([*units[:at], config.opening + _until_value(config, *pair)])
+    return _asked(config, dice, [*units[:at], _alone(config, *pair), *units[at:]], before, pair, wrong, chance)
 
 
 def _asked(
@@ -246,6 +243,11 @@ def _filler(config: RecallConfig, dice: random.Random, count: int) -> list[str]:
 
 def _told(config: RecallConfig, key: str, value: str) -> str:
     return config.entry.format(key=key, value=value)
+
+
+def _alone(config: RecallConfig, key: str, value: str) -> str:
+    """An entry that is no part of a book."""
+    return config.opening + _told(config, key, value) + config.closing
 
 
 def _until_value(config: RecallConfig, key: str, value: str) -> str:

@@ -99,9 +99,9 @@ def test_the_paired_interval_of_recovery_holds_its_value(table):
 def test_by_distance_there_is_a_row_for_each_place_and_model(results):
     frame = RecallDistance(NoOptions()).frame(results)
     assert len(frame) == 2 * 2 * 2 * 3
-    places = frame[["length", "depth", "distance"]].drop_duplicates()
-    assert set(places.itertuples(index=False, name=None)) == {(50, 0, 40), (50, 1, 3), (100, 0, 90), (100, 1, 3)}
-    near = frame[(frame["depth"] == 1) & (frame["model"] == "teacher")]
+    places = frame[["length", "depth %", "distance"]].drop_duplicates()
+    assert set(places.itertuples(index=False, name=None)) == {(50, 0, 40), (50, 100, 3), (100, 0, 90), (100, 100, 3)}
+    near = frame[(frame["depth %"] == 100) & (frame["model"] == "teacher")]
     assert [cell.value for cell in near["written %"]] == [100] * 4
 
 

@@ -54,9 +54,9 @@ def test_every_item_fits_and_asks_for_what_its_text_tells(spoken):
     config = RecallConfig(**options)
     items = list(make_items(config, tokenizer))
     texts = 3 * len(config.lengths)
-    assert {kind: sum(item.kind == kind for item in items) for kind in KINDS} == dict.fromkeys(KINDS, 3 * texts) | (
-        {} if config.again else {"copying": texts}
-    )
+    counts = dict.fromkeys(KINDS, 3 * texts) | ({} if config.again else {"copying": texts})
+    assert {kind: sum(item.kind == kind for item in items) for kind in KINDS} == counts
+    assert len({item.item for item in items}) == len(items)
     for item in items:
         assert len(item.ids) + max(map(len, item.choice_ids)) <= item.length
         # Room for one more entry or sentence is not left.
@@ -90,8 +90,14 @@ def test_depth_moves_the_answer_and_nothing_else():
         assert first > 0.6 * items[0].length
         if kind == "phone-book":
             assert len({item.prompt.rpartition(". ")[0] for item in items}) == 1
-        elif kind != "multi-key":
+        else:
             assert len({"".join(sorted(item.prompt)) for item in items}) == 1
+
+
+def test_a_text_without_filler_is_asked_once():
+    config = RecallConfig(**STANDIN, kinds=("needle",), lengths=(16,), items=2)
+    items = list(make_items(config, standin.tokenizer()))
+    assert len(items) == len({item.cluster for item in items}) == 2
 
 
 def test_items_depend_on_their_seed_alone():
