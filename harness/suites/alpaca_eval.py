@@ -325,8 +325,12 @@ def _completion(reply: Reply) -> dict[str, Any]:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    from .lm_eval_tasks import hub_answers
+
     try:
-        return Path(hf_hub_download(repo_id=HUB, filename=name, repo_type="dataset"))
+        return Path(
+            hf_hub_download(repo_id=HUB, filename=name, repo_type="dataset", local_files_only=not hub_answers())
+        )
     except OSError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Unsupported(
