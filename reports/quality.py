@@ -41,8 +41,8 @@ class Column:
     task: str
     metric: str
     form: str
-    """`share` and `rate` (printed in percent; the less of a rate the better), `perplexity`, `bits`, `plain`, or `none`
-    for a suite that measured nothing."""
+    """`share` and `rate` (printed in percent; the less of a rate the better, and a gap is a difference of shares),
+    `perplexity`, `bits`, `plain`, or `none` for a suite that measured nothing."""
 
     @property
     def where(self) -> tuple[str, str, str]:
@@ -190,7 +190,8 @@ def _columns(samples: pd.DataFrame, cells: pd.DataFrame) -> list[Column]:
     """
     columns = []
     for (suite, task, metric), group in samples.groupby(["suite", "task", "metric"], sort=False):
-        shares = (group["weight"] == 1).all() and group["value"].between(0, 1).all()
+        least = -1 if metric == "gap" else 0
+        shares = (group["weight"] == 1).all() and group["value"].between(least, 1).all()
         form = "plain"
         if metric.startswith(("nll_per_token", "nll_per_word")):
             form = "perplexity"
