@@ -82,10 +82,18 @@ class Desk:
 
 
 class Judge(Protocol):
-    """A component of kind `judge`."""
+    """A component of kind `judge`. It may have a method `check(desk)`, which raises `Unsupported` where it is plain
+    from the start that it cannot be asked."""
 
     def judge(self, requests: Sequence[Request], desk: Desk) -> list[Verdict]:
         """Asks; one verdict for each request, in their order. Raises `Unsupported` where it cannot be asked at all."""
+
+
+def check(judge: Choice, bench: Bench) -> None:
+    """Has a judge say that it cannot be asked before a suite spends hours on answers. Raises `Unsupported`."""
+    from .asking import check_first
+
+    check_first(judge, bench)
 
 
 def ask(judge: Choice, requests: Sequence[Request], bench: Bench) -> list[Verdict]:

@@ -12,14 +12,20 @@ from ..plugins import build
 from . import FOLDER, Desk, Judge, Request, Verdict
 
 
+def check_first(choice: Choice, bench: Bench) -> None:
+    """Asks the chosen judge whether it can be asked, if it says."""
+    judge = build(choice)
+    if hasattr(judge, "check"):
+        judge.check(_desk(bench))
+
+
 def ask_and_record(choice: Choice, requests: Sequence[Request], bench: Bench) -> list[Verdict]:
     """Has the chosen judge answer; leaves a `judgment` record for each request and facts about all."""
     twice = [name for name, count in Counter(request.id for request in requests).items() if count > 1]
     if twice:
         raise MambabenchError(f"two requests to the judge are called {twice[0]!r}")
     judge: Judge = build(choice)
-    desk = Desk(folder=(bench.cache or bench.scratch) / FOLDER, data=bench.data, emit=bench.emit)
-    verdicts = judge.judge(requests, desk)
+    verdicts = judge.judge(requests, _desk(bench))
     for verdict in verdicts:
         bench.emit("judgment", **_record(verdict))
     states = Counter(verdict.state for verdict in verdicts)
@@ -33,6 +39,10 @@ def ask_and_record(choice: Choice, requests: Sequence[Request], bench: Bench) ->
             "the others are on disk, and are not asked for again"
         )
     return verdicts
+
+
+def _desk(bench: Bench) -> Desk:
+    return Desk(folder=(bench.cache or bench.scratch) / FOLDER, data=bench.data, emit=bench.emit)
 
 
 def _record(verdict: Verdict) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class OpenAIJudge:
     def __init__(self, config: OpenAIConfig) -> None:
         self.config = config
 
+    def check(self, desk: Desk) -> None:
+        """Raises `Unsupported` where the key is missing and no replies are on disk that might do without."""
+        if not desk.folder.is_dir():
+            key_of(self.config)
+
     def judge(self, requests: Sequence[Request], desk: Desk) -> list[Verdict]:
         """Reads what is on disk and asks for the rest. Neither key nor endpoint is needed where nothing is missing."""
         session = _Session(self.config, desk)
@@ -197,13 +202,7 @@ class _Session:
         with self._lock:
             if self._client is None:
                 config = self.config
-                key = os.environ.get(config.key_env, "") if config.key_env else ""
-                if config.key_env and not key:
-                    raise Unsupported(
-                        f"the judge {config.model!r} needs its key in the environment variable {config.key_env} "
-                        '(key_env = "" for an endpoint without keys)'
-                    )
-                self._key = key
+                self._key = key = key_of(config)
                 self._client = openai.OpenAI(
                     api_key=key or "none", base_url=config.base_url, timeout=config.timeout, max_retries=0
                 )
@@ -218,7 +217,7 @@ class _Session:
             cause = error.__cause__
             text = f"the connection to {urlsplit(self.config.base_url).netloc} failed ({cause or error})"
         elif status is not None:
-            text = f"status {status}: {getattr(error, 'message', error)}"
+            text = f"status {status}: {str(error).removeprefix(f'Error code: {status} - ')}"
         else:
             text = f"{type(error).__name__}: {error}"
         if self._key:
@@ -229,6 +228,17 @@ class _Session:
         """Waits, unless the whole call is over."""
         if self.stop.wait(seconds):
             raise Failure("not asked: the judge was given up")
+
+
+def key_of(config: OpenAIConfig) -> str:
+    """The endpoint's key; empty for one without. Raises `Unsupported` where there should be one and is none."""
+    key = os.environ.get(config.key_env, "") if config.key_env else ""
+    if config.key_env and not key:
+        raise Unsupported(
+            f"the judge {config.model!r} needs its key in the environment variable {config.key_env} "
+            '(key_env = "" for an endpoint without keys)'
+        )
+    return key
 
 
 def fact(emit: Emit, name: str, value: float, unit: str) -> None:

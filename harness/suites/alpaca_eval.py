@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..documents import Message
 from ..interfaces import Bench, Choice, MambabenchError, Unsupported
-from ..judges import Reply, Request, ask
+from ..judges import Reply, Request, ask, check
 from .answering import Answerer, Question, answers_of, item_of, read_records, recorded, recorded_name
 from .chat_configs import AlpacaEvalConfig
 
@@ -80,6 +80,7 @@ class AlpacaEval:
             answers, preferences = read_annotations(recorded(bench.data[config.judgments], model), rows)
         else:
             assert config.judge is not None
+            check(config.judge, bench)
             evaluator = Evaluator(config.annotator)
             answers = self._answers(bench, rows)
             preferences = judged(evaluator, config.judge, rows, answers, bench)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..documents import Message
 from ..interfaces import Bench, MambabenchError
-from ..judges import Request, ask
+from ..judges import Request, ask, check
 from .answering import Answerer, Question, answers_of, item_of, read_records, recorded, recorded_name
 from .chat_configs import MtBenchConfig
 
@@ -78,6 +78,7 @@ class MtBench:
             ratings = {name: _rating_or_none(text) for name, text in texts.items()}
         else:
             assert config.judge is not None
+            check(config.judge, bench)
             answers = self._answers(bench, questions)
             verdicts = ask(config.judge, requests(questions, answers, folder.prompts), bench)
             ratings = {verdict.id: verdict.value if verdict.state == "ok" else None for verdict in verdicts}

@@ -56,6 +56,8 @@ def judge(monkeypatch):
             return [verdict(request, texts.get(request.id, "Fine. Rating: [[5]]")) for request in requests]
 
         monkeypatch.setattr(mt_bench, "ask", ask)
+        monkeypatch.setattr(mt_bench, "check", lambda choice, bench: None)
+        monkeypatch.setattr(mt_bench, "check", lambda judge, bench: None)
         return asked
 
     return answered
@@ -106,6 +108,21 @@ def test_the_second_turn_is_answered_and_judged_with_the_first(chats, folder, ju
     assert asked["2/turn 2"].messages[-1].content == f"2|3|1 + 1?|{first}|And one more?|{second}"
     assert [message.role for message in asked["1/turn 1"].messages] == ["user"]
     assert "Write {a} line." in asked["1/turn 1"].messages[-1].content
+
+
+def test_another_judge_has_nothing_answered_again(chats, folder, judge):
+    suite = MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6))
+    judge({})
+    suite.run(chats.bench(data=folder, answers="of this model"))
+    answers, scores = chats.of("answer"), chats.of("sample")
+    chats.records.clear()
+    judge({"1/turn 1": "[[9]]"})
+    suite.run(chats.bench(data=folder, answers="of this model"))
+    assert chats.of("answer") == answers
+    assert chats.of("sample") != scores
+    assert chats.backend.loaded == 1
+    suite.run(chats.bench(data=folder, answers="of another model"))
+    assert chats.backend.loaded == 2
 
 
 def test_creative_answers_are_drawn_and_exact_ones_are_not(folder):
