@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ORDER = (
-    *("quality", "recall", "recall-distance", "agreement", "distillation", "speculation", "speed", "acceptance"),
-    *("acceptance-map", "rounds", "losslessness"),
+    *("quality", "recall", "recall-distance", "agreement", "distillation", "differences", "speculation"),
+    *("speed", "acceptance", "acceptance-map", "rounds", "losslessness"),
     *("cost", "steps"),
 )
 """Built-in tables in this order, those of plug-ins before the last of them."""

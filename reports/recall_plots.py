@@ -33,10 +33,10 @@ def by_distance(results: Results) -> Plot | None:
         for column, kind in enumerate(kinds):
             panel = axes[row * len(kinds) + column]
             here = samples[(samples["task"] == kind) & (samples["metric"] == metric)]
-            _lines(panel, here, models, marks)
+            _lines(panel, here, models, marks, aside=0.008 * samples["distance"].max())
             panel.axhline(100 * here["chance"].mean(), color=INK, linewidth=1, linestyle=":")
             panel.set_ylim(-4, 104)
-            panel.set_xlim(0, 1.06 * samples["distance"].max())
+            panel.set_xlim(0, 1.08 * samples["distance"].max())
             if row == 0:
                 panel.set_title(kind, color=INK, fontsize=10)
             if row == len(recall.FORMS) - 1:
@@ -54,10 +54,15 @@ def by_distance(results: Results) -> Plot | None:
     return Plot("recall", "Recall by distance and length", note, svg_of(figure))
 
 
-def _lines(panel: Axes, here: pd.DataFrame, models: list[str], marks: dict[float, str]) -> None:
+def _lines(panel: Axes, here: pd.DataFrame, models: list[str], marks: dict[float, str], aside: float) -> None:
+    """A line per model, `aside` of the one before, so that none hides another."""
     for place, model in enumerate(models):
         cells = [
-            (float(cell["distance"].mean()), length, with_interval(cell).scaled(100))
+            (
+                float(cell["distance"].mean()) + aside * (place - (len(models) - 1) / 2),
+                length,
+                with_interval(cell).scaled(100),
+            )
             for (length, _), cell in here[here["model"] == model].groupby(["length", "depth"])
         ]
         cells.sort(key=lambda cell: cell[0])
@@ -65,7 +70,7 @@ def _lines(panel: Axes, here: pd.DataFrame, models: list[str], marks: dict[float
         panel.plot([x for x, _, _ in cells], [y.value for _, _, y in cells], color=colour, linewidth=1.2, alpha=0.8)
         for x, length, y in cells:
             panel.errorbar(
-                x, y.value, yerr=[[max(y.value - y.low, 0)], [max(y.high - y.value, 0)]] if y.se > 0 else None,
+                x, y.value, yerr=[[y.value - max(y.low, 0)], [min(y.high, 100) - y.value]] if y.se > 0 else None,
                 fmt=marks[length], color=colour, markersize=4, elinewidth=0.7, capsize=1.5,
             )  # fmt: skip
 

@@ -44,6 +44,13 @@ def recovery(parts: Sequence[pd.DataFrame], taught: Sequence[pd.DataFrame]) -> s
     return _with_seeds(share, between, parts[0]).with_interval(LEVEL)
 
 
+def difference(part: pd.DataFrame, taught: pd.DataFrame) -> st.Estimate:
+    """Model - teacher of one metric, with its interval. Raises OtherItems."""
+    value, weight, teacher_value, teacher_weight, clusters = _paired(part, taught)
+    found = st.paired_difference((teacher_value, teacher_weight), (value, weight), clusters)
+    return _with_seeds(found, estimate(part).seed_se, part).with_interval(LEVEL)
+
+
 def above_chance(part: pd.DataFrame, taught: pd.DataFrame, chance: float) -> st.Estimate:
     """What a model reaches above chance as a share of what its teacher does, with Fieller's interval; where seeds add
     to the error, with the delta method's. Raises OtherItems."""
@@ -57,9 +64,7 @@ def above_chance(part: pd.DataFrame, taught: pd.DataFrame, chance: float) -> st.
 
 def perplexity_ratio(part: pd.DataFrame, taught: pd.DataFrame) -> st.Estimate:
     """A model's perplexity over its teacher's: exp of the paired difference per token. Raises OtherItems."""
-    value, weight, teacher_value, teacher_weight, clusters = _paired(part, taught)
-    difference = st.paired_difference((teacher_value, teacher_weight), (value, weight), clusters)
-    return _with_seeds(difference, estimate(part).seed_se, part).with_interval(LEVEL).exp()
+    return difference(part, taught).exp()
 
 
 def inverse(ratio: st.Estimate) -> st.Estimate:
