@@ -132,6 +132,17 @@ def test_a_folder_can_stand_for_the_hub(measure, folder, tmp_path, form):
     assert datasets.load_dataset.__module__.startswith("datasets")
 
 
+def test_tasks_of_lm_eval_itself_read_the_folder_in_place_of_the_hub(tmp_path):
+    place = tmp_path / "hub" / "allenai" / "ai2_arc" / "ARC-Easy"
+    place.mkdir(parents=True)
+    item = {"question": "Why?", "choices": {"text": ["so", "no"], "label": ["A", "B"]}, "answerKey": "B"}
+    for split in ("train", "validation", "test"):
+        (place / f"{split}.jsonl").write_text(json.dumps(item) + "\n")
+    ((_, name, task),) = lm_eval_tasks.load_tasks(["arc_easy"], None, tmp_path, tmp_path / "hub")
+    (doc,) = task.eval_docs
+    assert (name, task.doc_to_text(doc), task.doc_to_target(doc)) == ("arc_easy", "Question: Why?\nAnswer:", 1)
+
+
 def test_what_the_folder_in_place_of_the_hub_lacks_is_unsupported(measure, folder, tmp_path):
     (tmp_path / "hub").mkdir()
     config = LmEvalConfig(tasks=("far",), data="text", local="hub")
