@@ -1,0 +1,40 @@
+"""The plan of recall from end to end, small: every model asked in both forms beside its teacher, and the figure."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plans" / "recall.toml"
+SMALL = (
+    "stages.teach.tokens=20_000",
+    "stages.align.tokens=4_000",
+    "data.unseen.documents=8",
+    "data.tasks.items=8",
+    "suites.recall.items=2",
+    "suites.recall.lengths=[36]",
+)
+
+
+@pytest.mark.slow
+def test_models_at_every_share_are_asked_in_both_forms(mambabench, tmp_path):
+    plan = [word for override in SMALL for word in ("--set", override)]
+    done = mambabench("run", EXAMPLE, "--store", tmp_path / "store", *plan)
+    assert done.returncode == 0, done.stderr
+    mambabench("report", tmp_path / "store", "--to", "csv,md")
+    found = {}
+    for name in ("recall", "recall-distance", "agreement", "differences", "quality"):
+        with (tmp_path / "store" / "report" / "csv" / f"{name}.csv").open() as file:
+            found[name] = list(csv.DictReader(file))
+    models = ["teacher", "all", "half", "quarter", "none"]
+    assert [row["model"] for row in found["recall"]] == 4 * models
+    for row in found["recall"]:
+        assert row["chosen %"]
+        assert row["teacher written %"]
+        assert row["chance chosen %"] == "25.0"
+    assert {row["model"] for row in found["agreement"]} == set(models)
+    # Where every layer keeps attention, the converted model is its teacher.
+    for row in found["differences"]:
+        assert row["model"] != "all" or abs(float(row["difference"])) < 1e-4
+    assert all(row[f"{suite}: unseen perplexity"] for row in found["quality"] for suite in ("packed", "sliding"))
+    assert (tmp_path / "store" / "report" / "recall.svg").stat().st_size > 10_000
