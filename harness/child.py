@@ -289,6 +289,7 @@ class Work:
             emit=self.recorder,
             models=self._models(),
             cache=self.store.cache,
+            answers=self.step.get("answers", ""),
         )
 
     def _subject(self, artifact: Artifact, decoder: Mapping[str, Any] | None) -> Subject:

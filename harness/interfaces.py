@@ -436,6 +436,9 @@ class Bench:
     """What each `ModelRef` of the suite's config resolved to, keyed by the name."""
     cache: Path | None = None
     """As a job's: what is kept there serves other steps of the store, and may be deleted."""
+    answers: str = ""
+    """Stands for all that decides what the subject answers, the suite's own options apart: a name in the cache for
+    answers of which suites with other options make something else. Empty: not known."""
 
 
 class Suite(Protocol):

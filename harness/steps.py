@@ -419,6 +419,13 @@ class _Expander:
         modules = frozenset(self._module(part) for part in parts)
         if kind == "measure":
             decides["code"] = self.fingerprints.code([*modules, *MEASURING])
+        traits = self.registry.find(choice.kind, choice.name).traits
+        if "generate" in traits:
+            # Whoever judges answers, or how they are scored, decides nothing of them.
+            judges = list(_nested([choice]))
+            rooms = frozenset(self._module(part) for part in parts if part not in judges)
+            code = decides["code"] if rooms == modules else self.fingerprints.code([*rooms, *MEASURING])
+            extra = {**(extra or {}), "answers": digest({**decides, "component": "", "code": code})}
         key = digest(decides)
         if all(known.label != cell.label for known in self.out.cells):
             self.out.cells.append(replace(cell, key=key))
@@ -436,7 +443,6 @@ class _Expander:
             "models": models,
             **(extra or {}),
         }
-        traits = self.registry.find(choice.kind, choice.name).traits
         # Not part of the key: a stage gives the same result, up to rounding, however many train it.
         ranks = self.plan.limits.train_gpus if kind == "train" and "ranks" in traits else 1
         self.out.steps[key] = Step(

@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 from ..documents import Message
 from ..events import counted
 from ..interfaces import Bench, Choice, Limits, MambabenchError, Prompt, Stepper, Unsupported, silent
+from ..keys import digest
+from ..locks import Lock
 from ..plugins import build
 from .chat_configs import AnsweringConfig
 
 EVENTS = "events.jsonl"
 SUFFIXES = (".jsonl", ".json", ".jsonl.xz", ".json.xz")
+FOLDER = "answers"
 NO_ROOM = "no room"
 """How an answer ended whose question fills the model's context."""
 
@@ -35,6 +38,11 @@ class Question:
     messages: tuple[Message, ...]
     temperature: float = 0.0
 
+    @property
+    def key(self) -> str:
+        """Stands for what is asked; the id too, since it decides what is drawn."""
+        return digest([self.id, self.messages, self.temperature])
+
 
 class Written(NamedTuple):
     """A chat as a model reads it, and what ends the answer."""
@@ -45,32 +53,42 @@ class Written(NamedTuple):
 
 
 class Answerer:
-    """Answers questions with the subject's decoder; loads the model when the first one is to be answered. Answers stand
-    in the step's scratch folder, so that a killed step has none written twice."""
+    """Answers questions with the subject's decoder; loads the model when the first one is to be answered. Answers are
+    kept in the store's cache, so that neither a killed step nor one with another judge has them written again."""
 
     def __init__(self, bench: Bench, config: AnsweringConfig, task: str) -> None:
         self.bench, self.config, self.task = bench, config, task
         self._model: Stepper | None = None
-        self._file = bench.scratch / "answers.jsonl"
+        folder = bench.cache / FOLDER if bench.cache and bench.answers else bench.scratch
+        self._file = folder / f"{digest([bench.answers, task, config.template, config.new_tokens])}.jsonl"
         self._kept: dict[str, dict[str, Any]] = {}
-        if self._file.exists():
-            self._kept = {answer["id"]: answer for answer in _whole_lines(self._file)}
         self.ends: Counter[str] = Counter()
 
     def answer(self, questions: Sequence[Question]) -> dict[str, str]:
         """The answers' texts by the questions' ids."""
-        missing = [question for question in questions if question.id not in self._kept]
+        # Another step that wants them waits here, and then finds them.
+        lock = Lock.take(self._file.with_suffix(".lock"), wait=True)
+        assert lock is not None
+        try:
+            self._answer(questions)
+        finally:
+            lock.release()
+        for question in questions:
+            answer = self._kept[question.key]
+            self.bench.emit("answer", task=self.task, id=question.id, **answer)
+            self.ends[answer["finish"]] += 1
+        return {question.id: self._kept[question.key]["text"] for question in questions}
+
+    def _answer(self, questions: Sequence[Question]) -> None:
+        if self._file.exists():
+            self._kept = {answer.pop("key"): answer for answer in _whole_lines(self._file)}
+        missing = [question for question in questions if question.key not in self._kept]
         done = len(questions) - len(missing)
         for batch, limits in self._batches(missing):
             self.bench.emit("progress", done=done, total=len(questions), unit="answers")
             self._write(batch, limits)
             done += len(batch)
         self.bench.emit("progress", done=done, total=len(questions), unit="answers")
-        for question in questions:
-            answer = self._kept[question.id]
-            self.bench.emit("answer", task=self.task, **answer)
-            self.ends[answer["finish"]] += 1
-        return {question.id: self._kept[question.id]["text"] for question in questions}
 
     def emit_facts(self) -> None:
         """Tells how many answers there are and how many the limit of tokens, or of the model's context, cut short."""
@@ -111,12 +129,11 @@ class Answerer:
             answers = [(answer.text.strip(), answer.finish, len(answer.ids)) for answer in given]
         else:
             answers = [("", NO_ROOM, 0)] * len(batch)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as file:
             for (question, _), (text, finish, tokens) in zip(batch, answers, strict=True):
-                answer = {"id": question.id, "text": text, "finish": finish, "tokens": tokens}
-                self._kept[question.id] = answer
-                file.write(json.dumps(answer) + "\n")
+                answer = {"text": text, "finish": finish, "tokens": tokens}
+                self._kept[question.key] = answer
+                file.write(json.dumps({"key": question.key, **answer}) + "\n")
 
 
 def write(messages: Sequence[Message], tokenizer: Any, template: str = "") -> Written:

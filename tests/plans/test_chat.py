@@ -1,6 +1,7 @@
 """A plan of chat benchmarks on recordings, from the plan to the printed table: no model is run and no judge asked."""
 
 import csv
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -70,3 +71,22 @@ def test_a_win_rate_is_no_accuracy_and_a_model_without_answers_scores_nothing(ro
     accuracies = [float(row[f"{name} %"]) for name in ("gsm8k: gsm8k exact_match", "crux exact_match")]
     accuracies.append(float(row["written: gsm8k exact_match %"]))
     assert float(row["average %"]) == pytest.approx(sum(accuracies) / 3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_steps_that_differ_in_the_judge_share_answers(mambabench, shared, tmp_path):
+    suite = (
+        '{{ use = "mt-bench", data = "{data}", judge = {{ use = "openai", model = "{model}", key_env = "NO_KEY" }} }}'
+    )
+    data = shared / "data" / "chat" / "mt_bench"
+    suites = [f"{name} = {suite.format(data=data, model=name)}" for name in ("one", "two")]
+    plan = tmp_path / "judges.toml"
+    plan.write_text(
+        f'schema = 1\nname = "judges"\nteacher.path = "{shared}/models/stories-260k"\n'
+        'decoders.plain.use = "standard"\n[suites]\n' + "\n".join(suites) + "\n"
+    )
+    done = mambabench("run", plan, "--store", tmp_path / "store", NO_KEY="")
+    assert "needs its key in the environment variable NO_KEY" in done.stdout + done.stderr
+    steps = [json.loads(file.read_text()) for file in (tmp_path / "store" / "partial").glob("*/step.json")]
+    assert len(steps) == 2
+    assert len({step["answers"] for step in steps}) == 1

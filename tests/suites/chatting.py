@@ -48,8 +48,8 @@ class Chats:
         self.backend = ChatBackend(make)
         self.records: list[dict[str, Any]] = []
 
-    def bench(self, **data: Path) -> Bench:
-        """`data` by what stands in the suite's config."""
+    def bench(self, kept_as: str = "", **data: Path) -> Bench:
+        """`data` by what stands in the suite's config; `kept_as` names what is kept for other steps."""
 
         def emit(kind: str, /, **fields: Any) -> None:
             self.records.append({"kind": kind, **fields})
@@ -62,6 +62,8 @@ class Chats:
             seed=0,
             scratch=self.folder / "scratch",
             emit=emit,
+            cache=self.folder / "cache",
+            answers=kept_as,
         )
 
     def of(self, kind: str) -> list[dict[str, Any]]:

@@ -113,15 +113,15 @@ def test_the_second_turn_is_answered_and_judged_with_the_first(chats, folder, ju
 def test_another_judge_has_nothing_answered_again(chats, folder, judge):
     suite = MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6))
     judge({})
-    suite.run(chats.bench(data=folder, answers="of this model"))
+    suite.run(chats.bench(data=folder, kept_as="of this model"))
     answers, scores = chats.of("answer"), chats.of("sample")
     chats.records.clear()
     judge({"1/turn 1": "[[9]]"})
-    suite.run(chats.bench(data=folder, answers="of this model"))
+    suite.run(chats.bench(data=folder, kept_as="of this model"))
     assert chats.of("answer") == answers
     assert chats.of("sample") != scores
     assert chats.backend.loaded == 1
-    suite.run(chats.bench(data=folder, answers="of another model"))
+    suite.run(chats.bench(data=folder, kept_as="of another model"))
     assert chats.backend.loaded == 2
 
 
