@@ -41,7 +41,9 @@ class StepperLM(TemplateLM):
 
     def __init__(self, model: Stepper, decoder: Decoder | None, batch: int, seed: int, emit: Emit) -> None:
         super().__init__()
-        self.model: Any = SharedPrefix(model)
+        # A model with a loop of its own scores texts and is not stepped.
+        self._steps = "rollback" in model.traits
+        self.model: Any = SharedPrefix(model) if self._steps else model
         self.tokenizer = model.tokenizer
         self.batch = batch
         self.seed = seed
@@ -119,9 +121,10 @@ class StepperLM(TemplateLM):
         whole, ends, shared = [], [], []
         for context, members in groups.items():
             lengths = [len(texts[i]) - begins[i] for i in members]
-            if len(members) > 1 and max(lengths) == 1:
+            several = self._steps and len(members) > 1
+            if several and max(lengths) == 1:
                 ends.append(context)
-            elif len(members) > 1 and self._shares(len(context), lengths):
+            elif several and self._shares(len(context), lengths):
                 shared.append(context)
             else:
                 whole += members

@@ -88,6 +88,18 @@ def test_likelihoods_behind_shared_contexts_are_those_of_whole_texts(batch, size
         assert greedy == exact
 
 
+def test_a_model_that_is_not_stepped_scores_whole_texts(monkeypatch):
+    model, wanted = MockStepper(seed=2), MockStepper(seed=2)
+    monkeypatch.setattr(model, "traits", frozenset({"generate"}))
+    monkeypatch.setattr(model, "open", None)
+    requests = [(("", ""), BEGIN * 2, [token]) for token in (1, 2, 3)]
+    requests += [(("", ""), BEGIN * 3, [token, 1]) for token in (1, 2, 3)]
+    found = StepperLM(model, None, 4, 0, silent)._loglikelihood_tokens(requests)
+    other = StepperLM(wanted, None, 4, 0, silent)._loglikelihood_tokens(requests)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in other], rel=1e-12)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in other]
+
+
 def test_a_beginning_that_is_too_short_is_not_worth_a_call():
     model = MockStepper(seed=1)
     shared = SharedPrefix(model)
