@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 FAULTS = ("429", "500", "silence", "dropped", "cut", "page")
+SILENCE_S = 5.0
+"""Longer than anybody waits here."""
 Answer = Callable[[str, int], str]
 """The text for a prompt, and how often the same was answered before."""
 
@@ -28,6 +31,15 @@ def grade(prompt: str) -> int:
 
 def graded(prompt: str, before: int) -> str:
     return f"Not bad. Rating: [[{grade(prompt)}]]"
+
+
+class Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no error of the server's."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class JudgeServer:
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
-        self.released = threading.Event()
+        self.released, self.closed = threading.Event(), threading.Event()
         self._tries: Counter[str] = Counter()
         self._begun = 0
         self._answers: Counter[str] = Counter()
@@ -71,14 +83,14 @@ class JudgeServer:
             def log_message(self, format: str, *args: object) -> None:
                 """Nothing is printed: `seen` has it all."""
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = Http(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
 
     def close(self) -> None:
         self.release()
+        self.closed.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -152,7 +164,7 @@ class JudgeServer:
 
     def misbehave(self, handler: BaseHTTPRequestHandler, fault: str) -> None:
         if fault == "silence":
-            self.released.wait(3)
+            self.closed.wait(SILENCE_S)
             self.drop(handler)
         elif fault == "dropped":
             self.drop(handler)

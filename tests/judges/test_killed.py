@@ -29,7 +29,7 @@ def read(reply):
 
 url, folder, count = sys.argv[1:]
 judge = OpenAIJudge(
-    OpenAIConfig(model="rule", base_url=url, key_env="", backoff=0.01, timeout=0.4, concurrency=4, retries=8)
+    OpenAIConfig(model="rule", base_url=url, key_env="", backoff=0.01, timeout=1.5, concurrency=4, retries=8)
 )
 requests = [
     Request(id=f"item {i}", messages=(Message("user", f"Grade answer {i}."),), read=read) for i in range(int(count))
