@@ -192,7 +192,7 @@ def recovery(tasks: Sequence[PairedTask], level: float | None = None) -> Estimat
 
     With A = mean_k (r_k - chance_k): d(A / A') = (dA - (A / A') dA') / A'. Tasks are independent, items within one are
     paired. With `level` the interval is Fieller's, which stays honest where the teacher is near chance; where the
-    teacher cannot be told from chance it is infinite.
+    teacher is not clearly above chance it is infinite.
     """
     count = len(tasks)
     model, teacher, parts = 0.0, 0.0, []
@@ -202,7 +202,8 @@ def recovery(tasks: Sequence[PairedTask], level: float | None = None) -> Estimat
         model, teacher = model + (own - task.chance) / count, teacher + (reference - task.chance) / count
         parts.append((influence / count, of_teacher / count, task.clusters))
     if teacher == 0:
-        return Estimate(value=math.nan)
+        unbounded = (math.nan, math.nan) if level is None else (-math.inf, math.inf)
+        return Estimate(value=math.nan, low=unbounded[0], high=unbounded[1])
     quotient = model / teacher
     errors = [clustered_se((own - quotient * reference) / teacher, clusters) for own, reference, clusters in parts]
     estimate = Estimate(
@@ -218,6 +219,8 @@ def recovery(tasks: Sequence[PairedTask], level: float | None = None) -> Estimat
         for pick in (lambda own, _: own, lambda _, reference: reference, lambda own, reference: own - reference)
     )
     shared = (own_variance + of_reference - of_difference) / 2
+    if teacher < 0:
+        return replace(estimate, low=-math.inf, high=math.inf)
     low, high = fieller((model, own_variance), (teacher, of_reference), shared, t_quantile(level, estimate.df))
     return replace(estimate, low=low, high=high)
 

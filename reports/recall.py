@@ -18,6 +18,8 @@ from .rows import drop_empty, failures, keep_of, measuring, of_suites, suites_wi
 SUITE = "recall"
 FORMS = {"choice": "chosen", "generate": "written"}
 """Metric -> how tables call it."""
+KINDS = ("phone-book", "needle", "multi-key", "copying")
+"""In this order."""
 DRAWS = 200
 """Of clusters, behind the interval of a reach."""
 
@@ -119,14 +121,13 @@ def reach(distance: st.Array, value: st.Array, chance: float) -> float:
 
 
 def _grouped(results: Results, by: Sequence[str]) -> Iterator[tuple[tuple[Any, ...], list[Part]]]:
-    """Samples by columns, as they were first recorded but lengths and depths ascending; within them the models in plan
-    order."""
+    """Samples by columns, kinds in their order, lengths and depths ascending; within them the models in plan order."""
     samples = samples_of(results)
     if samples.empty:
         return
     models = results.models.set_index("model")
     teachers = {models["store"][name]: name for name in results.teachers}
-    order = {kind: place for place, kind in enumerate(dict.fromkeys(samples["task"]))}
+    order = {kind: place for place, kind in enumerate(dict.fromkeys([*KINDS, *samples["task"]]))}
     groups = {tuple(key): group for key, group in samples.groupby(list(by), sort=True)}
     for key in sorted(groups, key=lambda key: (key[0], order[key[1]], *key[2:])):
         of = dict(iter(groups[key].groupby("model", sort=False)))
@@ -168,13 +169,13 @@ def _row(results: Results, part: Part, reach: bool = False) -> dict[str, Any]:
 
 
 def _recovery(part: Part, own: pd.DataFrame, taught: pd.DataFrame, chance: float) -> st.Estimate | str:
-    if part.is_teacher:
-        return st.Estimate(value=100.0)
     try:
         found = above_chance(own, taught, chance)
     except OtherItems:
         return "not the teacher's items"
-    return found.scaled(100) if np.isfinite(found.low) else "teacher at chance"
+    if not np.isfinite(found.low):
+        return "teacher at chance"
+    return st.Estimate(value=100.0) if part.is_teacher else found.scaled(100)
 
 
 def _reach(own: pd.DataFrame, chance: float) -> st.Estimate:

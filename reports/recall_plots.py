@@ -25,7 +25,8 @@ def by_distance(results: Results) -> Plot | None:
     samples = recall.samples_of(results)
     if samples.empty:
         return None
-    kinds, lengths = list(dict.fromkeys(samples["task"])), sorted(set(samples["length"]))
+    asked = set(samples["task"])
+    kinds, lengths = [kind for kind in recall.KINDS if kind in asked], sorted(set(samples["length"]))
     models = [model for model in results.models["model"] if model in set(samples["model"])]
     marks = dict(zip(lengths, MARKS * len(lengths), strict=False))
     figure, axes = grid(len(recall.FORMS), len(kinds), (max(6.4, WIDE * len(kinds) + 1), 2.1 * len(recall.FORMS) + 1))

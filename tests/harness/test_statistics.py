@@ -159,6 +159,14 @@ def test_fieller_s_interval_is_infinite_where_the_teacher_is_at_chance():
     assert (found.low, found.high) == (-math.inf, math.inf)
 
 
+@pytest.mark.parametrize("right", [0.0, 0.25])
+def test_of_a_teacher_that_is_at_or_below_chance_nothing_is_recovered(right):
+    """Not even by a model that is as bad, however sure both figures are."""
+    value = np.full(20, right)
+    found = st.recovery([st.PairedTask(value, np.ones(20), value, np.ones(20), np.arange(20), 0.25)], 0.95)
+    assert (found.low, found.high) == (-math.inf, math.inf)
+
+
 def test_what_a_teacher_shares_with_its_student_narrows_fieller_s_interval():
     rng = np.random.default_rng(9)
     task = answered(rng, clusters=200)
