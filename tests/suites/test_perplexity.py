@@ -1,17 +1,21 @@
+import json
 import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mambabench.backends.hybrid import TeacherBackend
+from mambabench.backends.plugin import TeacherConfig
 from mambabench.harness.documents import Document
-from mambabench.harness.interfaces import MambabenchError, Unsupported
+from mambabench.harness.interfaces import Artifact, Bench, MambabenchError, Subject, Unsupported
 from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites.configs import PerplexityConfig
 from mambabench.harness.suites.perplexity import Perplexity, scored_bytes
 from mambabench.harness.suites.windows import disjoint, packed, sliding
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def nll(model: MockStepper, ids: list[int], context: int, longest: int = 10**6) -> float:
@@ -189,3 +193,38 @@ def test_limits_and_bad_sizes(measure):
         measure(Perplexity(PerplexityConfig(data="text", context=4098)), ["ab"])
     with pytest.raises(MambabenchError, match="no documents"):
         measure(Perplexity(PerplexityConfig(data="text")), [])
+
+
+@pytest.mark.parametrize(("windows", "stride"), [("disjoint", 0), ("sliding", 16), ("packed", 0)])
+def test_a_real_teacher_scores_as_transformers_does_directly(shared, tmp_path, windows, stride):
+    """Token by token, each given what its window shows before it, in transformers' own model."""
+    folder, longest = shared / "models" / "stories-260k", 48
+    texts = ["Once upon a time there was a little girl named Lily. " * 6, "Tim had a red ball.", "The dog ran. " * 9]
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    records = []
+    bench = Bench(
+        subject=Subject(Artifact("teacher", folder, TeacherBackend(TeacherConfig())), "", None, "cpu", "float32"),
+        reference=None,
+        data={"text": data},
+        seed=0,
+        scratch=tmp_path,
+        emit=lambda kind, /, **fields: records.append({"kind": kind, **fields}),
+    )
+    Perplexity(PerplexityConfig(data="text", context=longest, windows=windows, stride=stride)).run(bench)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    encoded = [[1, *tokenizer.encode(text, add_special_tokens=False)] for text in texts]
+    step = stride or longest - 1
+    whole, at = [token for ids in encoded for token in ids], 0
+    for text, ids, (value, weight), (same, size) in zip(
+        texts, encoded, samples(records, "nll_per_token"), samples(records, "nll_per_byte"), strict=True
+    ):
+        total, stream, first = 0.0, (whole if windows == "packed" else ids), (at if windows == "packed" else 0)
+        for place in range(first + 1, first + len(ids)):
+            begin = max(0, -(-(place + 1 - longest) // step)) * step
+            with torch.inference_mode():
+                logits = model(torch.tensor([stream[begin:place]])).logits[0, -1].double()
+            total -= float(logits.log_softmax(-1)[stream[place]])
+        assert value == pytest.approx(total, rel=1e-5)
+        assert (weight, size, same) == (len(ids) - 1, len(text.encode()), value)
+        at += len(ids)
