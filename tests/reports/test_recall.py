@@ -147,3 +147,23 @@ def test_plots_show_kinds_forms_lengths_and_models(results, table):
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", plots["agreement"].svg)
     assert {"same likeliest token, %", "half", "none"} <= set(texts)
     assert "teacher" not in texts
+
+
+def test_what_seeds_add_widens_the_intervals(stores, tmp_path):
+    widths = []
+    for seeds, spread in (((0,), 0.0), ((0, 1), 0.0), ((0, 1), 0.2)):
+        builder = stores.Builder(tmp_path / f"store-{len(widths)}", seeds=seeds)
+        builder.model("teacher", teacher=True)
+        builder.step("teacher/-/asked@seed0", records={"sample": list(questions(np.random.default_rng(0), 1.0))},
+                     use="recall")  # fmt: skip
+        builder.model("half", 0.5)
+        for seed in seeds:
+            rows = list(questions(np.random.default_rng(0), 0.8 - spread * seed))
+            builder.step(f"half/-/asked@seed{seed}", records={"sample": rows}, use="recall")
+        frame = Recall(NoOptions()).frame(Results.read([builder.write()]))
+        cell = frame.loc[(frame["model"] == "half") & (frame["task"] == "needle"), "written recovery %"].iloc[0]
+        assert cell.low < cell.value < cell.high
+        widths.append(cell.high - cell.low)
+    one, same, other = widths
+    assert same == pytest.approx(one, rel=0.1)
+    assert other > 3 * one
