@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval import simple_evaluate
@@ -95,16 +95,23 @@ def write_tasks(data: Path, folder: Path, names: Sequence[str], limit: int = 0) 
         (folder / f"{name}.yaml").write_text(json.dumps({**form, **FORMS.get(name, CHOICE)}), encoding="utf-8")
 
 
-def measure(lm: Any, folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
-    """lm-eval's results of each task, and the seconds that the model class took."""
-    spent = 0.0
+class Spent(NamedTuple):
+    """Seconds within a model class, on the clock and of the processor: on a shared machine these tell more."""
+
+    wall: float
+    processor: float
+
+
+def measure(lm: Any, folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Spent]]:
+    """lm-eval's results of each task, and what the model class took."""
+    spent = Spent(0.0, 0.0)
 
     def timed(call: Any) -> Any:
         def run(requests: Any, **options: Any) -> Any:
             nonlocal spent
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             found = call(requests, **options)
-            spent += time.perf_counter() - began
+            spent = Spent(time.perf_counter() - began[0], time.process_time() - began[1])
             return found
 
         return run
@@ -113,7 +120,6 @@ def measure(lm: Any, folder: Path, names: Sequence[str]) -> tuple[dict[str, Any]
         setattr(lm, method, timed(getattr(type(lm), method).__get__(lm)))
     results, seconds = {}, {}
     for name in names:
-        spent = 0.0
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         results[name] = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0)
         seconds[name] = spent
@@ -176,14 +182,22 @@ def main() -> None:
             if given.device.startswith("cuda"):
                 torch.cuda.empty_cache()
         for name in given.tasks:
-            batch = min(peers, key=lambda of: peers[of][1][name])
+            batch = min(peers, key=lambda of: peers[of][1][name].wall)
             result = compare(own[name], peers[batch][0][name], name)
-            found[name] = {**result, "own s": own_s[name], "HFLM s": peers[batch][1][name], "HFLM batch": batch}
+            found[name] = {
+                **result,
+                "own": own_s[name]._asdict(),
+                "HFLM": peers[batch][1][name]._asdict(),
+                "HFLM batch": batch,
+            }
             figures = "  ".join(
                 f"{metric} {left:.4f} {right:.4f}" for metric, (left, right) in result["metrics"].items()
             )
             apart = f"{result.get('largest difference', result.get('other texts')):.2g}"
-            times = f"{own_s[name]:7.1f} s {peers[batch][1][name]:7.1f} s (batch {batch})"
+            times = "  ".join(
+                f"{of.wall:.1f} s (processor {of.processor:.1f})" for of in (own_s[name], peers[batch][1][name])
+            )
+            times += f" at batch {batch}"
             print(f"{name:17} {result['items']:5} items  apart {apart:8} {times}  own, HFLM: {figures}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
