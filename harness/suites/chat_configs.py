@@ -37,6 +37,9 @@ class ReasoningConfig(AnsweringConfig):
     data: FileRef | None = None
     """The questions, JSON lines as published: `question` and `answer` (GSM8K), `code`, `input`, `output` (CRUXEval).
     Recorded answers in ZeroEval's form have their questions with them."""
+    prompt: FileRef | None = None
+    """A text file with the words of the prompt, in which {question} (CRUXEval: {code} and {input}) stand for a
+    problem's. Figures beside those of ZeroEval's leaderboard need its words; without a file the suite has its own."""
 
     def __post_init__(self) -> None:
         AnsweringConfig.__post_init__(self)

@@ -1,4 +1,4 @@
-"""GSM8K and CRUXEval output prediction as tasks of lm-eval that ask and score as ZeroEval does.
+"""GSM8K and CRUXEval output prediction as tasks of lm-eval that score as ZeroEval does.
 
 lm-eval's own ask otherwise, and its CRUXEval executes what the model wrote. The suite `reasoning` is the same without
 lm-eval, and scores recorded answers too.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .reasoning import Problem, problem_of, score
+from .reasoning import WORDINGS, Problem, problem_of, score
 
 METRICS = {
     "gsm8k": ("exact_match", "no_answer", "malformed"),
@@ -48,9 +48,9 @@ CONFIGS: Mapping[str, Callable[[], dict[str, Any]]] = {
 
 
 def _read(task: str, of: Callable[[Problem], str]) -> Callable[[Mapping[str, Any]], str]:
-    return lambda doc: of(problem_of(doc, task, 0))
+    return lambda doc: of(problem_of(doc, task, 0, WORDINGS[task]))
 
 
 def _score(task: str, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    found = score(task, results[0], problem_of(doc, task, 0).gold)
+    found = score(task, results[0], problem_of(doc, task, 0, WORDINGS[task]).gold)
     return {metric: float(found[metric]) for metric in METRICS[task]}

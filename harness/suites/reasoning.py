@@ -1,4 +1,4 @@
-"""GSM8K and CRUXEval output prediction as ZeroEval puts them: a chat that asks for reasoning and an answer in JSON.
+"""GSM8K and CRUXEval output prediction as ZeroEval has them: a chat that asks for reasoning and an answer in JSON.
 
 Every question counts: one without an answer is wrong, and how many there are stands beside the accuracy. Answers are
 read as text (`extraction`); nothing that a model wrote is evaluated.
@@ -6,6 +6,7 @@ read as text (`extraction`); nothing that a model wrote is evaluated.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,34 +18,22 @@ from .answering import Answerer, Question, answers_of, item_of, read_records, re
 from .chat_configs import ReasoningConfig
 from .extraction import find_answer, same_number, same_text, same_text_revised
 
-PROMPT = """
-## Question: 
-
-{question}
-
-
-## Instruction 
-
-Please answer this question by first reasoning and then providing your answer.
-Present your reasoning and solution in the following json format. 
-Please show your final answer in the `answer` field, e.g.,`"answer": "42"`.
-
-```json
-{
-    "reasoning": "___",
-    "answer": "___"
-}
-```
-"""  # noqa: W291
-"""ZeroEval's (Apache-2.0) to the letter, spaces at the ends of lines included: a prompt is part of a benchmark."""
-CRUX = (
-    "You are given a Python function and an assertion containing an input to the function. Complete the assertion with "
-    "a literal (no unsimplified expressions, no function calls) containing the output when executing the provided code "
-    "on the given input, even if the function is incorrect or incomplete. \n\n"
-    "[PYTHON]\n"
+REPLY = (
+    "Work it out step by step. Then write one JSON object and nothing behind it, with two texts: `reasoning`, how you "
+    "got there, and `answer`, the result alone. The result of two plus two would be\n\n"
+    '{"reasoning": "Two and two make four.", "answer": "4"}\n'
 )
+WORDINGS = {
+    "gsm8k": "{question}\n\n" + REPLY,
+    "crux": "A Python function, be it right or wrong, and an assertion about a call of it:\n\n"
+    "```python\n{code}\nassert f({input}) == ??\n```\n\n"
+    "Which literal makes the assertion true in place of the question marks?\n\n" + REPLY,
+}
+"""How a problem is put where no file says so: in words of our own."""
 IDS = {"gsm8k": "gsm8k-main-test-#{}", "crux": "crux-test-#{}"}
 FIELDS = {"gsm8k": ("question", "answer"), "crux": ("code", "input", "output")}
+PLACES = {"gsm8k": ("question",), "crux": ("code", "input")}
+"""Parts of a problem that its wording has a place for."""
 RULES: Mapping[str, Mapping[str, Callable[[Any, str], bool]]] = {
     "gsm8k": {"exact_match": same_number},
     "crux": {"exact_match": same_text, "exact_match_revised": same_text_revised},
@@ -57,10 +46,8 @@ class Problem:
     """As ZeroEval calls it."""
     question: str
     gold: str
-
-    @property
-    def prompt(self) -> str:
-        return PROMPT.replace("{question}", self.question)
+    prompt: str = ""
+    """What is asked; nothing of a problem whose answer is recorded."""
 
 
 class Reasoning:
@@ -69,7 +56,8 @@ class Reasoning:
 
     def run(self, bench: Bench) -> None:
         config = self.config
-        problems = read_problems(bench.data[config.data], config.task) if config.data else None
+        wording = read_wording(bench.data[config.prompt], config.task) if config.prompt else ""
+        problems = read_problems(bench.data[config.data], config.task, wording) if config.data else None
         if config.answers:
             file = recorded(bench.data[config.answers], recorded_name(bench, config))
             problems, answers, left = read_answers(file, problems)
@@ -96,24 +84,36 @@ def score(task: str, text: str, gold: str) -> dict[str, bool]:
     return {**right, "no_answer": found is None, "malformed": found is None or not found.well_formed}
 
 
-def read_problems(file: Path, task: str) -> list[Problem]:
-    """Problems as GSM8K and CRUXEval publish them. Raises `MambabenchError` for a file of something else."""
+def read_wording(file: Path, task: str) -> str:
+    """How a problem is put. Raises `MambabenchError` where a part of it has no place in the file."""
+    wording = file.read_text(encoding="utf-8")
+    for name in PLACES[task]:
+        if f"{{{name}}}" not in wording:
+            raise MambabenchError(f"{file}: has no {{{name}}}, where that of a problem of {task} would stand")
+    return wording
+
+
+def read_problems(file: Path, task: str, wording: str = "") -> list[Problem]:
+    """Problems as GSM8K and CRUXEval publish them, put in our words if in no others. Raises `MambabenchError` for a file
+    of something else."""
     problems = []
     for number, record in enumerate(read_records(file)):
         if not all(isinstance(record.get(name), str) for name in FIELDS[task]):
             raise MambabenchError(f"{file}: item {number} lacks the texts {', '.join(FIELDS[task])} of {task}")
-        problems.append(problem_of(record, task, number))
+        problems.append(problem_of(record, task, number, wording or WORDINGS[task]))
     return problems
 
 
-def problem_of(record: Mapping[str, Any], task: str, number: int) -> Problem:
-    """A record of GSM8K or CRUXEval, as published, as ZeroEval puts it."""
+def problem_of(record: Mapping[str, Any], task: str, number: int, wording: str) -> Problem:
+    """A record of GSM8K or CRUXEval, as published, put in a wording."""
     if task == "gsm8k":
         question, gold = record["question"], record["answer"].rpartition("####")[2].strip()
     else:
-        question = f"{CRUX}{record['code']}\nassert f({record['input']}) == ??\n[/PYTHON]"
-        gold = record["output"]
-    return Problem(IDS[task].format(number), question, gold)
+        question, gold = f"{record['code']}\nassert f({record['input']}) == ??", record["output"]
+    # In one pass, since a problem may have braces of its own.
+    places = "|".join(PLACES[task])
+    prompt = re.sub(rf"\{{({places})\}}", lambda place: str(record[place[1]]), wording)
+    return Problem(IDS[task].format(number), question, gold, prompt)
 
 
 def read_answers(file: Path, problems: Sequence[Problem] | None) -> tuple[list[Problem], dict[str, str], int]:

@@ -297,7 +297,7 @@ def test_targets_may_be_places_or_choices_or_several():
         ),
     ],
 )
-def test_generation_of_the_paper_is_asked_and_scored_as_by_zeroeval(tmp_path, task, path, record, answers):
+def test_generation_of_the_paper_is_scored_as_by_zeroeval(tmp_path, task, path, record, answers):
     place = tmp_path / "hub" / path
     place.mkdir(parents=True)
     (place / "test.jsonl").write_text(json.dumps(record) + "\n")

@@ -8,7 +8,7 @@ from mambabench.harness.interfaces import MambabenchError
 from mambabench.harness.suites.answering import read_records
 from mambabench.harness.suites.chat_configs import ReasoningConfig
 from mambabench.harness.suites.extraction import find_answer, first_object, same_number
-from mambabench.harness.suites.reasoning import Reasoning, read_problems, score
+from mambabench.harness.suites.reasoning import PLACES, Reasoning, read_problems, read_wording, score
 
 RUNS = [
     ("gsm8k", "gsm_MambaInLlama_0_50_v1", 67.70, 1.36),
@@ -42,12 +42,25 @@ def test_recorded_runs_score_as_they_did(shared, chats, task, run, accuracy, no_
 
 
 @pytest.mark.parametrize(("task", "run"), [RUNS[0][:2], RUNS[2][:2]])
-def test_questions_are_put_as_in_the_recorded_runs(shared, task, run):
+def test_questions_are_put_as_in_the_recorded_runs(shared, tmp_path, task, run):
     records = read_records(shared / "data" / "zeroeval" / f"{run}.json.xz")
-    problems = read_problems(shared / "data" / "eval" / QUESTIONS[task], task)
+    template = records[0]["model_input"]
+    first = read_records(shared / "data" / "eval" / QUESTIONS[task])[0]
+    for name in PLACES[task]:
+        template = template.replace(first[name], f"{{{name}}}")
+    file = tmp_path / "prompt.txt"
+    file.write_text(template, encoding="utf-8")
+    problems = read_problems(shared / "data" / "eval" / QUESTIONS[task], task, read_wording(file, task))
     assert [problem.id for problem in problems] == [record["id"] for record in records]
     assert [problem.gold for problem in problems] == [record["answer"].removeprefix("# ") for record in records]
-    assert all(problem.prompt in record["model_input"] for problem, record in zip(problems, records, strict=True))
+    assert all(problem.prompt == record["model_input"] for problem, record in zip(problems, records, strict=True))
+
+
+def test_a_wording_without_a_place_for_the_problem_is_refused(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("What does {code} return?", encoding="utf-8")
+    with pytest.raises(MambabenchError, match=r"prompt.txt: has no \{input\}"):
+        read_wording(file, "crux")
 
 
 def test_nothing_that_a_model_wrote_is_run(tmp_path, monkeypatch):
