@@ -14,7 +14,7 @@ from ..harness import statistics as st
 from ..harness.metrics import REQUEST, geometric_mean, request_frame
 from ..harness.results import Results
 from .options import NoOptions
-from .rows import WHO, called, in_plan_order, table_of
+from .rows import WHO, called, in_plan_order, keep_of, table_of
 from .speed import LEVEL
 
 PLACE = ("batch", "prompt_tokens")
@@ -29,6 +29,8 @@ class Cell:
 
     who: tuple[str, str, str]
     """Model, decoder, suite."""
+    draft: str
+    """The component that drafts, with its options."""
     request: Mapping[str, Any]
     k: int
     rate: float
@@ -146,7 +148,9 @@ def _cell(
     speed_up = st.paired_quotient(blocks["reference"], blocks["subject"], LEVEL)
     costs = [_cost(results, of, request, arm, drafts) for arm, drafts in (("reference", 0), ("subject", k))]
     predicted = tokens * costs[0] / costs[1] if costs[0] and costs[1] else None
-    return Cell(who, request, k, rate, speed_up, predicted)
+    decoder = results.step(str(of["store"].iloc[0]), str(of["key"].iloc[0])).get("decoder") or {}
+    draft = keep_of(decoder.get("config", {}).get("draft"))
+    return Cell(who, draft, request, k, rate, speed_up, predicted)
 
 
 def _round(gaps: list[float]) -> float:

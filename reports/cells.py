@@ -46,6 +46,8 @@ def text(cell: Any, column: str = "") -> str:
     ('51.2 ± 1.3', '2.00 [1.90, 2.11]')
     >>> text(12345), text(0.000123456), text(None), text(True), text(49.2593, "share %"), text(3.0, "wall s")
     ('12,345', '0.0001235', '–', 'yes', '49.3', '3.00')
+    >>> text(0.7, "temperature")
+    '0.7'
     """
     if absent(cell):
         return EMPTY
@@ -78,6 +80,8 @@ def significant(value: float, digits: int = 4) -> str:
 def _in_unit(value: float, unit: str) -> str:
     if unit == "%" and abs(value) >= 0.1:
         return f"{value:.1f}"
+    if unit == "temperature":
+        return f"{value:g}"
     if unit == "s" and abs(value) >= 0.005:
         return f"{value:,.2f}"
     return significant(value, 3 if unit == "MB" else 4)

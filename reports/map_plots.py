@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..harness.results import Results
-from .acceptance_map import Cell, cells_of, tokens_of
+from .acceptance_map import NAMES, OTHERS, Cell, cells_of, tokens_of
 from .build import Plot
 from .plots import COLOURS, INK, MARKS, canvases, svg_of
 from .speed import LEVEL
@@ -22,14 +22,23 @@ FINE = 50
 
 
 def maps(results: Results) -> tuple[Plot, ...]:
-    """A picture for each model, where rounds were scripted."""
-    models: dict[str, list[Cell]] = {}
+    """A picture for each model, where rounds were scripted; one for each draft, temperature and so on, of several."""
+    models: dict[str, dict[tuple[str, ...], list[Cell]]] = {}
     for cell in cells_of(results):
-        models.setdefault(cell.who[0], []).append(cell)
-    return tuple(_map(model, cells) for model, cells in models.items())
+        others = (f"{NAMES.get(name, name)} {cell.request.get(name)}" for name in OTHERS)
+        models.setdefault(cell.who[0], {}).setdefault((cell.draft, *others), []).append(cell)
+    plots = []
+    for model, pictures in models.items():
+        for number, (of, cells) in enumerate(pictures.items(), 1):
+            differing = [
+                part for part, column in zip(of, zip(*pictures, strict=True), strict=True) if len(set(column)) > 1
+            ]
+            name = f"{model}-{number}" if differing else model
+            plots.append(_map(name, ", ".join([model, *differing]), cells))
+    return tuple(plots)
 
 
-def _map(model: str, cells: Sequence[Cell]) -> Plot:
+def _map(name: str, model: str, cells: Sequence[Cell]) -> Plot:
     batches = sorted({cell.place[0] for cell in cells})
     prompts = sorted({cell.place[1] for cell in cells})
     ks = sorted({cell.k for cell in cells})
@@ -63,7 +72,7 @@ def _map(model: str, cells: Sequence[Cell]) -> Plot:
         f"with {100 * LEVEL:.0f}\u00a0% intervals; lines are tokens of a round at a rate \u00d7 cost of a plain step / "
         "cost of a round."
     )
-    return Plot(f"acceptance-map-{model}", f"Speed-up at scripted acceptance: {model}", note, svg_of(figure))
+    return Plot(f"acceptance-map-{name}", f"Speed-up at scripted acceptance: {model}", note, svg_of(figure))
 
 
 def _stroke(at: int) -> str:

@@ -8,8 +8,7 @@ tile of a head.
 
 No program reads what another one writes. New tokens go to ring slots start .. start + T - 1, while those of `saved` ..
 start - 1 are read: apart modulo S, since S >= replay + T. They go to the same of the window, while start - W + 1 ..
-start - 1 are read: apart, since S' >= T + W - 1. A tile of the checkpoint
-is read and written by one program.
+start - 1 are read: apart, since S' >= T + W - 1. A tile of the checkpoint is read and written by one program.
 """
 
 from __future__ import annotations
@@ -28,108 +27,22 @@ from ..support import begun_early
 from .forms import fastest
 from .fused_step import gated, separate_step
 from .ring import between_tokens
-from .triton_pieces import after, exp, softplus, taken, times
+from .triton_fused_pieces import (
+    convolved_tokens,
+    decayed_by,
+    held_back,
+    inner_products,
+    joined_inputs,
+    own_inputs,
+    summed_tokens,
+    tap_weights,
+    window_inputs,
+)
+from .triton_pieces import after, exp, softplus, times
 
 if TYPE_CHECKING:
     from .fused_step import Front, Gate
     from .ring import Plan, Ring
-
-
-@triton.jit
-def _inner(c, b, PIECES: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Products [T, M] of rows of c [T, N] and b [M, N], of the ring or fp32."""
-    if b.dtype == tl.float32 or EXACT:  # noqa: SIM108 - Triton types both ways of an expression
-        out = taken(c, tl.trans(b).to(tl.float32), PIECES)
-    else:
-        out = tl.dot(c, tl.trans(b))
-    return out
-
-
-@triton.jit
-def _summed(mixing, x, T: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """mixing fp32 [T, M] times x [M, P], of the ring. Fewer than 16 of M = T are padded."""
-    if mixing.shape[1] < 16:
-        each: tl.constexpr = 16 // T
-        for _ in tl.static_range(each.bit_length() - 1):
-            mixing = tl.join(mixing, tl.zeros_like(mixing)).permute(0, 2, 1).reshape(T, 2 * mixing.shape[1])
-            x = tl.join(x, tl.zeros_like(x)).permute(2, 0, 1).reshape(2 * x.shape[0], x.shape[1])
-    return times(mixing, x, 0 if EXACT else 2)
-
-
-@triton.jit
-def _weights(taps_ptr, channel, there, CHANNELS: tl.constexpr, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the convolution: tap by tap, then the bias."""
-    found = ()
-    for tap in tl.static_range(TAPS + 1):
-        one = tl.load(taps_ptr + tap * CHANNELS + channel, mask=there, other=0.0)
-        found = found + (one,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
-    return found
-
-
-@triton.jit
-def _window(  # type: ignore[no-untyped-def]
-    place, there, t, start, ENTRIES: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr
-):  # fmt: skip
-    """What the convolution of tokens t reads of earlier tokens, tap by tap, from slots of `place`."""
-    found = ()
-    for tap in tl.static_range(TAPS - 1):
-        at = t + (tap + 1 - TAPS)
-        slot = (start + at + WINDOW_SLOTS) % WINDOW_SLOTS
-        u = tl.load(place + slot * ENTRIES, mask=there & (at < 0), other=0.0, cache_modifier=".cg")
-        found = found + (u,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
-    return found
-
-
-@triton.jit
-def _own(place, there, t, U_TOKEN: tl.constexpr, COUNT: tl.constexpr, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What it reads of new tokens, where `place` has each token's own. The first has none but that."""
-    found = ()
-    for tap in tl.static_range(max(TAPS - COUNT, 0), TAPS):
-        u = tl.load(place + (tap + 1 - TAPS) * U_TOKEN, mask=there & (t + (tap + 1 - TAPS) >= 0), other=0.0)
-        found = found + (u,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
-    return found
-
-
-@triton.jit
-def _joined(window, own, t, COUNT: tl.constexpr, TAPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Both: all that the convolution reads."""
-    found = ()
-    first: tl.constexpr = max(TAPS - COUNT, 0)
-    for tap in tl.static_range(TAPS):
-        if tap < first:
-            u = window[tap]
-        elif tap < TAPS - 1:
-            u = tl.where(t + (tap + 1 - TAPS) < 0, window[tap], own[tap - first])
-        else:
-            u = own[tap - first]
-        found = found + (u,)  # type: ignore[assignment]  # noqa: RUF005 - what Triton reads
-    return found
-
-
-@triton.jit
-def _convolved(inputs, weights, replayed, TAPS: tl.constexpr, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rounded as the ring rounds it."""
-    total = weights[TAPS].to(tl.float32)
-    for tap in tl.static_range(TAPS):
-        total = total + inputs[tap].to(tl.float32) * weights[tap].to(tl.float32)
-    if SILU:
-        total = total * tl.sigmoid(total)
-    return after(total.to(inputs[0].dtype), replayed)
-
-
-@triton.jit
-def _held(x, arrived):  # type: ignore[no-untyped-def]
-    """x, but nothing is made of it before the number `arrived` is there, which is never NaN where the result matters:
-    or it would be waited for ahead of what is loaded beside that number."""
-    return tl.where(arrived == arrived, x, float("nan"))
-
-
-@triton.jit
-def _decayed(dt, decay):  # type: ignore[no-untyped-def]
-    """Of replayed tokens counted back, with dt 0 where there is none: what weighs each at `start`, and what the
-    checkpoint."""
-    steps = dt * decay
-    return exp(tl.cumsum(steps, axis=0) - steps) * dt, exp(tl.sum(steps, axis=0))
 
 
 @triton.jit
@@ -176,17 +89,17 @@ def _few_step(  # type: ignore[no-untyped-def]
     x_channel = head // X_HEADS * WIDTH + p[None, :]
     b_channel = HEADS // X_HEADS * WIDTH + head // B_HEADS * SIZE + n[None, :]
     c_channel = KEPT + head // C_HEADS * SIZE + n[None, :]
-    b_weights = _weights(taps_ptr, b_channel + 0 * t, new_b, CHANNELS, TAPS)
-    c_weights = _weights(taps_ptr, c_channel + 0 * t, new_b, CHANNELS, TAPS)
-    x_weights = _weights(taps_ptr, x_channel + 0 * t, new_x, CHANNELS, TAPS)
+    b_weights = tap_weights(taps_ptr, b_channel + 0 * t, new_b, CHANNELS, TAPS)
+    c_weights = tap_weights(taps_ptr, c_channel + 0 * t, new_b, CHANNELS, TAPS)
+    x_weights = tap_weights(taps_ptr, x_channel + 0 * t, new_x, CHANNELS, TAPS)
     dt_bias = tl.load(dt_bias_ptr + head)
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
     u_ptr += row * (COUNT * U_TOKEN)
     window_ptr += row * (WINDOW_SLOTS * entries)
-    b_window = _window(window_ptr + b_channel, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
-    c_window = _window(window_ptr + c_channel, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
-    x_window = _window(window_ptr + x_channel, new_x, t, start, entries, WINDOW_SLOTS, TAPS)
+    b_window = window_inputs(window_ptr + b_channel, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
+    c_window = window_inputs(window_ptr + c_channel, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
+    x_window = window_inputs(window_ptr + x_channel, new_x, t, start, entries, WINDOW_SLOTS, TAPS)
     u_first = u_ptr + CHANNELS + head
     raws = u_first + token * U_TOKEN
     u_ptr += t * U_TOKEN
@@ -198,22 +111,22 @@ def _few_step(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
 
-    b_own = _own(u_ptr + b_channel, new_b, t, U_TOKEN, COUNT, TAPS)
-    c_own = _own(u_ptr + c_channel, new_b, t, U_TOKEN, COUNT, TAPS)
-    x_own = _own(u_ptr + x_channel, new_x, t, U_TOKEN, COUNT, TAPS)
+    b_own = own_inputs(u_ptr + b_channel, new_b, t, U_TOKEN, COUNT, TAPS)
+    c_own = own_inputs(u_ptr + c_channel, new_b, t, U_TOKEN, COUNT, TAPS)
+    x_own = own_inputs(u_ptr + x_channel, new_x, t, U_TOKEN, COUNT, TAPS)
     raw = tl.load(raws, mask=new, other=0.0)
     arrived = tl.load(u_first).to(tl.float32)
     if NORM:
         z = tl.load(z_ptr + (row * COUNT + t) * Z_TOKEN + head * WIDTH + p[None, :], mask=new_x, other=0.0)
 
     state, old_b, old_x = after(state, replayed), after(old_b, replayed), after(old_x, replayed)
-    weights, carry = _decayed(_held(old_dt, arrived), decay)
-    b_inputs = _joined(b_window, b_own, t, COUNT, TAPS)
-    c_inputs = _joined(c_window, c_own, t, COUNT, TAPS)
-    x_inputs = _joined(x_window, x_own, t, COUNT, TAPS)
-    b = _convolved(b_inputs, b_weights, replayed, TAPS, SILU)
-    c = _convolved(c_inputs, c_weights, replayed, TAPS, SILU)
-    x = _convolved(x_inputs, x_weights, replayed, TAPS, SILU)
+    weights, carry = decayed_by(held_back(old_dt, arrived), decay)
+    b_inputs = joined_inputs(b_window, b_own, t, COUNT, TAPS)
+    c_inputs = joined_inputs(c_window, c_own, t, COUNT, TAPS)
+    x_inputs = joined_inputs(x_window, x_own, t, COUNT, TAPS)
+    b = convolved_tokens(b_inputs, b_weights, replayed, TAPS, SILU)
+    c = convolved_tokens(c_inputs, c_weights, replayed, TAPS, SILU)
+    x = convolved_tokens(x_inputs, x_weights, replayed, TAPS, SILU)
     dt = tl.where(new, softplus(raw.to(tl.float32) + dt_bias), 0.0)
 
     kept = (start + token) % SLOTS
@@ -229,13 +142,13 @@ def _few_step(  # type: ignore[no-untyped-def]
     tl.store(x_ptr + kept[:, None] * KEPT + p[None, :], x, mask=own)
     tl.store(window_ptr + window[:, None] + x_channel, x_inputs[TAPS - 1], mask=own)
 
-    mixing = _inner(c, old_b, PIECES, EXACT) * weights[None, :]
-    y = _inner(c, state, PIECES, EXACT) * carry + _summed(mixing, old_x, T, EXACT)
+    mixing = inner_products(c, old_b, PIECES, EXACT) * weights[None, :]
+    y = inner_products(c, state, PIECES, EXACT) * carry + summed_tokens(mixing, old_x, T, EXACT)
     since = tl.cumsum(dt * decay, axis=0)
     between = tl.where(token[:, None] >= token[None, :], since[:, None] - since[None, :], float("-inf"))
-    mixing = _inner(c, b, PIECES, EXACT) * tl.exp(between) * dt[None, :]
+    mixing = inner_products(c, b, PIECES, EXACT) * tl.exp(between) * dt[None, :]
     mixing += tl.where(token[:, None] == token[None, :], skip, 0.0)
-    y = y * exp(since)[:, None] + _summed(mixing, x, T, EXACT)
+    y = y * exp(since)[:, None] + summed_tokens(mixing, x, T, EXACT)
     y = y.to(x.dtype)
     if NORM:
         z = z.to(tl.float32)
@@ -310,17 +223,17 @@ def _single_step(  # type: ignore[no-untyped-def]
     x_channel = head // X_HEADS * WIDTH + p
     b_channel = HEADS // X_HEADS * WIDTH + head // B_HEADS * SIZE + n[None, :]
     c_channel = KEPT + head // C_HEADS * SIZE + n[None, :]
-    b_weights = _weights(taps_ptr, b_channel + 0 * t, new_b, CHANNELS, TAPS)
-    c_weights = _weights(taps_ptr, c_channel + 0 * t, new_b, CHANNELS, TAPS)
-    x_weights = _weights(taps_ptr, x_channel, new_x, CHANNELS, TAPS)
+    b_weights = tap_weights(taps_ptr, b_channel + 0 * t, new_b, CHANNELS, TAPS)
+    c_weights = tap_weights(taps_ptr, c_channel + 0 * t, new_b, CHANNELS, TAPS)
+    x_weights = tap_weights(taps_ptr, x_channel, new_x, CHANNELS, TAPS)
     dt_bias = tl.load(dt_bias_ptr + head)
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
     u_ptr += row * U_TOKEN
     window_ptr += row * (WINDOW_SLOTS * entries)
-    b_window = _window(window_ptr + b_channel + 0 * t, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
-    c_window = _window(window_ptr + c_channel + 0 * t, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
-    x_window = _window(window_ptr + x_channel, new_x, 0, start, entries, WINDOW_SLOTS, TAPS)
+    b_window = window_inputs(window_ptr + b_channel + 0 * t, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
+    c_window = window_inputs(window_ptr + c_channel + 0 * t, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
+    x_window = window_inputs(window_ptr + x_channel, new_x, 0, start, entries, WINDOW_SLOTS, TAPS)
     if NORM:
         norm = tl.load(norm_ptr + head * WIDTH + p, mask=new_x, other=0.0)
         if gate_bias_ptr is not None:
@@ -329,21 +242,21 @@ def _single_step(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
 
-    b_own = _own(u_ptr + b_channel + 0 * t, new_b, 0, U_TOKEN, COUNT, TAPS)
-    c_own = _own(u_ptr + c_channel + 0 * t, new_b, 0, U_TOKEN, COUNT, TAPS)
-    x_own = _own(u_ptr + x_channel, new_x, 0, U_TOKEN, COUNT, TAPS)
+    b_own = own_inputs(u_ptr + b_channel + 0 * t, new_b, 0, U_TOKEN, COUNT, TAPS)
+    c_own = own_inputs(u_ptr + c_channel + 0 * t, new_b, 0, U_TOKEN, COUNT, TAPS)
+    x_own = own_inputs(u_ptr + x_channel, new_x, 0, U_TOKEN, COUNT, TAPS)
     raw = tl.load(u_ptr + CHANNELS + head)
     if NORM:
         z = tl.load(z_ptr + row * Z_TOKEN + head * WIDTH + p, mask=new_x, other=0.0)
 
     state, old_b, old_x = after(state, replayed), after(old_b, replayed), after(old_x, replayed)
-    weights, carry = _decayed(_held(old_dt, raw.to(tl.float32)), decay)
-    b_inputs = _joined(b_window, b_own, 0, COUNT, TAPS)
-    c_inputs = _joined(c_window, c_own, 0, COUNT, TAPS)
-    x_inputs = _joined(x_window, x_own, 0, COUNT, TAPS)
-    b = _convolved(b_inputs, b_weights, replayed, TAPS, SILU)
-    c = _convolved(c_inputs, c_weights, replayed, TAPS, SILU)
-    x = _convolved(x_inputs, x_weights, replayed, TAPS, SILU)
+    weights, carry = decayed_by(held_back(old_dt, raw.to(tl.float32)), decay)
+    b_inputs = joined_inputs(b_window, b_own, 0, COUNT, TAPS)
+    c_inputs = joined_inputs(c_window, c_own, 0, COUNT, TAPS)
+    x_inputs = joined_inputs(x_window, x_own, 0, COUNT, TAPS)
+    b = convolved_tokens(b_inputs, b_weights, replayed, TAPS, SILU)
+    c = convolved_tokens(c_inputs, c_weights, replayed, TAPS, SILU)
+    x = convolved_tokens(x_inputs, x_weights, replayed, TAPS, SILU)
     dt = softplus(raw.to(tl.float32) + dt_bias)
 
     kept = start % SLOTS

@@ -43,7 +43,7 @@ def measured(block, batch, prompt, rate, k):
 def results(stores, tmp_path):
     """`results(**decoders)`: of rates and K by name, each with the same three requests."""
 
-    def made(costs=True, **decoders):
+    def made(costs=True, drafting=None, **decoders):
         builder = stores.Builder(tmp_path / "store", decoders=("plain", *decoders))
         builder.model("half", 0.5)
         for name, (rate, k) in decoders.items():
@@ -59,7 +59,9 @@ def results(stores, tmp_path):
                     named = f"cost of a round, K = {drafts}, {at}"
                     facts.append({"name": named, "value": seconds, "unit": "s", "arm": arm})
             label = f"half/{name}/speed@seed0"
-            builder.step(label, records=records, traits=("pair", "alone"), use="speed", facts=facts)
+            draft = (drafting or {}).get(name, {"use": "ngram"})
+            decoder = {"plan_name": name, "kind": "decoder", "name": "scripted", "config": {"draft": draft}}
+            builder.step(label, records=records, traits=("pair", "alone"), use="speed", facts=facts, decoder=decoder)
         return Results.read([builder.write()])
 
     return made
@@ -106,6 +108,15 @@ def test_where_no_round_was_scripted_there_is_no_map(results):
 
 def test_without_costs_nothing_is_predicted(results):
     assert "of predicted" not in table(results(costs=False, low=(0.5, 4)))
+
+
+def test_drafts_that_differ_have_pictures_of_their_own(results):
+    drafts = {"two": {"use": "layers", "count": 2}, "four": {"use": "layers", "count": 4}}
+    given = results(drafting=drafts, two=(0.5, 4), four=(0.5, 4))
+    assert {plot.name: plot.title.partition(": ")[2] for plot in maps(given)} == {
+        "acceptance-map-half-1": "half, layers (count 2)",
+        "acceptance-map-half-2": "half, layers (count 4)",
+    }
 
 
 def test_the_picture_says_that_acceptance_was_scripted(results):
