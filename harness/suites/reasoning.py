@@ -94,8 +94,8 @@ def read_wording(file: Path, task: str) -> str:
 
 
 def read_problems(file: Path, task: str, wording: str = "") -> list[Problem]:
-    """Problems as GSM8K and CRUXEval publish them, put in our words if in no others. Raises `MambabenchError` for a file
-    of something else."""
+    """Problems as GSM8K and CRUXEval publish them, put in our words if in no others. Raises `MambabenchError` for a
+    file of something else."""
     problems = []
     for number, record in enumerate(read_records(file)):
         if not all(isinstance(record.get(name), str) for name in FIELDS[task]):
