@@ -417,15 +417,15 @@ class _Expander:
         if backend is not None:
             decides["backend"] = self._decides(backend, {})
         modules = frozenset(self._module(part) for part in parts)
+        traits = self.registry.find(choice.kind, choice.name).traits
         if kind == "measure":
             decides["code"] = self.fingerprints.code([*modules, *MEASURING])
-        traits = self.registry.find(choice.kind, choice.name).traits
-        if "generate" in traits:
-            # Whoever judges answers, or how they are scored, decides nothing of them.
-            judges = list(_nested([choice]))
-            rooms = frozenset(self._module(part) for part in parts if part not in judges)
-            code = decides["code"] if rooms == modules else self.fingerprints.code([*rooms, *MEASURING])
-            extra = {**(extra or {}), "answers": digest({**decides, "component": "", "code": code})}
+            if "generate" in traits:
+                # Whoever judges answers, or how they are scored, decides nothing of them.
+                judges = list(_nested([choice]))
+                rooms = frozenset(self._module(part) for part in parts if part not in judges)
+                code = decides["code"] if rooms == modules else self.fingerprints.code([*rooms, *MEASURING])
+                extra = {**(extra or {}), "answers": digest({**decides, "component": "", "code": code})}
         key = digest(decides)
         if all(known.label != cell.label for known in self.out.cells):
             self.out.cells.append(replace(cell, key=key))
