@@ -26,15 +26,25 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def stores() -> ModuleType:
-    """The builder of synthetic stores; loaded by path, since the folders beside it must not become importable."""
-    spec = importlib.util.spec_from_file_location("mambabench_test_stores", Path(__file__).with_name("stores.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def loaded() -> Callable[[Path], ModuleType]:
+    """`loaded(file)`: a module that tests share, by its path: the folders beside it must not become importable."""
+
+    def load(file: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"mambabench_test_{file.stem}", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def stores(loaded: Callable[[Path], ModuleType]) -> ModuleType:
+    """The builder of synthetic stores."""
+    return loaded(Path(__file__).with_name("stores.py"))
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The judge's server, and requests that ask it for grades."""
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,15 +21,9 @@ def rating(reply: Reply) -> float:
 
 
 @pytest.fixture(scope="session")
-def endpoint() -> ModuleType:
-    """The module of the server; loaded by path, since the folders beside it must not become importable."""
-    spec = importlib.util.spec_from_file_location("judge_server", Path(__file__).with_name("server.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def endpoint(loaded: Callable[[Path], ModuleType]) -> ModuleType:
+    """The module of the server."""
+    return loaded(Path(__file__).with_name("server.py"))
 
 
 @pytest.fixture

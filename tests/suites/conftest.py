@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -81,15 +79,9 @@ def lookup() -> SpeculativeDecoder:
 
 
 @pytest.fixture(scope="session")
-def chatting() -> ModuleType:
-    """The module of a toy model that chats; loaded by path, as the folders beside it must not become importable."""
-    spec = importlib.util.spec_from_file_location("mambabench_chatting", Path(__file__).with_name("chatting.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def chatting(loaded: Callable[[Path], ModuleType]) -> ModuleType:
+    """The module of a toy model that chats."""
+    return loaded(Path(__file__).with_name("chatting.py"))
 
 
 @pytest.fixture

@@ -62,7 +62,6 @@ def judge(monkeypatch):
             return [verdict(request, replies.get(request.id, reply(0.25, 0.75))) for request in requests]
 
         monkeypatch.setattr(alpaca_eval, "ask", ask)
-        monkeypatch.setattr(alpaca_eval, "check", lambda choice, bench: None)
         monkeypatch.setattr(alpaca_eval, "check", lambda judge, bench: None)
         return asked
 

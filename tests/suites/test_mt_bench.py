@@ -56,7 +56,6 @@ def judge(monkeypatch):
             return [verdict(request, texts.get(request.id, "Fine. Rating: [[5]]")) for request in requests]
 
         monkeypatch.setattr(mt_bench, "ask", ask)
-        monkeypatch.setattr(mt_bench, "check", lambda choice, bench: None)
         monkeypatch.setattr(mt_bench, "check", lambda judge, bench: None)
         return asked
 
