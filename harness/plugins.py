@@ -37,6 +37,7 @@ from .interfaces import (
     Choice,
     Comparison,
     Component,
+    Decoder,
     Host,
     MambabenchError,
     Outcome,
@@ -257,6 +258,12 @@ def make(component: Component, config: Any = None) -> Any:
 def build(choice: Choice) -> Any:
     """Makes the object that a plan chose, through this process's registry."""
     return make(registry().find(choice.kind, choice.name), choice.config)
+
+
+def decoder_or_plain(decoder: Decoder | None) -> Decoder:
+    """A decoder, or plain decoding where none was chosen."""
+    plain: Decoder = decoder or build(Choice("decoder", "standard", None))
+    return plain
 
 
 def missing(requires: Iterable[str]) -> list[str]:

@@ -15,26 +15,17 @@ from torch import Tensor
 from ..documents import Document, encode_many
 from ..interfaces import Bench, Tokenizer
 from .configs import AgreementConfig
-from .divergence import both, compared, divergence, windows_of
-from .perplexity import groups
+from .divergence import BesideTeacher, compared, divergence, windows_of
 from .windows import Window, batches
 
 
-class Agreement:
+class Agreement(BesideTeacher[AgreementConfig]):
     """Emits for each document and group of depths two samples, weighted by tokens: `kl_per_token`, the sum of
     KL(teacher || model) in nat, and `top1_per_token`, how often both have the same likeliest token (the lowest id of a
     tie). A token's depth is how many tokens of the document, a leading one included, stand before it; of these it sees
     those of its window. `depth` is the least of its group. The teacher agrees with itself by definition."""
 
-    def __init__(self, config: AgreementConfig) -> None:
-        self.config = config
-
-    @torch.inference_mode()
-    def run(self, bench: Bench) -> None:
-        tokenizer = bench.subject.artifact.backend.tokenizer(bench.subject.artifact.path)
-        models = both("agreement", bench, self.config)
-        for group in groups(bench, self.config):
-            self._measure(group, tokenizer, models, bench)
+    name = "agreement"
 
     def _measure(
         self, group: Sequence[Document], tokenizer: Tokenizer, models: tuple[Any, Any] | None, bench: Bench

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..documents import Message
 from ..interfaces import Bench, Choice, MambabenchError, Unsupported
 from ..judges import Reply, Request, ask, check
-from .answering import Answerer, Question, answers_of, item_of, read_records, recorded, recorded_name
+from .answering import (
+    Answerer,
+    Question,
+    answers_of,
+    item_of,
+    read_records,
+    recorded,
+    recorded_name,
+    with_fields,
+)
 from .chat_configs import AlpacaEvalConfig
 
 if TYPE_CHECKING:
@@ -53,7 +62,6 @@ class Row:
     occurrence: int
     """How often the same instruction stands before it."""
     output: str
-    generator: str
 
     @property
     def id(self) -> str:
@@ -259,9 +267,9 @@ def read_rows(file: Path) -> list[Row]:
     """Instructions and reference answers, in the order of the file."""
     seen: Counter[str] = Counter()
     rows = []
-    for number, record in enumerate(_checked(read_records(file), file, ("instruction", "output"))):
+    for number, record in enumerate(read_records(file, ("instruction", "output"))):
         instruction = record["instruction"]
-        rows.append(Row(number, instruction, seen[instruction], record["output"], str(record.get("generator", ""))))
+        rows.append(Row(number, instruction, seen[instruction], record["output"]))
         seen[instruction] += 1
     return rows
 
@@ -273,14 +281,14 @@ def read_outputs(file: Path, rows: Sequence[Row]) -> list[str]:
     if by_id:
         found = [by_id.get(row.id) for row in rows]
     else:
-        by_text = _by_instruction(_checked(records, file, ("instruction", "output")))
+        by_text = _by_instruction(with_fields(records, file, ("instruction", "output")))
         found = [by_text[row.asks]["output"] if row.asks in by_text else None for row in rows]
     return _complete(found, file, "answers")
 
 
 def read_annotations(file: Path, rows: Sequence[Row]) -> tuple[list[str], list[Preference]]:
     """Recorded answers with their preferences, in the order of the rows; 0 is an old way to write a draw."""
-    known = _by_instruction(_checked(read_records(file), file, ("instruction", "output_1", "output_2", "preference")))
+    known = _by_instruction(read_records(file, ("instruction", "output_1", "output_2", "preference")))
     found = _complete([known.get(row.asks) for row in rows], file, "judgments")
     for row, record in zip(rows, found, strict=True):
         if record["output_1"] != row.output:
@@ -303,15 +311,6 @@ def _complete(found: Sequence[T | None], file: Path, what: str) -> list[T]:
     if left:
         raise MambabenchError(f"{file}: {len(left)} of {len(found)} {what} are missing, the first of item {left[0]}")
     return [each for each in found if each is not None]
-
-
-def _checked(records: list[dict[str, Any]], file: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    if any(record.get("kind") == "answer" for record in records):
-        return records
-    for number, record in enumerate(records):
-        if left := [name for name in names if name not in record]:
-            raise MambabenchError(f"{file}: item {number} lacks {left[0]!r}")
-    return records
 
 
 def _completion(reply: Reply) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from ..documents import Message
 from ..events import counted
-from ..interfaces import Bench, Choice, Limits, MambabenchError, Prompt, Stepper, Unsupported, silent
+from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Unsupported, silent
 from ..keys import digest
 from ..locks import Lock
-from ..plugins import build
+from ..plugins import decoder_or_plain
 from .chat_configs import AnsweringConfig
 
 EVENTS = "events.jsonl"
@@ -123,10 +123,12 @@ class Answerer:
 
     def _write(self, batch: Sequence[tuple[Question, Written]], limits: Limits) -> None:
         if limits.new_tokens:
-            decoder = self.bench.subject.decoder or build(Choice("decoder", "standard", None))
+            decoder = decoder_or_plain(self.bench.subject.decoder)
             prompts = [Prompt(written.ids, _stream(question.id)) for question, written in batch]
             given = decoder.generate(self.model, prompts, limits, silent)
-            answers = [(answer.text.strip(), answer.finish, len(answer.ids)) for answer in given]
+            answers: list[tuple[str, str, int]] = [
+                (answer.text.strip(), answer.finish, len(answer.ids)) for answer in given
+            ]
         else:
             answers = [("", NO_ROOM, 0)] * len(batch)
         with self._file.open("a", encoding="utf-8") as file:
@@ -180,11 +182,19 @@ def _by_tokenizer(messages: Sequence[Message], tokenizer: Any) -> tuple[str, tup
     return text, (), (ending,) if ending else ()
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
+def with_fields(records: list[dict[str, Any]], file: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The records. Raises `MambabenchError` for one that lacks one of these fields."""
+    for number, record in enumerate(records):
+        if left := [name for name in names if name not in record]:
+            raise MambabenchError(f"{file}: item {number} lacks {left[0]!r}")
+    return records
+
+
+def read_records(file: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The objects of a JSON array or of JSON lines, compressed with xz or not; of a step's events, those that count.
-    Raises `MambabenchError` for anything else."""
+    Raises `MambabenchError` for anything else, and for an object without these fields."""
     if file.name == EVENTS:
-        return counted(file)
+        return with_fields(counted(file), file, names)
     try:
         with io.TextIOWrapper(lzma.open(file), encoding="utf-8") if file.suffix == ".xz" else file.open() as stream:
             text = stream.read()
@@ -196,7 +206,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         raise MambabenchError(f"{file}: neither a JSON array nor JSON lines: {error}") from None
     if not all(isinstance(record, dict) for record in records):
         raise MambabenchError(f"{file}: holds something that is no JSON object")
-    return list(records)
+    return with_fields(records, file, names)
 
 
 def recorded_name(bench: Bench, config: AnsweringConfig) -> str:

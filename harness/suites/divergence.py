@@ -6,8 +6,9 @@ is some 1e-6 nat a token, of either sign, and sums over tokens are taken in fp64
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +25,36 @@ LOGITS_AT_A_TIME = 1 << 26
 """Of each model, that are in use at once beside those of a batch."""
 
 
-class Divergence:
-    """Documents are cut into windows as by the suite `perplexity`. Emits a sample for each document: the sum over its
-    tokens of KL(teacher || model) in nat, weighted by their number. The teacher's own is 0 by definition."""
+Config = TypeVar("Config", DivergenceConfig, AgreementConfig)
 
-    def __init__(self, config: DivergenceConfig) -> None:
-        self.config = config
+
+class BesideTeacher(ABC, Generic[Config]):
+    """A suite that holds what a model says of documents against what its teacher says."""
+
+    name: ClassVar[str]
+
+    def __init__(self, config: Config) -> None:
+        self.config: Config = config
 
     @torch.inference_mode()
     def run(self, bench: Bench) -> None:
         tokenizer = bench.subject.artifact.backend.tokenizer(bench.subject.artifact.path)
-        models = both("divergence", bench, self.config)
+        models = both(self.name, bench, self.config)
         for group in groups(bench, self.config):
             self._measure(group, tokenizer, models, bench)
+
+    @abstractmethod
+    def _measure(
+        self, group: Sequence[Document], tokenizer: Tokenizer, models: tuple[Any, Any] | None, bench: Bench
+    ) -> None:
+        """Emits the samples of documents; without `models` the model is its own teacher."""
+
+
+class Divergence(BesideTeacher[DivergenceConfig]):
+    """Documents are cut into windows as by the suite `perplexity`. Emits a sample for each document: the sum over its
+    tokens of KL(teacher || model) in nat, weighted by their number. The teacher's own is 0 by definition."""
+
+    name = "divergence"
 
     def _measure(
         self, group: Sequence[Document], tokenizer: Tokenizer, models: tuple[Any, Any] | None, bench: Bench

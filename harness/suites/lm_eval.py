@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from lm_eval.evaluator import evaluate
 
 from ..interfaces import Bench, Emit, MambabenchError
+from ..store import write_text
 from .configs import LmEvalConfig
 from .lm_eval_model import StepperLM
 from .lm_eval_presets import PRESETS, Asked
@@ -56,7 +56,8 @@ class LmEval:
         for number, (asked, label, name, task) in enumerate(tasks, 1):
             records = done / f"{number}.jsonl"
             if not records.is_file():
-                _write(records, self._records(asked, label, name, task, model, bench.seed))
+                found = self._records(asked, label, name, task, model, bench.seed)
+                write_text(records, "".join(json.dumps(record, default=float) + "\n" for record in found))
             for line in records.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
                 bench.emit(record.pop("kind"), **record)
@@ -184,13 +185,3 @@ def _plain(responses: Any) -> Any:
     if isinstance(responses, list | tuple):
         return [_plain(response) for response in responses]
     return responses if isinstance(responses, str | bool | int | float) or responses is None else str(responses)
-
-
-def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, default=float) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -20,8 +20,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..documents import leading_token
-from ..interfaces import Choice, Decoder, Emit, Limits, Prompt, Stepper, Unsupported, silent
-from ..plugins import build
+from ..interfaces import Decoder, Emit, Limits, Prompt, Stepper, Unsupported, silent
+from ..plugins import decoder_or_plain
 from .prefixes import SharedPrefix, suffixes
 from .texts import pad
 
@@ -149,7 +149,7 @@ class StepperLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues each context with the subject's decoder, or plainly where the subject has none. Greedy answers to
         the same request are made once."""
-        decoder: Decoder = self._decoder or build(Choice("decoder", "standard", None))
+        decoder = decoder_or_plain(self._decoder)
         options = [json.dumps(request.args[1], sort_keys=True) for request in requests]
         results: dict[int, str] = {}
         for option in sorted(set(options)):

@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 from ..documents import Message
 from ..interfaces import Bench, MambabenchError
 from ..judges import Request, ask, check
-from .answering import Answerer, Question, answers_of, item_of, read_records, recorded, recorded_name
+from .answering import (
+    Answerer,
+    Question,
+    answers_of,
+    item_of,
+    read_records,
+    recorded,
+    recorded_name,
+    with_fields,
+)
 from .chat_configs import MtBenchConfig
 
 TASK = "mt_bench"
@@ -186,9 +195,9 @@ def read_folder(folder: Path, reference: str) -> Folder:
             raise MambabenchError(f"{folder}: has no {needed}, which MT-Bench needs; {WHERE}")
     prompts = {
         record["name"]: Prompt(record["system_prompt"], record["prompt_template"])
-        for record in _with(folder / "judge_prompts.jsonl", ("name", "system_prompt", "prompt_template"))
+        for record in read_records(folder / "judge_prompts.jsonl", ("name", "system_prompt", "prompt_template"))
     }
-    records = _with(folder / "question.jsonl", ("question_id", "category", "turns"))
+    records = read_records(folder / "question.jsonl", ("question_id", "category", "turns"))
     known: Mapping[str, str] = {}
     if any(record["category"] in REFERENCED for record in records):
         file = folder / "reference_answer" / f"{reference}.jsonl"
@@ -216,7 +225,7 @@ def read_answers(file: Path) -> dict[str, str]:
     answers = answers_of(records)
     if answers:
         return answers
-    for record in _checked(records, file, ("question_id", "choices")):
+    for record in with_fields(records, file, ("question_id", "choices")):
         for turn, text in enumerate(record["choices"][0]["turns"], 1):
             answers[name(record["question_id"], turn)] = text
     return answers
@@ -224,7 +233,7 @@ def read_answers(file: Path) -> dict[str, str]:
 
 def read_judgments(file: Path, model: str) -> dict[str, str]:
     """Recorded judgments by `name`: FastChat's of one model, the only one or the one of that name."""
-    records = _with(file, ("question_id", "model", "turn", "judgment"))
+    records = read_records(file, ("question_id", "model", "turn", "judgment"))
     models = sorted({record["model"] for record in records})
     if len(models) > 1 and model not in models:
         raise MambabenchError(f"{file}: has judgments of {', '.join(models)}; the model is called {model!r}")
@@ -255,14 +264,3 @@ def _fields(question: Asked, answers: Mapping[str, str], turn: int) -> dict[str,
     for place, (text, answer) in enumerate(zip(question.turns, given, strict=True), 1):
         fields |= {f"question_{place}": text, f"answer_{place}": answer}
     return fields
-
-
-def _with(file: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    return _checked(read_records(file), file, names)
-
-
-def _checked(records: list[dict[str, Any]], file: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    for number, record in enumerate(records, 1):
-        if left := [each for each in names if each not in record]:
-            raise MambabenchError(f"{file}: item {number} lacks {left[0]!r}")
-    return records

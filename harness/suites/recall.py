@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..interfaces import Bench, Choice, Decoder, Limits, Prompt, Stepper, silent
-from ..plugins import build
+from ..interfaces import Bench, Decoder, Limits, Prompt, Stepper, silent
+from ..plugins import decoder_or_plain
 from .configs import RecallConfig
 from .recall_items import AFTER, Item, make_items, matches
 from .texts import check_room, pad
@@ -28,7 +28,7 @@ class Recall:
     def run(self, bench: Bench) -> None:
         model = bench.subject.load()
         check_room("recall", model, max(self.config.lengths))
-        decoder: Decoder = bench.subject.decoder or build(Choice("decoder", "standard", None))
+        decoder = decoder_or_plain(bench.subject.decoder)
         bench.emit("progress", done=0, total=0, unit="questions")
         items = list(make_items(self.config, model.tokenizer))
         done = 0
