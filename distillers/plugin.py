@@ -63,19 +63,24 @@ class KlGuidedConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StandinConfig:
-    part: Literal["train", "unseen", "prompts", "pairs", "tasks"] = "train"
+class TinyConfig:
+    part: Literal["train", "unseen", "prompts", "preferences", "tasks", "chat"] = "train"
     """`train`; `unseen`: held-out documents, to be scored; `prompts`: the same with a beginning of 23 tokens from which
-    there is much to continue; `pairs`: questions of the training part with a right and a wrong answer; `tasks`: lm-eval
-    tasks over held-out items."""
+    there is much to continue; `preferences`: questions of the training part with a right and a wrong answer; `tasks`:
+    lm-eval tasks over held-out items; `chat`: ten questions of two turns, for `mt-bench` and `alpaca-eval`."""
     documents: int = 8000
-    """Documents or pairs written (not for `tasks`), of 32 to 60 tokens each."""
+    """Documents or pairs written (not for `tasks` and `chat`), of at most 128 tokens each."""
     items: int = 200
     """Items of each task (only for `tasks`)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "documents", "items")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoOptions:
+    """Of a component that has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -386,10 +391,24 @@ def mambabench_components() -> Iterable[Component]:
     )
     yield Component(
         kind="source",
-        name="standin",
-        target=f"{room}.standin:Standin",
-        config=StandinConfig,
-        summary="a seeded look-up and copying language, with lm-eval tasks",
+        name="tiny",
+        target=f"{room}.tiny.source:Tiny",
+        config=TinyConfig,
+        summary="the tiny world: a small seeded language with known truth, its lm-eval tasks and preferences",
+    )
+    yield Component(
+        kind="teacher",
+        name="tiny",
+        target=f"{room}.tiny.weights:folder",
+        config=NoOptions,
+        summary="a Llama of the tiny world, trained by plans/gpu/tiny-teacher.toml",
+    )
+    yield Component(
+        kind="judge",
+        name="tiny",
+        target=f"{room}.tiny.judge:TinyJudge",
+        config=NoOptions,
+        summary="knows the right answers of the tiny world; judges by rule, without a model",
     )
     yield Component(
         kind="source",

@@ -96,6 +96,6 @@ def _tokenizer_folder(data: Path, name: str) -> Path:
     if not folder.is_dir():
         raise MambabenchError(
             f"train-teacher: the data {name!r} brings no tokenizer ({folder} is missing); "
-            "use a source with a language of its own, such as builtin:standin/train"
+            "use a source with a language of its own, such as builtin:tiny/train"
         )
     return folder

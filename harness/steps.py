@@ -291,10 +291,12 @@ class _Expander:
         return {"step": key}
 
     def _file(self, name: str, where: str) -> dict[str, Any]:
-        """A FileRef, for step.json."""
+        """A FileRef, for step.json: an entry of `[data]`, or else a file or folder."""
+        if name in self.plan.data:
+            return self._data(name, where)
         file = (self.plan.file.parent / Path(name).expanduser()).resolve()
         if not file.exists():
-            raise ConfigError(where, f"there is no file {file}")
+            raise ConfigError(where, f"there is no file {file}, and no data {name!r}")
         return {"file": str(file), "fingerprint": self.fingerprints.path(file)}
 
     def _model(self, name: str, where: str, seed: int) -> Made:

@@ -264,7 +264,8 @@ def as_annotations(
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Instructions and reference answers, in the order of the file."""
+    """Instructions and reference answers, in the order of the file, or of a source's folder."""
+    file = file / "data.jsonl" if file.is_dir() else file
     seen: Counter[str] = Counter()
     rows = []
     for number, record in enumerate(read_records(file, ("instruction", "output"))):

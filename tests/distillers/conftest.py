@@ -8,8 +8,9 @@ import pytest
 import torch
 from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
 from mambabench.backends.plugin import Mamba2HybridConfig, TeacherConfig
-from mambabench.distillers.plugin import StandinConfig
-from mambabench.distillers.standin import Standin, tokenizer
+from mambabench.distillers.plugin import TinyConfig
+from mambabench.distillers.tiny.language import tokenizer
+from mambabench.distillers.tiny.source import Tiny
 from mambabench.harness.interfaces import Artifact, Job
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,10 +55,10 @@ def make_job(tmp_path):
 
 
 @pytest.fixture
-def write_standin(make_job):
+def write_tiny(make_job):
     def write(**options: Any) -> Path:
-        job = make_job("-".join(map(str, options.values())) or "standin")
-        Standin(StandinConfig(**options)).write(job)
+        job = make_job("-".join(map(str, options.values())) or "tiny")
+        Tiny(TinyConfig(**options)).write(job)
         return job.out
 
     return write
@@ -65,7 +66,7 @@ def write_standin(make_job):
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> Artifact:
-    """An untrained Llama over the stand-in language."""
+    """An untrained Llama over the tiny world."""
     folder, out = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("teacher")
     words = tokenizer()
     torch.manual_seed(0)
@@ -77,7 +78,7 @@ def teacher(tmp_path_factory) -> Artifact:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            max_position_embeddings=96,
+            max_position_embeddings=128,
             tie_word_embeddings=True,
             bos_token_id=words.bos_token_id,
             eos_token_id=words.eos_token_id,

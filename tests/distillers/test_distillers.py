@@ -18,8 +18,8 @@ def weights(artifact):
     return dict(artifact.backend.module(artifact.path).named_parameters())
 
 
-def test_progressive_changes_the_mamba_mixers_and_nothing_else(make_job, write_standin, teacher, hybrid):
-    job = make_job(data={"text": write_standin(documents=8)}, teacher=teacher, parent=hybrid, backend=hybrid.backend)
+def test_progressive_changes_the_mamba_mixers_and_nothing_else(make_job, write_tiny, teacher, hybrid):
+    job = make_job(data={"text": write_tiny(documents=8)}, teacher=teacher, parent=hybrid, backend=hybrid.backend)
     Progressive(ProgressiveConfig(data="text", tokens=2000, batch=4, lr=1e-2)).train(job)
     before, after = weights(hybrid), dict(hybrid.backend.module(job.out).named_parameters())
     assert before.keys() == after.keys()
@@ -28,19 +28,19 @@ def test_progressive_changes_the_mamba_mixers_and_nothing_else(make_job, write_s
     assert changed
     losses = job.emit.of("loss")
     assert losses[-1]["loss"] < losses[0]["loss"]
-    assert hybrid.backend.tokenizer(job.out).encode("ask anna") == teacher.backend.tokenizer(teacher.path).encode(
-        "ask anna"
+    assert hybrid.backend.tokenizer(job.out).encode("ask balo") == teacher.backend.tokenizer(teacher.path).encode(
+        "ask balo"
     )
 
 
-def test_progressive_refuses_a_model_without_mamba_mixers(make_job, write_standin, teacher):
-    job = make_job(data={"text": write_standin(documents=4)}, teacher=teacher, parent=teacher, backend=teacher.backend)
+def test_progressive_refuses_a_model_without_mamba_mixers(make_job, write_tiny, teacher):
+    job = make_job(data={"text": write_tiny(documents=4)}, teacher=teacher, parent=teacher, backend=teacher.backend)
     with pytest.raises(MambabenchError, match="teacher has no Mamba mixers"):
         Progressive(ProgressiveConfig(data="text", tokens=100)).train(job)
 
 
-def test_a_teacher_is_trained_from_scratch_with_the_tokenizer_of_its_data(make_job, write_standin, teacher):
-    job = make_job(data={"text": write_standin(documents=16)}, backend=teacher.backend)
+def test_a_teacher_is_trained_from_scratch_with_the_tokenizer_of_its_data(make_job, write_tiny, teacher):
+    job = make_job(data={"text": write_tiny(documents=16)}, backend=teacher.backend)
     TrainTeacher(TrainTeacherConfig(data="text", tokens=8000, lr=1e-2, **SMALL)).train(job)
     described = teacher.backend.describe(job.out)
     assert (described["layers"], described["attention_layers"]) == (2, [0, 1])
@@ -52,8 +52,8 @@ def test_a_teacher_is_trained_from_scratch_with_the_tokenizer_of_its_data(make_j
     assert teacher.backend.tokenizer(job.out).decode([1]) == "<s>"
 
 
-def test_the_same_seed_trains_the_same_teacher(make_job, write_standin, teacher):
-    text = write_standin(documents=8)
+def test_the_same_seed_trains_the_same_teacher(make_job, write_tiny, teacher):
+    text = write_tiny(documents=8)
     config = TrainTeacherConfig(data="text", tokens=1000, **SMALL)
     folders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -67,7 +67,7 @@ def test_the_same_seed_trains_the_same_teacher(make_job, write_standin, teacher)
 
 def test_data_without_a_tokenizer_is_refused_by_name(make_job, tmp_path, teacher):
     file = tmp_path / "text.txt"
-    file.write_text("ask anna tea .")
+    file.write_text("ask balo tea .")
     job = make_job(data={"text": file}, backend=teacher.backend)
     with pytest.raises(MambabenchError, match="data 'text' brings no tokenizer"):
         TrainTeacher(TrainTeacherConfig(data="text", tokens=100)).train(job)
@@ -97,19 +97,19 @@ def test_pseudo_labels_begin_with_the_begin_token_and_hold_what_was_sampled(make
         assert document["text"] == words.decode(document["ids"], skip_special_tokens=True)
 
 
-def test_pseudo_labels_continue_given_documents(make_job, write_standin, teacher):
-    text = write_standin(part="prompts", documents=2)
+def test_pseudo_labels_continue_given_documents(make_job, write_tiny, teacher):
+    text = write_tiny(part="prompts", documents=2)
     documents = written(make_job, "job", teacher, data={"seeds": text}, documents=3, prompts="seeds", prompt_tokens=6)
-    beginnings = [json.loads(line)["text"].split()[:5] for line in (text / "data.jsonl").read_text().splitlines()]
+    beginnings = [json.loads(line)["text"].split()[:4] for line in (text / "data.jsonl").read_text().splitlines()]
     assert [document["prompt"] for document in documents] == [6, 6, 6]
-    assert [document["text"].split()[:5] for document in documents] == [*beginnings, beginnings[0]]
+    assert [document["text"].split()[:4] for document in documents] == [*beginnings, beginnings[0]]
 
 
 def test_pseudo_labels_answer_whole_prompts_and_leave_out_long_ones(make_job, teacher, tmp_path):
     seeds = tmp_path / "seeds.jsonl"
     records = [
-        {"prompt": "ask anna", "completion": " tea"},
-        {"prompt": "ask anna tea , " * 20, "completion": " tea"},
+        {"prompt": "ask balo", "completion": " tea"},
+        {"prompt": "ask balo tea , " * 13, "completion": " tea"},
         {"prompt": "ask ben tea", "completion": " ,"},
     ]
     seeds.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -118,13 +118,13 @@ def test_pseudo_labels_answer_whole_prompts_and_leave_out_long_ones(make_job, te
     words = teacher.backend.tokenizer(teacher.path)
     prompts = [words.decode(document["ids"][1 : document["prompt"]]) for document in documents]
     assert prompts == [
-        words.decode(words.encode(text, add_special_tokens=False)) for text in ("ask anna", "ask ben tea", "ask anna")
+        words.decode(words.encode(text, add_special_tokens=False)) for text in ("ask balo", "ask ben tea", "ask balo")
     ]
 
 
 def test_a_chat_is_answered_behind_its_template(teacher, tmp_path):
     seeds = tmp_path / "seeds.jsonl"
-    chat = [{"role": "user", "content": "ask anna"}, {"role": "assistant", "content": "tea"}]
+    chat = [{"role": "user", "content": "ask balo"}, {"role": "assistant", "content": "tea"}]
     seeds.write_text(json.dumps({"messages": chat}) + "\n")
     words = teacher.backend.tokenizer(teacher.path)
     words.chat_template = (
@@ -132,13 +132,13 @@ def test_a_chat_is_answered_behind_its_template(teacher, tmp_path):
         "{{ ', ' if add_generation_prompt }}"
     )
     (document,) = read_documents(seeds)
-    assert words.decode(beginning(document, words, 9)) == "<s> ask anna ,"
+    assert words.decode(beginning(document, words, 9)) == "<s> ask balo ,"
     assert beginning(document, words, 3) == []
 
 
 def test_the_length_of_a_pseudo_label_does_not_depend_on_those_beside_it(make_job, teacher, tmp_path):
     seeds = tmp_path / "seeds.jsonl"
-    seeds.write_text('{"text": "ask anna"}\n' + json.dumps({"text": "ask anna tea , " * 20}) + "\n")
+    seeds.write_text('{"text": "ask balo"}\n' + json.dumps({"text": "ask balo tea , " * 13}) + "\n")
     options = {"data": {"seeds": seeds}, "documents": 2, "prompts": "seeds", "prompt_tokens": 70, "new_tokens": 400}
     together = written(make_job, "together", teacher, batch=2, **options)
     assert written(make_job, "alone", teacher, batch=1, **options) == together
@@ -146,7 +146,7 @@ def test_the_length_of_a_pseudo_label_does_not_depend_on_those_beside_it(make_jo
 
 def test_prompts_that_fill_the_context_are_refused(make_job, teacher, tmp_path):
     seeds = tmp_path / "seeds.jsonl"
-    seeds.write_text(json.dumps({"text": "ask anna tea , " * 200}) + "\n")
+    seeds.write_text(json.dumps({"text": "ask balo tea , " * 200}) + "\n")
     with pytest.raises(MambabenchError, match="lower prompt_tokens"):
         written(make_job, "job", teacher, data={"seeds": seeds}, documents=1, prompts="seeds", prompt_tokens=500)
 

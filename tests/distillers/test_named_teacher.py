@@ -15,9 +15,9 @@ SHORT = {"data": "data", "tokens": 400, "batch": 4, "context": 64, "lr": 1e-9}
 
 
 @pytest.fixture
-def start(make_job, write_standin, teacher, hybrid):
+def start(make_job, write_tiny, teacher, hybrid):
     def make(name, **models):
-        data = write_standin(documents=8)
+        data = write_tiny(documents=8)
         return make_job(
             name, data={"data": data}, parent=hybrid, teacher=teacher, backend=hybrid.backend, models=models
         )

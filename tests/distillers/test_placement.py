@@ -117,9 +117,9 @@ def mapping_of(file):
 
 
 @pytest.mark.parametrize("stage", ["sft", "progressive"])
-def test_recomputing_activations_changes_no_weight(make_job, write_standin, teacher, hybrid, stage):
+def test_recomputing_activations_changes_no_weight(make_job, write_tiny, teacher, hybrid, stage):
     """Bit for bit: the same operations run once more in the same order."""
-    text = write_standin(documents=8)
+    text = write_tiny(documents=8)
     found = []
     for checkpointing in (False, True):
         options = {"data": "data", "tokens": 1200, "batch": 4, "checkpointing": checkpointing}
@@ -141,11 +141,11 @@ def test_a_model_that_cannot_recompute_is_refused():
 
 
 @pytest.mark.gpu
-def test_recomputing_needs_less_memory_and_frozen_weights_half_of_theirs(make_job, write_standin, teacher, hybrid):
+def test_recomputing_needs_less_memory_and_frozen_weights_half_of_theirs(make_job, write_tiny, teacher, hybrid):
     """On a GPU, where trained weights are fp32, frozen ones bf16, and what is saved is fp32 and the parent's."""
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")
-    text, peaks = write_standin(documents=400), []
+    text, peaks = write_tiny(documents=400), []
     for checkpointing in (False, True):
         options = {"data": "data", "tokens": 60_000, "context": 96, "batch": 64, "checkpointing": checkpointing}
         fields = {"parent": hybrid, "teacher": teacher, "backend": hybrid.backend, "device": "cuda:0"}

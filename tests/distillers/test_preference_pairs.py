@@ -1,16 +1,20 @@
 import json
+import random
 
 import pytest
 from mambabench.distillers.data_configs import PreferencePairsConfig
 from mambabench.distillers.preference_pairs import TORN, PreferencePairs
 from mambabench.distillers.pseudo_labels import WRITTEN
+from mambabench.distillers.tiny.language import WORDS
 from mambabench.harness.documents import Document, encode_ended, read_documents, read_preferences
 from mambabench.harness.interfaces import MambabenchError
 
 
 @pytest.fixture
-def write(make_job, write_standin, teacher):
-    text = write_standin(documents=12)
+def write(make_job, tmp_path, teacher):
+    # Words that are one token each: no passage ends inside one.
+    text, words, dice = tmp_path / "text.jsonl", WORDS["things"] + WORDS["places"], random.Random(0)
+    text.write_text("".join(json.dumps({"text": " ".join(dice.choices(words, k=40))}) + "\n" for _ in range(12)))
 
     def run(name="pairs", scratch=None, **options):
         job = make_job(name, data={"text": text}, teacher=teacher, backend=teacher.backend)
@@ -66,8 +70,8 @@ def test_a_killed_run_goes_on_where_it_was(write):
 def test_too_few_passages_are_counted(write):
     with pytest.raises(MambabenchError, match=r"passages of 11 tokens with each = 2, where first \+ pairs is 500"):
         write(pairs=500)
-    with pytest.raises(MambabenchError, match="prompt and answer take 106 positions, the teacher has 96"):
-        write(prompt_tokens=100)
+    with pytest.raises(MambabenchError, match="prompt and answer take 136 positions, the teacher has 128"):
+        write(prompt_tokens=130)
 
 
 def test_books_show_only_their_beginning_to_be_continued(teacher):

@@ -13,8 +13,8 @@ PLAN = """
 schema = 1
 name = "ranks"
 [data]
-text = { use = "standin", part = "train", documents = 48 }
-pairs = { use = "standin", part = "pairs", documents = 20 }
+text = { use = "tiny", part = "train", documents = 48 }
+pairs = { use = "tiny", part = "preferences", documents = 20 }
 [teacher]
 train = ["teach"]
 [stages.teach]

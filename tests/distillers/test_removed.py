@@ -20,9 +20,9 @@ def bare(teacher, tmp_path_factory) -> Artifact:
 
 
 @pytest.fixture
-def start(make_job, write_standin, teacher, bare):
+def start(make_job, write_tiny, teacher, bare):
     def make(name):
-        data = write_standin(documents=8)
+        data = write_tiny(documents=8)
         return make_job(name, data={"data": data}, parent=bare, teacher=teacher, backend=bare.backend)
 
     return make

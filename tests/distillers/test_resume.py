@@ -18,7 +18,7 @@ PLAN = """
 schema = 1
 name = "resume"
 [data]
-text = { use = "standin", part = "train", documents = 64 }
+text = { use = "tiny", part = "train", documents = 64 }
 [teacher]
 train = ["teach"]
 [stages.teach]

@@ -143,8 +143,8 @@ def distil(job, hybrid, teacher, windows, steps, **options):
 
 
 @pytest.fixture
-def windows(write_standin, teacher):
-    text = write_standin(documents=24)
+def windows(write_tiny, teacher):
+    text = write_tiny(documents=24)
     whole = read_windows(text, teacher.backend.tokenizer(teacher.path), 96)
     # Windows of very different length, so that a mean over each part would be seen.
     ragged = whole.labels.clone()

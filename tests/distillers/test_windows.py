@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mambabench.distillers import windows as module
 from mambabench.distillers.losses import IGNORED
-from mambabench.distillers.standin import tokenizer
+from mambabench.distillers.tiny.language import tokenizer
 from mambabench.distillers.windows import collate, pack, read_windows
 from mambabench.harness.documents import encode_ended, read_documents
 
@@ -69,8 +69,8 @@ def test_batches_have_the_integers_that_models_take():
 
 
 @pytest.fixture
-def text(write_standin):
-    return write_standin(documents=40)
+def text(write_tiny):
+    return write_tiny(documents=40)
 
 
 def test_many_documents_at_once_are_tokenized_as_one_by_one(text, teacher, monkeypatch):

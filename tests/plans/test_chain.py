@@ -26,6 +26,6 @@ def test_every_stage_has_a_row_with_every_task(mambabench, tmp_path):
     with (tmp_path / "store" / "report" / "csv" / "quality.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["teacher", "aligned", "tuned", "preferred"]
-    tasks = ("standin_lookup acc %", "standin_copy_generate exact_match %", "other-pairs prefers_chosen %")
+    tasks = ("tiny_lookup acc %", "tiny_copy_generate exact_match %", "other-pairs prefers_chosen %")
     for column in (*tasks, "unseen perplexity", "unseen kl_per_token"):
         assert all(row[column] for row in rows)

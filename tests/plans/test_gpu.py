@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mambabench.distillers.plugin import StandinConfig
-from mambabench.distillers.standin import Standin, tokenizer
+from mambabench.distillers.plugin import TinyConfig
+from mambabench.distillers.tiny.language import tokenizer
+from mambabench.distillers.tiny.source import Tiny
 from mambabench.harness.documents import read_documents
 from mambabench.harness.interfaces import Job, silent
 from mambabench.harness.keys import Fingerprints
@@ -50,7 +51,7 @@ def given(tmp_path_factory):
             out=out,
             emit=silent,
         )
-        Standin(StandinConfig(part=part, documents=40)).write(job)
+        Tiny(TinyConfig(part=part, documents=40)).write(job)
         text = "\n<|endoftext|>\n".join(document.text for document in read_documents(out) if document.text)
         (folder / f"{name}.txt.xz").write_bytes(lzma.compress(text.encode()))
     words = tokenizer()
@@ -63,7 +64,7 @@ def given(tmp_path_factory):
             num_hidden_layers=LAYERS,
             num_attention_heads=2,
             num_key_value_heads=1,
-            max_position_embeddings=96,
+            max_position_embeddings=128,
             tie_word_embeddings=True,
             bos_token_id=words.bos_token_id,
             eos_token_id=words.eos_token_id,

@@ -12,7 +12,7 @@ SMALL = (
     "data.unseen.documents=8",
     "data.tasks.items=8",
     "suites.recall.items=2",
-    "suites.recall.lengths=[36]",
+    "suites.recall.lengths=[40]",
 )
 
 

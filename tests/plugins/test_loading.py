@@ -20,7 +20,7 @@ schema = 1
 [teacher]
 train = ["teach"]
 [data]
-text = { use = "standin", documents = 40 }
+text = { use = "tiny", documents = 40 }
 [stages.teach]
 use = "train-teacher"
 data = "text"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from mambabench.decoders.standard import StandardDecoder
-from mambabench.distillers import standin
+from mambabench.distillers.tiny import language
 from mambabench.harness.interfaces import Limits, MambabenchError, Unsupported
 from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites.configs import RecallConfig
@@ -17,12 +17,12 @@ from mambabench.harness.suites.recall_items import make_items, matches
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .:,"
 KINDS = ("phone-book", "needle", "multi-key", "copying")
 SMALL = {"lengths": (300, 500), "items": 3, "span": 3}
-STANDIN = {
-    "keys": tuple(standin.WORDS["names"]),
-    "values": tuple(standin.WORDS["things"]),
-    "words": tuple(standin.WORDS["beasts"]),
-    "filler": ("the miller sees a boat .", "the small baker likes a house ."),
-    "entry": "{key} {value} {key} {value}",
+TINY = {
+    "keys": tuple(language.OF_PART[True][:8]),
+    "values": tuple(language.WORDS["things"]),
+    "words": tuple(language.OF_PART[True][-12:]),
+    "filler": ("zima sees a grey boat .", "famu wants a small lamp ."),
+    "entry": "{key} {value}",
     "opening": "note ",
     "separator": " , ",
     "closing": " .",
@@ -42,7 +42,7 @@ def spoken(request):
     if request.param == "letters":
         return letters().tokenizer, SMALL
     if request.param == "words":
-        return standin.tokenizer(), {**STANDIN, "lengths": (48, 64), "items": 3}
+        return language.tokenizer(), {**TINY, "lengths": (48, 64), "items": 3}
     from transformers import AutoTokenizer
 
     folder = request.getfixturevalue("shared") / "models" / request.param
@@ -95,8 +95,8 @@ def test_depth_moves_the_answer_and_nothing_else():
 
 
 def test_a_text_without_filler_is_asked_once():
-    config = RecallConfig(**STANDIN, kinds=("needle",), lengths=(16,), items=2)
-    items = list(make_items(config, standin.tokenizer()))
+    config = RecallConfig(**TINY, kinds=("needle",), lengths=(16,), items=2)
+    items = list(make_items(config, language.tokenizer()))
     assert len(items) == len({item.cluster for item in items}) == 2
 
 
@@ -115,10 +115,10 @@ def test_items_depend_on_their_seed_alone():
 
 
 def test_where_names_run_out_a_book_is_followed_by_filler():
-    config = RecallConfig(**STANDIN, kinds=("phone-book",), lengths=(80,), items=1, depths=(0.0,))
-    (item,) = make_items(config, standin.tokenizer())
+    config = RecallConfig(**TINY, kinds=("phone-book",), lengths=(80,), items=1, depths=(0.0,))
+    (item,) = make_items(config, language.tokenizer())
     assert item.prompt.count(",") == 7
-    assert "a boat ." in item.prompt
+    assert "grey boat ." in item.prompt
     assert item.chance == 1 / 8
 
 
@@ -198,7 +198,7 @@ def test_answers_are_matched_by_words():
 
 def test_what_cannot_be_asked_is_refused(measure):
     with pytest.raises(Unsupported, match="no word for 'Anna Baker'"):
-        list(make_items(RecallConfig(), standin.tokenizer()))
+        list(make_items(RecallConfig(), language.tokenizer()))
     with pytest.raises(MambabenchError, match="a phone-book does not fit 20 tokens"):
         list(make_items(RecallConfig(lengths=(20,)), letters().tokenizer))
     with pytest.raises(Unsupported, match="needs 5000 positions, the model has 4096"):

@@ -1,0 +1,225 @@
+"""The tiny world: the same from a seed, nothing of test items in what is learnt, and readable by lm-eval and judges."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from mambabench.distillers.tiny.instructions import KINDS, read_chat, solve
+from mambabench.distillers.tiny.judge import share_right
+from mambabench.distillers.tiny.language import NAMES, OF_PART, VOCABULARY, WORDS, held_out, tokenizer, tokens_in
+from mambabench.distillers.tiny.writer import CHOICES, CONTEXT, TASKS, Item, Writer
+from mambabench.harness.documents import encode_document, read_documents, read_preferences
+
+NAME, SUM = re.compile(r"[a-z]{4}"), re.compile(r"(\d\d) \+ (\d\d)|larger of (\d\d) (\d\d)")
+ITEMS = 100
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def names_in(text):
+    return set(NAME.findall(text)) & set(NAMES)
+
+
+def sums_in(text):
+    return {tuple(sorted(number for number in found if number)) for found in SUM.findall(text)}
+
+
+@pytest.fixture
+def learnt(write_tiny):
+    """All that models learn from, of the default plan's sizes."""
+    texts = [row["text"] for row in lines(write_tiny(documents=8000) / "data.jsonl")]
+    pairs = lines(write_tiny(part="preferences", documents=4000) / "data.jsonl")
+    return "\n".join([*texts, *(" ".join(pair.values()) for pair in pairs)])
+
+
+@pytest.fixture
+def asked(write_tiny):
+    """What held-out parts hold, by part."""
+    tasks, chat = write_tiny(part="tasks", items=ITEMS), write_tiny(part="chat")
+    found = {name: (tasks / f"{name}.jsonl").read_text() for name in TASKS}
+    found |= {part: (write_tiny(part=part, documents=100) / "data.jsonl").read_text() for part in ("unseen", "prompts")}
+    return found | {"chat": (chat / "question.jsonl").read_text() + (chat / "data.jsonl").read_text()}
+
+
+def test_no_name_and_no_sum_of_a_test_item_is_ever_learnt_from(learnt, asked):
+    learnt_names, learnt_sums = names_in(learnt), sums_in(learnt)
+    assert learnt_names == set(OF_PART[False])
+    assert len(learnt_sums) > 500
+    for part, text in asked.items():
+        names, sums = names_in(text), sums_in(text)
+        assert names or sums, part
+        assert not names & learnt_names, part
+        assert not sums & learnt_sums, part
+
+
+def test_parts_share_no_name_and_a_quarter_is_held_out():
+    assert not set(OF_PART[True]) & set(OF_PART[False])
+    assert len(OF_PART[True]) / len(NAMES) == pytest.approx(0.25, abs=0.05)
+    assert held_out(12, 34) == held_out(34, 12)
+
+
+def test_a_document_depends_on_part_index_and_seed_alone(write_tiny):
+    few = lines(write_tiny(documents=3) / "data.jsonl")
+    many = lines(write_tiny(documents=30) / "data.jsonl")
+    assert many[:3] == few
+    assert len({row["text"] for row in many}) == 30
+    assert lines(write_tiny(documents=3, seed=1) / "data.jsonl") != few
+    assert lines(write_tiny(documents=3, part="unseen") / "data.jsonl") != few
+
+
+@pytest.mark.parametrize("part", ["train", "unseen"])
+def test_all_that_a_document_asks_is_answered_by_what_stands_before(part):
+    answered = 0
+    for index in range(300):
+        text = Writer(part, index, 0).document()
+        facts = dict(fact.split() for fact in text.partition(" .")[0].removeprefix("note ").split(" , "))
+        asked = re.findall(r"ask (\w+) (\w+) \.", text)
+        answered += len(asked)
+        assert all(facts[name] == thing for name, thing in asked)
+        assert all(span == copy for span, copy in re.findall(r"copy ([\w ]+) \| ([\w ]+) \.", text))
+        assert all(
+            int(one) + int(other) == int(total) for one, other, total in re.findall(r"(\d+) \+ (\d+) is (\d+)", text)
+        )
+        for name, place in re.findall(r"where is (\w+) \| (\w+)", text):
+            assert re.search(rf"{name} the \w+ goes to the {place} \.", text)
+        for first, answer in re.findall(r"\[INST\] (\w+ of [\w ]+) \[/INST\] ([\w ]+) </s>", text):
+            assert " ".join(solve(read_chat([first]))) == answer
+    assert answered > 600
+
+
+def test_prompts_end_where_a_span_is_about_to_be_copied():
+    words = tokenizer()
+    for index in range(50):
+        text = Writer("prompts", index, 0).prompt()
+        ids = words.encode(text)
+        start = words.decode(ids[:23], skip_special_tokens=True)
+        assert text.startswith(start + " | " + start.partition(" copy ")[2] + " .")
+
+
+def test_items_have_four_choices_of_which_one_follows_from_the_context(write_tiny):
+    tasks = write_tiny(part="tasks", items=ITEMS)
+    for name in TASKS:
+        rows = lines(tasks / f"{name}.jsonl")
+        assert len(rows) == ITEMS
+        assert {row["label"] for row in rows} == set(range(CHOICES))
+        for row in rows:
+            assert len(set(row["choices"])) == CHOICES
+            assert row["choices"][row["label"]] == row["answer"] == truth(name, row["context"])
+
+
+def truth(name, context):
+    """The answer, read from the context alone."""
+    words = context.split()
+    if name == "lookup":
+        return dict(fact.split() for fact in context.partition(" .")[0].removeprefix("note ").split(" , "))[words[-1]]
+    if name == "copy":
+        return " ".join(words[1:-1])
+    if name == "arithmetic":
+        return str(int(words[1]) + int(words[3]))
+    if name == "story":
+        return words[words.index(words[-2]) + 6]
+    return " ".join(solve(read_chat([" ".join(words[1:-1])])))
+
+
+def test_every_likelihood_task_has_a_generative_twin_over_the_same_items(write_tiny):
+    tasks = write_tiny(part="tasks", items=5)
+    for name in TASKS:
+        choose, generate = (yaml.safe_load((tasks / f"tiny_{name}{end}.yaml").read_text()) for end in ("", "_generate"))
+        assert choose["task"] == f"tiny_{name}"
+        assert generate["task"] == f"tiny_{name}_generate"
+        assert choose["dataset_kwargs"] == generate["dataset_kwargs"] == {"data_files": {"test": f"{name}.jsonl"}}
+        assert choose["doc_to_text"] == generate["doc_to_text"] == "{{context}}"
+
+
+def test_every_instruction_has_three_wrong_answers_and_the_rules_tell_them():
+    kinds = set()
+    for index in range(300):
+        writer = Writer("tasks/instruct", index, 0)
+        item = writer.instruct()
+        asked = item.context.removeprefix("[INST] ").removesuffix(" [/INST]")
+        kinds.add(asked.split()[0])
+        assert len(set(item.wrong) - {item.answer}) == CHOICES - 1
+        assert share_right([asked], item.answer) == 1
+        assert all(share_right([asked], wrong) < 1 for wrong in item.wrong)
+    assert kinds == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    "turns", [[""], ["last balo"], ["larger of balo kuzi"], ["last of 1 2"], ["last of a b c", "x"]]
+)
+def test_what_is_no_instruction_is_refused(turns):
+    with pytest.raises(ValueError, match="instruction of the tiny world"):
+        read_chat(turns)
+
+
+def test_preferences_prefer_the_right_answer(write_tiny):
+    pairs = list(read_preferences(write_tiny(part="preferences", documents=200)))
+    assert len({pair.item for pair in pairs}) > 190
+    for pair in pairs:
+        assert pair.chosen != pair.rejected
+        name = next(name for name, begin in BEGINS.items() if pair.prompt.startswith(begin))
+        assert pair.chosen.removesuffix(" .") == truth(name, pair.prompt)
+
+
+BEGINS = {"lookup": "note", "copy": "copy", "story": "story", "instruct": "[INST]"}
+
+
+def test_the_tokenizer_spells_everything_and_gives_texts_back(write_tiny):
+    words = tokenizer()
+    assert len(words) == len(VOCABULARY) == len(set(VOCABULARY))
+    assert not set(NAMES) & set(VOCABULARY)
+    for word in (*NAMES, *VOCABULARY[3:100], "27"):
+        ids = words.encode(word, add_special_tokens=False)
+        assert words.unk_token_id not in ids
+        assert len(ids) == tokens_in(word) or word.startswith("##")
+    for document in read_documents(write_tiny(documents=200)):
+        ids, context = encode_document(document, words)
+        assert context == 1
+        assert words.unk_token_id not in ids
+        assert len(ids) < CONTEXT
+        assert words.decode(ids[1:]) == document.text
+    assert words.encode("ask balo")[0] == words.bos_token_id
+
+
+def test_the_tokenizer_writes_chats_as_the_texts_have_them_and_as_fschat_does():
+    conversation = pytest.importorskip("fastchat.conversation").get_conv_template("mistral")
+    words = tokenizer()
+    for role, text in zip((0, 1, 0), ("last of balo kuzi temu", "temu", "now first"), strict=True):
+        conversation.append_message(conversation.roles[role], text)
+    conversation.append_message(conversation.roles[1], None)
+    messages = [
+        {"role": "user", "content": "last of balo kuzi temu"},
+        {"role": "assistant", "content": "temu"},
+        {"role": "user", "content": "now first"},
+    ]
+    ids = words.encode(words.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
+    assert ids == words.encode(conversation.get_prompt(), add_special_tokens=False)
+    learnt = "[INST] last of balo kuzi temu [/INST] temu </s> [INST] now first [/INST]"
+    assert ids == words.encode(learnt, add_special_tokens=False)
+
+
+def test_the_tokenizer_that_is_written_is_the_one_that_is_made(write_tiny):
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(write_tiny(documents=1) / "tokenizer")
+    text = " ".join([*(word for kind in WORDS.values() for word in kind), *NAMES[:20]])
+    assert words.encode(text) == tokenizer().encode(text)
+    assert words.chat_template == tokenizer().chat_template
+    assert (words.bos_token_id, words.eos_token_id) == (tokenizer().bos_token_id, tokenizer().eos_token_id)
+
+
+def test_items_are_of_their_writers_alone():
+    for make in TASKS.values():
+        items = [make(Writer("tasks", index, 0)) for index in range(20)]
+        assert len(set(items)) == 20
+        assert all(isinstance(item, Item) for item in items)
+
+
+def test_the_plug_in_describes_its_components_without_torch():
+    code = "import sys; from mambabench.distillers import plugin; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
