@@ -211,15 +211,21 @@ class _Reader:
     def _folder(self, path: Any) -> str:
         if not isinstance(path, str):
             raise ConfigError("path", f"expected a folder in quotes, got {show(path)}")
-        if path.startswith(BUILTIN):
-            chosen = self.structurer.choice("teacher", path.removeprefix(BUILTIN))
-            return str(make(self.structurer.registry.find("teacher", chosen.name), chosen.config))
-        folder = (self.file.parent / Path(path).expanduser()).resolve()
+        folder = self._builtin(path.removeprefix(BUILTIN)) if path.startswith(BUILTIN) else Path(path).expanduser()
+        folder = (self.file.parent / folder).resolve()
         if not folder.is_dir():
             raise ConfigError("path", f"there is no folder {folder} (and nothing is fetched from a hub)")
         if not (folder / "config.json").is_file():
             raise ConfigError("path", f"{folder} is no transformers folder: it has no config.json")
         return str(folder)
+
+    def _builtin(self, name: str) -> Path:
+        """The folder of a teacher that comes with a plug-in."""
+        try:
+            component = self.structurer.registry.find("teacher", name)
+        except MambabenchError as error:
+            raise ConfigError("path", str(error)) from None
+        return Path(make(component))
 
     def _data(self, name: str, value: Any) -> Data:
         if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
 """Writes the tiny world's documents and items, each from its own random numbers.
 
-    note balo tea , miru salt .                              facts: a name and a thing
+    note balo tea balo tea , miru salt miru salt .           facts: a name and a thing, each told twice
     ask miru salt .                                          a question, answered from the facts
     copy balo kuzi temu | balo kuzi temu .                   names and their copy
     add 27 + 48 is 75 .                                      a sum
@@ -44,26 +44,30 @@ class Writer:
         self.names = OF_PART[self.held]
 
     def document(self) -> str:
-        """Facts, then in random order questions about them and up to five other sections, as many as fit."""
+        """Facts, then in random order a question about each and up to three other sections, as many as fit."""
         dice = self.random
         pairs = self.facts(dice.randint(2, 8))
-        asked = dice.sample(list(told(pairs)), min(len(pairs) // 2, dice.randint(2, 5)))
         others: list[Callable[[], list[str]]] = [self.copy_section, self.sum_section, self.story, self.chat]
-        sections = [["ask", *fact, "."] for fact in asked]
-        sections += [make() for make in dice.choices(others, (3, 2, 2, 3), k=dice.randint(2, 5))]
+        sections = [["ask", *fact, "."] for fact in told(pairs)]
+        sections += [make() for make in dice.choices(others, (2, 3, 3, 3), k=dice.randint(1, 3))]
         dice.shuffle(sections)
         return fit([noted(pairs), *sections])
 
     def prompt(self) -> str:
-        """A document whose first 23 tokens, with the begin token, are three facts and a span of four names that is
+        """A document whose first 32 tokens, with the begin token, are three facts and a span of four names that is
         about to be copied: a continuation has something to copy, to look up, and to choose freely."""
         pairs = self.facts(3)
         sections = [noted(pairs), copied(self.span(4)), *(["ask", *fact, "."] for fact in told(pairs)), self.story()]
         return fit(sections)
 
     def facts(self, count: int) -> list[str]:
-        """`count` facts about different names: name, thing, name, thing, …; things differ, too."""
-        names, things = self.random.sample(self.names, count), self.random.sample(WORDS["things"], count)
+        """`count` facts about different things: name, thing, name, thing, …; names end differently."""
+        things = self.random.sample(WORDS["things"], count)
+        endings: dict[str, str] = {}
+        while len(endings) < count:
+            name = self.random.choice(self.names)
+            endings.setdefault(name[2:], name)
+        names = list(endings.values())
         return [word for fact in zip(names, things, strict=True) for word in fact]
 
     def span(self, count: int) -> list[str]:
@@ -172,8 +176,8 @@ def told(pairs: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def noted(pairs: Sequence[str]) -> list[str]:
-    """Facts as a section: `note balo tea , miru salt .`"""
-    words = [word for fact in told(pairs) for word in (*fact, ",")]
+    """Facts as a section: `note balo tea balo tea , miru salt miru salt .`"""
+    words = [word for fact in told(pairs) for word in (*fact, *fact, ",")]
     return ["note", *words[:-1], "."]
 
 

@@ -25,6 +25,14 @@ def names_in(text):
     return set(NAME.findall(text)) & set(NAMES)
 
 
+def facts_of(text):
+    """Things by name; every fact is told twice."""
+    facts = [fact.split() for fact in text.partition(" .")[0].removeprefix("note ").split(" , ")]
+    assert all(fact[:2] == fact[2:] for fact in facts)
+    assert len({name[2:] for name, *_ in facts}) == len(facts)
+    return {name: thing for name, thing, *_ in facts}
+
+
 def sums_in(text):
     return {tuple(sorted(number for number in found if number)) for found in SUM.findall(text)}
 
@@ -77,7 +85,7 @@ def test_all_that_a_document_asks_is_answered_by_what_stands_before(part):
     answered = 0
     for index in range(300):
         text = Writer(part, index, 0).document()
-        facts = dict(fact.split() for fact in text.partition(" .")[0].removeprefix("note ").split(" , "))
+        facts = facts_of(text)
         asked = re.findall(r"ask (\w+) (\w+) \.", text)
         answered += len(asked)
         assert all(facts[name] == thing for name, thing in asked)
@@ -97,7 +105,7 @@ def test_prompts_end_where_a_span_is_about_to_be_copied():
     for index in range(50):
         text = Writer("prompts", index, 0).prompt()
         ids = words.encode(text)
-        start = words.decode(ids[:23], skip_special_tokens=True)
+        start = words.decode(ids[:32], skip_special_tokens=True)
         assert text.startswith(start + " | " + start.partition(" copy ")[2] + " .")
 
 
@@ -116,7 +124,7 @@ def truth(name, context):
     """The answer, read from the context alone."""
     words = context.split()
     if name == "lookup":
-        return dict(fact.split() for fact in context.partition(" .")[0].removeprefix("note ").split(" , "))[words[-1]]
+        return facts_of(context)[words[-1]]
     if name == "copy":
         return " ".join(words[1:-1])
     if name == "arithmetic":
