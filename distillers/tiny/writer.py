@@ -61,17 +61,18 @@ class Writer:
         return fit(sections)
 
     def facts(self, count: int) -> list[str]:
-        """`count` facts about different things: name, thing, name, thing, …; names end differently."""
+        """`count` facts about different things: name, thing, name, thing, …"""
         things = self.random.sample(WORDS["things"], count)
-        endings: dict[str, str] = {}
-        while len(endings) < count:
-            name = self.random.choice(self.names)
-            endings.setdefault(name[2:], name)
-        names = list(endings.values())
-        return [word for fact in zip(names, things, strict=True) for word in fact]
+        return [word for fact in zip(self.span(count), things, strict=True) for word in fact]
 
     def span(self, count: int) -> list[str]:
-        return self.random.sample(self.names, count)
+        """`count` names of which no two begin or end alike."""
+        names: list[str] = []
+        while len(names) < count:
+            name = self.random.choice(self.names)
+            if not any(name[:2] == other[:2] or name[2:] == other[2:] for other in names):
+                names.append(name)
+        return names
 
     def numbers(self) -> tuple[int, int]:
         """Two different numbers whose sum is below 100."""
