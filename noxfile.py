@@ -20,7 +20,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.sessions = ["lint", "types", "tests"]
 
-EXTRAS = "triton,train,eval,dev"
+EXTRAS = "triton,train,eval,ray,dev"
 CONSTRAINTS = "constraints.txt"
 SETTINGS = {
     "OMP_WAIT_POLICY": "PASSIVE",

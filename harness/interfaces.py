@@ -462,7 +462,8 @@ class Renderer(Protocol):
 
 @runtime_checkable
 class Handle(Protocol):
-    """A child process of a launcher."""
+    """A child process of a launcher. It may have an attribute `why` that says in words what ended it, where that was
+    neither its own doing nor a signal to it."""
 
     def poll(self) -> int | None:
         """The exit code (negative: the signal), or None while it runs."""

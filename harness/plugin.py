@@ -1,4 +1,4 @@
-"""The harness's own components: the built-in suites and the launcher on this machine."""
+"""The harness's own components: the built-in suites, judges and launchers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from .hooks import hookimpl
 from .interfaces import Component
 from .judges.configs import OpenAIConfig, RecordedConfig
-from .launchers.configs import LocalConfig
+from .launchers.configs import LocalConfig, RayConfig
 from .suites.chat_configs import AlpacaEvalConfig, MtBenchConfig, ReasoningConfig
 from .suites.configs import (
     AgreementConfig,
@@ -135,5 +135,13 @@ def mambabench_components() -> Iterable[Component]:
             target="mambabench.harness.launchers.local:LocalLauncher",
             config=LocalConfig,
             summary="Child processes on this machine",
+        ),
+        Component(
+            kind="launcher",
+            name="ray",
+            target="mambabench.harness.launchers.cluster:RayLauncher",
+            config=RayConfig,
+            requires=("ray>=2.50",),
+            summary="Child processes on the machines of a Ray cluster, with the store in a folder that they share",
         ),
     )

@@ -294,7 +294,7 @@ class _Run:
                 running.handle.kill()
                 self._ended(running, self._outcome(running, "timeout", f"not done after {limit:g} s"))
             elif code is not None:
-                self._ended(running, self._outcome(running, "crashed", _crash(code)))
+                self._ended(running, self._outcome(running, "crashed", getattr(running.handle, "why", "") or _crash(code)))
             else:
                 continue
             moved = True

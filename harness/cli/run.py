@@ -86,6 +86,8 @@ def run_plan(
     plan, steps = _expand(file, overrides, only, indices)
     _warn_of_broken()
     component = loaded.find("launcher", launcher)
+    if lacking := plugins.missing(component.requires):
+        raise MambabenchError(f"launcher {launcher!r}: not installed as required: {', '.join(lacking)}")
     options: dict[str, Any] = {"use": launcher, "gpus": list(indices), "share": share}
     options |= {"jobs": jobs, "threads": threads}
     known = {item.name for item in dataclasses.fields(component.config)}

@@ -16,39 +16,7 @@ from mambabench.harness.launchers.configs import LocalConfig
 from mambabench.harness.launchers.local import Child, LocalLauncher
 from mambabench.harness.locks import Lock
 
-PROGRAM = """
-import json, os, signal, subprocess, sys, time
-
-SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
-
-
-def main(arguments):
-    what, out = arguments
-    if what == "tell":
-        facts = {name: os.environ.get(name) for name in (
-            "CUDA_VISIBLE_DEVICES", "MAMBABENCH_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GIVEN",
-            "MAMBABENCH_SHARE")}
-        facts |= {"argv": sys.argv, "path": sys.path, "group": os.getpgrp() == os.getpid(), "parent": os.getppid()}
-        open(out, "w").write(json.dumps(facts))
-        print("said on standard output")
-        return 4
-    if what == "kill":
-        os.kill(os.getpid(), signal.SIGTERM)
-    if what in ("hang", "leave"):
-        from mambabench.harness.forkserver import watch
-        watch()
-        started = [subprocess.Popen(SLEEP), subprocess.Popen(SLEEP, start_new_session=True)]
-        again = f"from subprocess import *; print(Popen({SLEEP!r}, start_new_session=True, stdout=-3, stderr=-3).pid)"
-        orphan = int(subprocess.run([sys.executable, "-c", again], capture_output=True, check=True).stdout)
-        text = " ".join(map(str, [os.getpid(), *(each.pid for each in started), orphan]))
-        open(out + ".new", "w").write(text)
-        os.rename(out + ".new", out)
-        time.sleep(60 if what == "hang" else 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-"""
+PROGRAM = Path(__file__).with_name("program.py")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +25,7 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runtime").mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "program.py").write_text(PROGRAM)
+    (tmp_path / "modules" / "program.py").write_text(PROGRAM.read_text())
     path = [str(tmp_path / "modules"), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
 

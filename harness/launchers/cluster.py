@@ -1,0 +1,304 @@
+"""The launcher on a Ray cluster, for who outgrows one machine.
+
+A step runs in a *place*: an actor that holds what Ray gave it on one machine of the cluster, cores and GPUs, and has a
+`LocalLauncher` there, so that a step is started, leased, measured and ended as it would be at home. A place serves one
+step after the other, as long as there are some with the same needs, and imports what they share only once. Steps read
+and write the store themselves: it must lie in a folder that all machines share, under one path, and be able to lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from ..environment import code, machine_facts, settings
+from ..interfaces import MambabenchError, Needs, Unsupported
+from .configs import LocalConfig, RayConfig
+from .local import KILL_S, Child, LocalLauncher
+
+CONNECT_S = 10.0
+POLL_S = 0.05
+IDLE_S = 20.0
+"""How long a place is kept for a step that may come; longer than its imports took would not pay."""
+
+
+ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
+"""Of a place, beside the run's own settings. Ray must not end the server of children before that has ended them."""
+
+
+class Size(NamedTuple):
+    """What a place takes of Ray, all of it on one machine."""
+
+    cpus: int
+    gpus: float
+    """A part of one where steps share it."""
+
+    def __str__(self) -> str:
+        gpus = f" and {self.gpus:.3g} GPU{'s' * (self.gpus > 1)}" if self.gpus else ""
+        return f"{self.cpus} CPU core{'s' * (self.cpus != 1)}{gpus}"
+
+
+class Host(NamedTuple):
+    """A machine of the cluster, as a place sees it."""
+
+    name: str
+    code: Mapping[str, Any]
+
+
+class Place:
+    """The end on the machine where steps run. Its methods take turns, as those of every asynchronous actor."""
+
+    def __init__(self, modules: Sequence[str], config: LocalConfig) -> None:
+        self.gpus = tuple(int(index) for index in ray.get_gpu_ids())
+        self.launcher = LocalLauncher(LocalConfig(gpus=self.gpus, share=config.share, jobs=1, threads=config.threads))
+        self.launcher.prepare(modules)
+        self.child: Child | None = None
+
+    async def host(self) -> Host:
+        return Host(socket.gethostname(), code())
+
+    async def start(
+        self, command: Sequence[str], needs: Needs, env: Mapping[str, str], log: Path, facts: Mapping[str, str]
+    ) -> str | None:
+        """Starts a child; otherwise returns what is waited for, empty where no other run is to blame. `facts` are what
+        speed depends on, as the plan's keys have them."""
+        if not log.parent.is_dir():
+            raise MambabenchError(
+                f"{log.parent}: {socket.gethostname()} has no such folder; the launcher 'ray' needs a store in a "
+                "folder that all machines of the cluster share, under one path"
+            )
+        if needs.alone and (found := machine_facts(self.gpus)) != facts:
+            wrong = ", ".join(f"{name} {found.get(name)}, not {fact}" for name, fact in facts.items())
+            raise Unsupported(f"{socket.gethostname()} is another kind of machine than the one that plans: {wrong}")
+        self.child = self.launcher.start(command, needs, env, log)
+        return self.launcher.waiting if self.child is None else None
+
+    async def ended(self) -> int:
+        """The child's exit code, once there is one."""
+        assert self.child is not None
+        while (code := self.child.poll()) is None:
+            await asyncio.sleep(POLL_S)
+        return code
+
+    async def kill(self) -> None:
+        """Ends the child and everything that it started; returns when they are gone."""
+        if self.child is not None and self.child.poll() is None:
+            self.child.kill()
+
+    async def close(self) -> None:
+        self.launcher.close()
+
+
+class Rented:
+    """This end of a place."""
+
+    def __init__(self, size: Size, actor: Any) -> None:
+        self.size, self.actor = size, actor
+        self.known = actor.host.remote()
+        """Comes true when Ray has found room."""
+        self.host = ""
+        self.idle_since = time.monotonic()
+
+    def ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
+        """Calls a method and waits for its answer. What it raises of ours is raised here."""
+        try:
+            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout)
+        except RayTaskError as error:
+            if isinstance(error.cause, MambabenchError):
+                raise error.cause from None
+            raise
+
+    def give_back(self) -> None:
+        ray.kill(self.actor)
+
+
+class Away:
+    """A step on another machine."""
+
+    def __init__(self, launcher: RayLauncher, place: Rented) -> None:
+        self.code: int | None = None
+        self.why = ""
+        """What ended it, where that was no signal of its own."""
+        self._launcher, self._place = launcher, place
+        self._ended = place.actor.ended.remote()
+
+    def poll(self) -> int | None:
+        if self.code is None and ray.wait([self._ended], timeout=0)[0]:
+            try:
+                self._end(ray.get(self._ended))
+            except RayError as error:
+                self.why = f"{self._place.host}, where it ran, is lost to the cluster ({_first_line(error)})"
+                self._end(-signal.SIGKILL)
+        return self.code
+
+    def kill(self) -> None:
+        """Ends the child and everything that it started; returns when they are gone."""
+        try:
+            self._place.ask("kill", timeout=2 * KILL_S)
+            ray.wait([self._ended], timeout=KILL_S)
+        except (RayError, MambabenchError):
+            self._place.give_back()
+        if self.poll() is None:
+            self._end(-signal.SIGKILL)
+
+    def _end(self, code: int) -> None:
+        self.code = code
+        self._launcher.free(self._place, lost=bool(self.why))
+
+
+class RayLauncher:
+    """Starts steps wherever the cluster has room for what they need."""
+
+    def __init__(self, config: RayConfig) -> None:
+        self.config = config
+        self.waiting = ""
+        """Why the last `start` gave nothing, where that is up to others."""
+        self._local = LocalConfig(share=config.share, threads=config.threads or 1)
+        self._facts = machine_facts(config.gpus)
+        self._environment = {**settings(), **ENVIRONMENT}
+        # Which GPUs a place gets is Ray's to say.
+        self._environment.pop("CUDA_VISIBLE_DEVICES", None)
+        self._modules: list[str] = []
+        self._code = code()
+        self._asked: dict[Size, Rented] = {}
+        """Places that Ray looks for, at most one of each size."""
+        self._idle: list[Rented] = []
+        self._busy: list[Rented] = []
+        self._connected = not ray.is_initialized()
+        if self._connected:
+            connect()
+
+    def prepare(self, modules: Iterable[str]) -> None:
+        """Has places import `modules` when they are made."""
+        self._modules = sorted({*self._modules, *modules})
+
+    def start(self, command: Sequence[str], needs: Needs, env: Mapping[str, str], log: Path) -> Away | None:
+        """Starts `python -m MODULE …` on some machine; None while there is no room or the machine must stay quiet.
+
+        Raises Unsupported where no machine of the cluster can ever give what the step needs.
+        """
+        self.waiting = ""
+        self._tidy()
+        if self.config.jobs and len(self._busy) >= self.config.jobs:
+            return None
+        place = self._place(self._size(needs))
+        if place is None:
+            return None
+        try:
+            waiting = place.ask("start", list(command), needs, dict(env), log.resolve(), self._facts)
+        except RayActorError:
+            self._idle.remove(place)
+            return None
+        if waiting is not None:
+            self.waiting = "" if self._busy else waiting
+            return None
+        self._idle.remove(place)
+        self._busy.append(place)
+        return Away(self, place)
+
+    def free(self, place: Rented, *, lost: bool) -> None:
+        """Takes a place back from its step."""
+        if place in self._busy:
+            self._busy.remove(place)
+            if not lost:
+                place.idle_since = time.monotonic()
+                self._idle.append(place)
+        self._tidy()
+
+    def close(self) -> None:
+        """Ends every child and leaves the cluster."""
+        if ray.is_initialized():
+            closed = [place.actor.close.remote() for place in (*self._idle, *self._busy)]
+            ray.wait(closed, num_returns=len(closed), timeout=KILL_S)
+            for place in (*self._idle, *self._busy, *self._asked.values()):
+                place.give_back()
+        self._idle, self._busy, self._asked = [], [], {}
+        if self._connected:
+            ray.shutdown()
+
+    def _size(self, needs: Needs) -> Size:
+        shares = needs.gpus == 1 and not needs.alone
+        return Size(self._local.threads * needs.ranks, needs.gpus / (self.config.share if shares else 1))
+
+    def _place(self, size: Size) -> Rented | None:
+        """An idle place. Where there is none, asks Ray for one, and gives back those of other sizes for it."""
+        for place in self._idle:
+            if place.size == size:
+                return place
+        self._check(size)
+        if size not in self._asked:
+            for place in self._idle:
+                place.give_back()
+            self._idle = []
+            made = ray.remote(Place).options(
+                num_cpus=size.cpus, num_gpus=size.gpus, runtime_env={"env_vars": self._environment}
+            )
+            actor = made.remote(self._modules, self._local)
+            self._asked[size] = Rented(size, actor)
+        asked = self._asked[size]
+        if not ray.wait([asked.known], timeout=0)[0]:
+            if not self._busy and time.monotonic() - asked.idle_since > IDLE_S:
+                self.waiting = f"Ray has no room for {size} yet"
+            return None
+        del self._asked[size]
+        try:
+            host: Host = ray.get(asked.known)
+        except RayActorError as error:
+            if error.actor_init_failed:
+                raise MambabenchError(f"a machine of the Ray cluster cannot run steps: {_last_line(error)}") from error
+            return None
+        if host.code != self._code:
+            asked.give_back()
+            raise MambabenchError(f"{host.name}: runs mambabench {_named(host.code)}, this is {_named(self._code)}")
+        asked.host = host.name
+        self._idle.append(asked)
+        return asked
+
+    def _check(self, size: Size) -> None:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(each.get("CPU", 0) >= size.cpus and each.get("GPU", 0) >= size.gpus for each in machines):
+            raise Unsupported(f"needs {size} on one machine, and no machine of the Ray cluster has as much")
+
+    def _tidy(self) -> None:
+        """Gives back what nobody has used for a while."""
+        for place in list(self._idle):
+            if time.monotonic() - place.idle_since > IDLE_S:
+                self._idle.remove(place)
+                place.give_back()
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS names, or the one that this machine belongs to."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    try:
+        if port.isdigit():
+            # Ray itself goes on asking for minutes.
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.CRITICAL)
+    except (OSError, RuntimeError, RayError) as error:
+        raise MambabenchError(
+            f"no Ray cluster was found ({_first_line(error)}); start one by `ray start --head`, or set RAY_ADDRESS"
+        ) from error
+
+
+def _named(code: Mapping[str, Any]) -> str:
+    revision = str(code.get("revision") or "")[:10]
+    return " ".join(filter(None, [str(code["version"]), revision, "with changes" if code.get("dirty") else ""]))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _last_line(error: Exception) -> str:
+    return [type(error).__name__, *filter(None, map(str.strip, str(error).splitlines()))][-1][:300]

@@ -1,0 +1,309 @@
+"""On a Ray cluster steps run where there is room, end as at home, and what a lost machine did is done elsewhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+from mambabench import MambabenchError, Needs, Unsupported
+from mambabench.harness import plugins
+from mambabench.harness.environment import host
+from mambabench.harness.launchers.configs import RayConfig
+from mambabench.harness.launchers.leases import QUIET, runtime_folder
+from mambabench.harness.locks import Lock
+from mambabench.harness.progress import Silent
+from mambabench.harness.runner import Summary, run
+from mambabench.harness.steps import Step
+from mambabench.harness.store import Store
+
+ray = pytest.importorskip("ray", reason="ray is not installed here")
+
+HERE = Path(__file__).parent
+ACTING = HERE / "acting.py"
+STORE = {"object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture(scope="session")
+def processes(loaded: Callable[[Path], ModuleType]) -> ModuleType:
+    return loaded(HERE.parent / "processes.py")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A head that runs no steps, a machine of two cores, and one of four cores and two GPUs, which are made up."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **STORE})
+        patch.setenv("RAY_ADDRESS", made.address)
+        made.add_node(num_cpus=2, **STORE)
+        made.add_node(num_cpus=4, num_gpus=2, **STORE)
+        yield made
+        made.shutdown()
+
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def launch(cluster: Any) -> Iterator[Make]:
+    from mambabench.harness.launchers.cluster import RayLauncher
+
+    made = []
+
+    def make(*modules: str, **config: Any) -> Any:
+        launcher = RayLauncher(RayConfig(**config))
+        made.append(launcher)
+        launcher.prepare(modules)
+        return launcher
+
+    yield make
+    for launcher in made:
+        launcher.close()
+
+
+@pytest.fixture
+def start(processes: ModuleType) -> Callable[..., Any]:
+    def start(launcher: Any, what: str, out: Path, needs: Needs = Needs(), **env: str) -> Any:  # noqa: B008
+        command = [sys.executable, "-P", "-m", "program", what, str(out)]
+        found: list[Any] = []
+
+        def started() -> bool:
+            child = launcher.start(command, needs, env, out.with_suffix(".log"))
+            found.extend([child] if child else [])
+            return bool(found)
+
+        processes.until(started, 30.0)
+        return found[0]
+
+    return start
+
+
+@pytest.fixture
+def ended(processes: ModuleType) -> Callable[[Any], int]:
+    def ended(child: Any) -> int:
+        processes.until(lambda: child.poll() is not None)
+        return child.code
+
+    return ended
+
+
+@pytest.fixture
+def family(processes: ModuleType) -> Callable[[Path], list[int]]:
+    def family(out: Path) -> list[int]:
+        processes.until(out.exists)
+        pids = [int(word) for word in out.read_text().split()]
+        assert processes.living(pids) == pids
+        return pids
+
+    return family
+
+
+def machine_of(child: int) -> int:
+    """The process of the machine's raylet that a step's child descends from."""
+    return next(each.pid for each in psutil.Process(child).parents() if "raylet" in each.name())
+
+
+def test_a_child_gets_its_arguments_surroundings_and_log(launch, start, ended, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    child = start(launch(threads=2), "tell", tmp_path / "out", GIVEN="yes")
+    assert ended(child) == 4
+    facts = json.loads((tmp_path / "out").read_text())
+    assert facts["argv"] == ["program", "tell", str(tmp_path / "out")]
+    assert (facts["OMP_NUM_THREADS"], facts["OMP_WAIT_POLICY"], facts["GIVEN"]) == ("2", "PASSIVE", "yes")
+    assert (facts["CUDA_VISIBLE_DEVICES"], facts["group"]) == ("", True)
+    assert os.getcwd() not in facts["path"]
+    assert "said on standard output" in (tmp_path / "out.log").read_text()
+
+
+def test_ray_gives_steps_the_gpus_that_they_need(launch, start, ended, tmp_path):
+    launcher = launch(gpus=())
+    assert ended(start(launcher, "tell", tmp_path / "both", Needs(gpus=2))) == 4
+    assert json.loads((tmp_path / "both").read_text())["CUDA_VISIBLE_DEVICES"] == "0,1"
+    one, two = (start(launcher, "hang", tmp_path / name, Needs(gpus=1)) for name in ("one", "two"))
+    command = [sys.executable, "-P", "-m", "program", "tell", str(tmp_path / "out")]
+    until_then = time.monotonic() + 1.0
+    while time.monotonic() < until_then:
+        assert launcher.start(command, Needs(gpus=1), {}, tmp_path / "out.log") is None
+    one.kill()
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1))) == 4
+    assert json.loads((tmp_path / "out").read_text())["CUDA_VISIBLE_DEVICES"] in ("0", "1")
+    two.kill()
+
+
+def test_steps_may_share_a_gpu(launch, start, ended, tmp_path):
+    launcher = launch(share=2)
+    hanging = [start(launcher, "hang", tmp_path / str(number), Needs(gpus=1)) for number in range(3)]
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1))) == 4
+    assert json.loads((tmp_path / "out").read_text())["MAMBABENCH_SHARE"] == "2"
+    for child in hanging:
+        child.kill()
+
+
+def test_steps_run_on_several_machines_at_once_and_places_serve_again(launch, start, ended, family, tmp_path):
+    launcher = launch()
+    children = [start(launcher, "hang", tmp_path / str(number)) for number in range(5)]
+    pids = [family(tmp_path / str(number))[0] for number in range(5)]
+    assert len({machine_of(pid) for pid in pids}) == 2
+    servers = {psutil.Process(pid).ppid() for pid in pids}
+    children[0].kill()
+    assert ended(start(launcher, "tell", tmp_path / "out")) == 4
+    assert json.loads((tmp_path / "out").read_text())["parent"] in servers
+
+
+def test_kill_and_close_end_all_that_a_child_started(launch, start, family, processes, tmp_path):
+    launcher = launch()
+    one, two = (start(launcher, "hang", tmp_path / name) for name in ("one", "two"))
+    pids = family(tmp_path / "one")
+    one.kill()
+    assert one.poll() == -signal.SIGKILL
+    processes.gone_soon(pids)
+    pids = family(tmp_path / "two")
+    launcher.close()
+    processes.gone_soon(pids)
+    assert two.code is None
+
+
+def test_the_end_by_a_signal_is_told(launch, start, ended, tmp_path):
+    assert ended(start(launch(), "kill", tmp_path / "out")) == -signal.SIGTERM
+
+
+def test_nothing_lives_two_seconds_after_the_run_was_killed(cluster, family, processes, tmp_path):
+    script = textwrap.dedent(f"""
+        import sys, time
+        from pathlib import Path
+        from mambabench.harness.interfaces import Needs
+        from mambabench.harness.launchers.cluster import RayLauncher
+        from mambabench.harness.launchers.configs import RayConfig
+        launcher = RayLauncher(RayConfig())
+        for name in ("one", "two"):
+            out = Path({str(tmp_path)!r}, name)
+            command = [sys.executable, "-P", "-m", "program", "hang", str(out)]
+            while launcher.start(command, Needs(), {{}}, out.with_suffix(".log")) is None:
+                time.sleep(0.01)
+        time.sleep(60)
+    """)
+    with subprocess.Popen([sys.executable, "-c", script]) as driver:
+        processes.until(lambda: (tmp_path / "two").exists(), 40.0)
+        pids = [*family(tmp_path / "one"), *family(tmp_path / "two")]
+        servers = [psutil.Process(pids[0]).ppid(), psutil.Process(pids[4]).ppid()]
+        driver.kill()
+    processes.gone_soon([*pids, *servers])
+
+
+def test_a_step_that_must_be_alone_waits_for_the_quiet_of_its_machine(launch, start, ended, tmp_path):
+    launcher = launch()
+    held = Lock.take(runtime_folder() / QUIET, shared=True)
+    assert held is not None
+    command = [sys.executable, "-P", "-m", "program", "tell", str(tmp_path / "out")]
+    until_then = time.monotonic() + 60.0
+    while not launcher.waiting and time.monotonic() < until_then:
+        assert launcher.start(command, Needs(alone=True), {}, tmp_path / "out.log") is None
+    assert launcher.waiting == "it must be alone, and another run is at work on this machine"
+    held.release()
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(alone=True))) == 4
+
+
+def test_speed_is_not_measured_on_another_kind_of_machine(launch, start, ended, tmp_path):
+    launcher = launch()
+    launcher._facts = {**launcher._facts, "cpu": "an abacus"}
+    with pytest.raises(Unsupported, match=r"is another kind of machine than the one that plans: .*not an abacus"):
+        start(launcher, "tell", tmp_path / "out", Needs(alone=True))
+    assert ended(start(launcher, "tell", tmp_path / "out")) == 4
+
+
+def test_what_no_machine_has_is_unsupported_at_once(launch, start, tmp_path):
+    with pytest.raises(Unsupported, match="needs 1 CPU core and 3 GPUs on one machine, and no machine of the Ray"):
+        start(launch(), "tell", tmp_path / "out", Needs(gpus=3))
+    with pytest.raises(Unsupported, match="needs 6 CPU cores on one machine"):
+        start(launch(threads=2), "tell", tmp_path / "out", Needs(ranks=3))
+
+
+def test_no_more_children_than_jobs(launch, start, ended, tmp_path):
+    launcher = launch(jobs=1)
+    child = start(launcher, "hang", tmp_path / "out")
+    command = [sys.executable, "-P", "-m", "program", "tell", str(tmp_path / "two")]
+    assert launcher.start(command, Needs(), {}, tmp_path / "two.log") is None
+    child.kill()
+    assert ended(start(launcher, "tell", tmp_path / "two")) == 4
+
+
+def test_a_store_that_a_machine_does_not_see_is_one_line(launch, start, tmp_path):
+    with pytest.raises(MambabenchError, match="has no such folder; the launcher 'ray' needs a store in a folder") as e:
+        start(launch(), "tell", tmp_path / "nowhere" / "out")
+    assert "\n" not in str(e.value)
+
+
+def test_another_version_on_a_machine_is_one_line(launch, start, tmp_path):
+    launcher = launch()
+    launcher._code = {"version": "0.0.1", "revision": None, "dirty": None}
+    with pytest.raises(MambabenchError, match=r"runs mambabench .*, this is 0\.0\.1$"):
+        start(launcher, "tell", tmp_path / "out")
+
+
+def test_without_a_cluster_there_is_one_line(mambabench, tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text('schema = 1\nname = "x"\n[teacher]\npath = "teacher"\n')
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    words = ("run", plan, "--store", tmp_path / "store", "--launcher", "ray")
+    done = mambabench(*words, RAY_ADDRESS="127.0.0.1:1", RAY_AUTH_MODE="disabled")
+    assert done.returncode == 1
+    assert "mambabench: no Ray cluster was found" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def act(key: str, **config: Any) -> Step:
+    record = {"seed": 5, "model": "", "backend": None, "teacher_backend": None, "inputs": {}, "data": {}, "models": {}}
+    component = {"kind": "source", "name": "act", "config": config}
+    record["component"] = component
+    return Step(key=key, kind="data", labels=(f"data/{key}",), needs=Needs(), record=record, modules=frozenset())
+
+
+def test_what_a_lost_machine_did_is_done_on_another(cluster, launch, processes, tmp_path):
+    lost = cluster.add_node(num_cpus=2, resources={"doomed": 2}, **STORE)
+    trace = tmp_path / "trace"
+    steps = [act(f"k{number}", trace=str(trace), seconds=1.0) for number in range(12)]
+    raylet = lost.all_processes["raylet"][0].process.pid
+    ends: list[tuple[str, str]] = []
+
+    class KillsAMachine(Silent):
+        """Kills the machine once it works on a step."""
+
+        def __init__(self) -> None:
+            self.victims: list[psutil.Process] = []
+
+        def finished(self, key, label, outcome, final):
+            ends.append((outcome.state, outcome.reason))
+
+        def started(self, key, label, attempt):
+            if self.victims:
+                return
+            at_work = [int(line.split()[1]) for line in trace.read_text().splitlines()] if trace.exists() else []
+            if any(raylet in [each.pid for each in psutil.Process(pid).parents()] for pid in processes.living(at_work)):
+                self.victims = processes.descendants(raylet)
+                cluster.remove_node(lost, allow_graceful=False)
+
+    progress = KillsAMachine()
+    store = Store.create(tmp_path / "store")
+    summary: Summary = run(steps, store, launch("numpy"), plugins.load([ACTING]), host=host(), progress=progress)
+    assert progress.victims
+    assert summary.counts == {"ok": 12}
+    crashes = [reason for state, reason in ends if state == "crashed"]
+    assert crashes
+    assert all("is lost to the cluster" in reason for reason in crashes)
+    assert len(summary.ran) == 12 + len(crashes)
+    processes.gone_soon(progress.victims)

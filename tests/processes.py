@@ -1,0 +1,53 @@
+"""What tests do with processes: wait for them, find who descends from whom, and see who is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import psutil
+
+
+def until(true: Callable[[], object], seconds: float = 15.0) -> None:
+    """Waits for something, and fails if it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """All processes below one; each remembers when it began, so that a later one of its number is told apart."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def commands(pid: int) -> list[str]:
+    """The command lines of all processes below one."""
+    found = []
+    for process in descendants(pid):
+        with suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+def living(processes: Iterable[psutil.Process | int]) -> list[int]:
+    """The numbers of those that still run."""
+    found = []
+    for each in processes:
+        try:
+            process = psutil.Process(each) if isinstance(each, int) else each
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def gone_soon(processes: Iterable[psutil.Process | int], seconds: float = 2.0) -> None:
+    """Waits for the end of all of them."""
+    waited_for = list(processes)
+    until(lambda: not living(waited_for), seconds)
