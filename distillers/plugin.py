@@ -79,8 +79,8 @@ class TinyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoOptions:
-    """Of a component that has none."""
+class TinyJudgeConfig:
+    """The rules have no options."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,17 +397,10 @@ def mambabench_components() -> Iterable[Component]:
         summary="the tiny world: a small seeded language with known truth, its lm-eval tasks and preferences",
     )
     yield Component(
-        kind="teacher",
-        name="tiny",
-        target=f"{room}.tiny.weights:folder",
-        config=NoOptions,
-        summary="a Llama of the tiny world, trained by plans/gpu/tiny-teacher.toml",
-    )
-    yield Component(
         kind="judge",
         name="tiny",
         target=f"{room}.tiny.judge:TinyJudge",
-        config=NoOptions,
+        config=TinyJudgeConfig,
         summary="knows the right answers of the tiny world; judges by rule, without a model",
     )
     yield Component(

@@ -34,7 +34,7 @@ API = 1
 """Version of this contract. Raised only when something is removed or changes its meaning."""
 
 KINDS = (
-    *("backend", "teacher", "distiller", "decoder", "draft", "selector", "source"),
+    *("backend", "distiller", "decoder", "draft", "selector", "source"),
     *("suite", "judge", "table", "renderer", "launcher", "command"),
 )
 
@@ -57,14 +57,13 @@ class Component:
     """Unique within its kind; what `use = "…"` in a plan names."""
     target: str
     """`"package.module:factory"`. `factory(config)` makes an object of the kind's protocol, in the process that
-    uses it. For a command, the target is a click command itself and is not called; a teacher's gives the folder of
-    weights that come with the plug-in, and imports no torch."""
+    uses it. For a command, the target is a click command itself and is not called."""
     config: type
     """A frozen dataclass. Plans are checked against it; unknown keys are errors. Fields annotated `DataRef` or
     `ModelRef` name an entry of the plan's `[data]` or `[models]` and become inputs of the step, as do files and folders
     in fields annotated `FileRef`, seen from the plan's folder, unless an entry of `[data]` has that name; fields
-    annotated `Annotated[Choice, ChoiceOf(kind)]` name a component of another kind. Where the result depends on something else outside of the plan, a method
-    `fingerprint()` returns a text that stands for it in keys."""
+    annotated `Annotated[Choice, ChoiceOf(kind)]` name a component of another kind. Where the result depends on
+    something else outside of the plan, a method `fingerprint()` returns a text that stands for it in keys."""
     revision: int = 1
     """Raised when results made by older versions stop being comparable."""
     api: int = API

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...harness.judges import Desk, Reply, Request, Verdict
 from ...harness.judges.reading import Failure, resolve
+from ..plugin import TinyJudgeConfig
 from .instructions import read_chat, solve
 
 NAME = "tiny rules"
@@ -26,7 +27,7 @@ DOUBT = 0.02
 
 
 class TinyJudge:
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: TinyJudgeConfig) -> None:
         self.config = config
 
     def judge(self, requests: Sequence[Request], desk: Desk) -> list[Verdict]:

@@ -1,6 +1,7 @@
 """The rules of the tiny world judge what MT-Bench and AlpacaEval really ask, and nothing that they do not know."""
 
 import pytest
+from mambabench.distillers.plugin import TinyJudgeConfig
 from mambabench.distillers.tiny.instructions import read_chat, solve
 from mambabench.distillers.tiny.judge import DOUBT, TinyJudge
 from mambabench.distillers.tiny.judge import reply as judged
@@ -16,7 +17,7 @@ def chat(write_tiny):
 
 
 def ask(requests, tmp_path):
-    return {verdict.id: verdict for verdict in TinyJudge(None).judge(requests, Desk(folder=tmp_path))}
+    return {verdict.id: verdict for verdict in TinyJudge(TinyJudgeConfig()).judge(requests, Desk(folder=tmp_path))}
 
 
 def right(turns):

@@ -85,7 +85,6 @@ def test_an_override_changes_one_key_and_the_plan_s_hash(planner, plan_text):
         ('start = "half"', 'start = "next"', "models.next.start: a circle of models: next -> next"),
         ('like = "half"', 'like = "hlaf"', "models.other.like: unknown model"),
         ('path = "teacher"', 'path = "teach"', "teacher.path: there is no folder"),
-        ('path = "teacher"', 'path = "builtin:tyny"', "teacher.path: unknown teacher 'tyny'"),
         ('path = "teacher"', "", "teacher: give either `path`"),
         ('path = "teacher"', 'train = ["tune"]', "stages.tune.use: 'toy-stage' trains a given model"),
         ('file = "text.txt"', 'file = "txt.txt"', "data.file: there is no file"),

@@ -9,11 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
+from mambabench.distillers.tiny.writer import TASKS
+from mambabench.harness.keys import Fingerprints
+from mambabench.harness.plan import read_plan
+from mambabench.harness.plugins import registry
+from mambabench.harness.steps import expand
 
 PLAN = Path(__file__).resolve().parents[2] / "plans" / "tiny.toml"
 SMALL = (
     "stages.teach.tokens=20_000",
     "stages.align.tokens=8_000",
+    "stages.tune.tokens=4_000",
+    "data.pairs.documents=32",
+    "data.text.documents=400",
     "suites.tasks.limit=8",
     "suites.perplexity.limit=8",
     "suites.losslessness.prompts=4",
@@ -26,6 +34,24 @@ SMALL = (
 def words(store, *more):
     overrides = [word for override in (*SMALL, *more) for word in ("--set", override)]
     return ["run", PLAN, "--store", store, *overrides]
+
+
+def test_the_default_plan_takes_nothing_but_the_package(tmp_path):
+    loaded = registry()
+    plan = read_plan(PLAN, loaded)
+    assert plan.teacher.path is None
+    assert not any(entry.file for entry in plan.data.values())
+    steps = expand(plan, loaded, Fingerprints(tmp_path / "cache"), {})
+    by_label = {label: step for step in steps for label in step.labels}
+    (questions,) = by_label["half/plain/mt-bench@seed0"].record["data"].values()
+    assert questions["step"] == by_label["data/questions"].key
+    assert questions in by_label["half/plain/alpaca-eval@seed0"].record["data"].values()
+    # Every stage, both decoders, and each task in both forms.
+    assert {stage.name for stage in plan.stages.values()} == {"train-teacher", "progressive", "sft", "dpo"}
+    assert {decoder.name for decoder in plan.decoders.values()} == {"standard", "speculative"}
+    tasks = set(plan.suites["tasks"].config.tasks)
+    assert {task.removesuffix("_generate") + "_generate" for task in tasks} < tasks
+    assert {task.removeprefix("tiny_").removesuffix("_generate") for task in tasks} < set(TASKS)
 
 
 def finished(store):
@@ -130,7 +156,7 @@ def test_one_changed_option_of_one_suite_runs_only_its_steps(resumed, mambabench
     assert mambabench(*words(store, "suites.perplexity.limit=4")).returncode == 0
     new = [json.loads((store / "steps" / key / "step.json").read_text()) for key in finished(store) - before]
     assert sorted(step["labels"][0].split("@")[0] for step in new) == [
-        f"{model}/-/perplexity" for model in ("half", "pure", "quarter", "teacher")
+        f"{model}/-/perplexity" for model in ("half", "pure", "pure-mamba", "quarter", "teacher")
     ]
 
 
