@@ -118,20 +118,23 @@ def classify(error: BaseException) -> tuple[str, str]:
     if isinstance(error, MambabenchError):
         return "error", str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "error", f"the disk is full; free some space and run again ({text[:300]})"
+        return "error", f"the disk is full; free some space and run again with --retry ({text[:300]})"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in CPU_OUT_OF_MEMORY):
         return "out-of-memory", text[:300]
     return "error", text[:500]
 
 
 class Attempt:
-    """When, where and with which code an attempt began, and what it took since; times count from the lease.
+    """When, where and with which code an attempt began, and what it took since; times count from the lease, on a clock
+    that nobody sets.
 
     Code and machine are noted at the start: files may change while a step runs, but it runs what it has imported.
     """
 
     def __init__(self) -> None:
-        self.leased = float(os.environ.get(LEASED) or time.time())
+        now = time.time()
+        self.leased = float(os.environ.get(LEASED) or now)
+        self._began = time.monotonic() - max(0.0, now - self.leased)
         self.number = int(os.environ.get(ATTEMPT) or 1)
         self.rss = _peak_rss()
         self.code: dict[str, Any] = json.loads(os.environ[CODE]) if os.environ.get(CODE) else code()
@@ -152,7 +155,7 @@ class Attempt:
         import torch
 
         def since(moment: float | None) -> float | None:
-            return None if moment is None else round(moment - self.leased, 4)
+            return None if moment is None else round(moment - self._began, 4)
 
         detail = {
             "device": device,
@@ -171,7 +174,7 @@ class Attempt:
             "reason": reason,
             "attempt": self.number,
             "started": self.leased,
-            "wall_s": since(time.time()),
+            "wall_s": since(time.monotonic()),
             "detail": detail,
             "facts": facts,
             "code": self.code,

@@ -40,12 +40,12 @@ FACT = {"name": "", "value": None, "unit": "", "arm": ""}
 class Recorder:
     """The `Emit` of a step. Appends with single writes, so that threads and forked workers may share it."""
 
-    def __init__(self, folder: Path, key: str, *, attempt: int = 1, began: float | None = None) -> None:
+    def __init__(self, folder: Path, key: str, *, attempt: int = 1) -> None:
         self.folder, self.key = folder, key
         self.first: float | None = None
-        """Unix time of the first record that came through `emit`."""
+        """When the first record came through `emit`, on the monotonic clock."""
         self.last: float | None = None
-        self._began = time.time() if began is None else began
+        self._began = time.monotonic()
         self._path = folder / "events.jsonl"
         with disk_errors(self._path):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -55,7 +55,7 @@ class Recorder:
         self._write({"kind": ATTEMPT, "t": 0.0, "attempt": attempt})
 
     def __call__(self, kind: str, /, **fields: Any) -> None:
-        now = time.time()
+        now = time.monotonic()
         values = {name: plain(value) for name, value in fields.items()}
         check(kind, values)
         self._write({"kind": kind, "t": round(now - self._began, 6), **values})

@@ -176,7 +176,7 @@ class Registry:
                     for answer in given:
                         check(answer)
                 answers += given
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.failures.append(
                     HookFailure(hook, self.manager.get_name(plugin) or "?", f"{type(error).__name__}: {error}")
                 )

@@ -163,7 +163,7 @@ class Results:
         tables = []
         for store, opened in self._opened.items():
             keys = self._owners.loc[self._owners["store"] == store, "key"].unique()
-            files = [file for key in keys if (file := opened.finished(key) / f"{name}.parquet").is_file()]
+            files = [file for key in keys if (file := opened.records(key, f"{name}.parquet"))]
             if files:
                 tables.append(_dataset(files).assign(store=store))
         if not tables:

@@ -179,6 +179,8 @@ class _Run:
             self._cancel(f"the run stopped: {error}")
             raise
         finally:
+            for running in self.running.values():
+                running.claim.release()
             self.progress.close()
         return self.summary
 
@@ -294,7 +296,8 @@ class _Run:
                 running.handle.kill()
                 self._ended(running, self._outcome(running, "timeout", f"not done after {limit:g} s"))
             elif code is not None:
-                self._ended(running, self._outcome(running, "crashed", getattr(running.handle, "why", "") or _crash(code)))
+                why = getattr(running.handle, "why", "") or _crash(code)
+                self._ended(running, self._outcome(running, "crashed", why))
             else:
                 continue
             moved = True
@@ -309,7 +312,7 @@ class _Run:
             return outcome_of(status.record, self.store.folder(key))
         if state == "crashed":
             reason += _last_line(self.store.partial(key) / "log.txt")
-        wall = time.time() - running.leased
+        wall = time.monotonic() - running.began
         outcome = Outcome(state=state, reason=reason, attempt=running.attempt, wall_s=round(wall, 4))
         self.store.fail(key, record_of(outcome, running.leased))
         return outcome
@@ -346,8 +349,9 @@ class _Run:
 
     def _cancel(self, why: str) -> None:
         self.summary.stopped = True
-        for running in list(self.running.values()):
+        for running in self.running.values():
             running.handle.kill()
+        for running in list(self.running.values()):
             outcome = self._outcome(running, "cancelled", why)
             del self.running[running.step.key]
             running.claim.release()

@@ -9,6 +9,7 @@ describes the files. Nothing here imports pandas or torch.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -119,6 +120,18 @@ class Store:
         """Wherever the step's files are now."""
         return self.finished(key) if self.finished(key).is_dir() else self.partial(key)
 
+    def records(self, key: str, name: str) -> Path | None:
+        """A file of a finished step's records, if it has it. Raises MambabenchError where its bytes have changed."""
+        file = self.finished(key) / name
+        if not file.is_file():
+            return None
+        told = read_json(file.with_name("outcome.json")).get("sha256", {}).get(name)
+        with disk_errors(file, "read"):
+            found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if told not in (None, found):
+            raise MambabenchError(f"{file}: damaged; delete the folder {file.parent}, and the next run does it again")
+        return file
+
     def keys(self) -> tuple[str, ...]:
         """Every step that ended well."""
         folder = self.path / "steps"
@@ -212,7 +225,8 @@ class Store:
                 artifact.rmdir()
             files = sync_tree(partial, leave_out="scratch")
             finished.parent.mkdir(parents=True, exist_ok=True)
-        write_json(partial / "outcome.json", {**record, "files": files})
+            hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in partial.glob("*.parquet")}
+        write_json(partial / "outcome.json", {**record, "files": files, "sha256": hashes})
         self._move(key)
 
     def complete(self, key: str) -> bool:
@@ -355,5 +369,5 @@ class disk_errors:  # noqa: N801  (used like a function)
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             full = error.errno in self.FULL
-            advice = "the disk is full; free some space and run again" if full else error.strerror or error
+            advice = "the disk is full; free some space and run again with --retry" if full else error.strerror or error
             raise MambabenchError(f"{self.path}: cannot be {self.what}, {advice}") from error

@@ -71,6 +71,28 @@ class Act:
     def memory(self, job) -> None:
         raise MemoryError("no more of it")
 
+    def tensor(self, job) -> None:
+        """Asks for more memory than an address can name."""
+        import torch
+
+        torch.empty(2**60, dtype=torch.int8)
+
+    def full_disk(self, job) -> None:
+        """What it is to write has no room."""
+        (job.out / "data.jsonl").symlink_to("/dev/full")
+
+    def full_records(self, job) -> None:
+        """Its next record has no room."""
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, job.emit._descriptor)
+        job.emit("fact", name="a", value=1)
+
+    def clock(self, job) -> None:
+        """Somebody sets the clock to yesterday."""
+        true = time.time
+        time.time = lambda: true() - 86400.0
+        job.emit("fact", name="a", value=1)
+
     def kill(self, job) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 

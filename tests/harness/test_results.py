@@ -37,6 +37,18 @@ def test_a_step_that_serves_two_models_belongs_to_both(stores, builder):
     assert samples.groupby("model").size().to_dict() == {"teacher": 10, "half": 10}
 
 
+def test_a_file_of_records_whose_bytes_changed_is_named_in_one_line(stores, builder):
+    builder.step("half/a@seed0", "train", {"loss": [{"step": step, "tokens": 10, "loss": 2.0} for step in range(50)]})
+    store = builder.write()
+    (file,) = store.glob("steps/*/losses.parquet")
+    whole = file.read_bytes()
+    for at in range(0, len(whole), 97):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with pytest.raises(MambabenchError, match=r"losses\.parquet: damaged; delete the folder") as e:
+            Results.read([store]).losses  # noqa: B018
+        assert "\n" not in str(e.value)
+
+
 def test_what_did_not_end_well_is_a_state_with_a_reason_and_has_no_records(stores, builder):
     builder.step("half/-/tasks@seed0", state="timeout", reason="longer than 180 s")
     builder.skip("half/lookup/speed@seed0", "too slow here")

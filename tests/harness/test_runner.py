@@ -227,7 +227,7 @@ def test_lacking_requirements_and_too_many_gpus_are_unsupported(go: Go) -> None:
     assert summary.outcomes["b"].reason == "needs 1 GPU, this run has none (see --gpus)"
 
 
-@pytest.mark.parametrize("damage", ["outcome.json", "events.jsonl"])
+@pytest.mark.parametrize("damage", ["outcome.json", "events.jsonl", "artifact/data.jsonl"])
 def test_a_damaged_step_is_done_anew(go: Go, store: Store, tmp_path: Path, damage: str) -> None:
     step = act("a", trace=str(tmp_path / "trace"))
     go(step)

@@ -1,0 +1,161 @@
+"""What can go wrong around a step is told as it is, stops no other step, and is mended by a later run.
+
+Kills, hangs, damaged steps and runs beside each other are in `test_runner`, `test_launcher` and `test_store`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from mambabench import MambabenchError, Needs
+from mambabench.harness import plugins, runner
+from mambabench.harness import store as store_module
+from mambabench.harness.environment import host
+from mambabench.harness.launchers.configs import LocalConfig
+from mambabench.harness.launchers.local import LocalLauncher
+from mambabench.harness.locks import Lock
+from mambabench.harness.plugins import Registry
+from mambabench.harness.progress import Silent
+from mambabench.harness.runner import PRELOADED, Summary, run
+from mambabench.harness.steps import Step
+from mambabench.harness.store import Store
+
+HERE = Path(__file__).parent
+ACTING = HERE / "acting.py"
+
+HOSTILE = """
+import sys
+from mambabench import hookimpl
+
+def fail(*_):
+    sys.exit("no more")
+
+@hookimpl
+def mambabench_refuse(step, host): fail()
+
+@hookimpl
+def mambabench_step_started(step): fail()
+
+@hookimpl
+def mambabench_step_finished(step, outcome): raise RuntimeError("never")
+
+@hookimpl
+def mambabench_environment(): fail()
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        made = LocalLauncher(LocalConfig(jobs=2))
+        made.prepare(PRELOADED)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+def act(key: str, do: str = "finish", needs: Needs = Needs(), **config: Any) -> Step:  # noqa: B008
+    record = {"seed": 5, "model": "", "backend": None, "teacher_backend": None, "inputs": {}, "data": {}, "models": {}}
+    component = {"kind": "source", "name": "act", "config": {"do": do, **config}}
+    record["component"] = component
+    return Step(key=key, kind="data", labels=(f"data/{key}",), needs=needs, record=record, modules=frozenset())
+
+
+Go = Callable[..., Summary]
+
+
+@pytest.fixture
+def go(store: Store, launcher: LocalLauncher) -> Go:
+    def go(*steps: Step, registry: Registry | None = None, retry: bool = False) -> Summary:
+        known = registry or plugins.load([ACTING])
+        return run(steps, store, launcher, known, host=host(), retry=retry, progress=Silent())
+
+    return go
+
+
+def test_memory_that_is_not_there_is_told_as_such(go: Go) -> None:
+    summary = go(act("k", "tensor"), act("other"))
+    assert summary.counts == {"ok": 1, "out-of-memory": 1}
+    assert "DefaultCPUAllocator" in summary.outcomes["k"].reason
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("do", ["full_disk", "full_records"])
+def test_a_full_disk_is_told_as_such_and_the_step_is_done_when_there_is_room(go: Go, store: Store, do: str) -> None:
+    summary = go(act("k", do), act("other"))
+    assert summary.counts == {"ok": 1, "error": 1}
+    assert "the disk is full; free some space and run again with --retry" in summary.outcomes["k"].reason
+    assert go(act("k"), retry=True).counts == {"ok": 1}
+    assert store.state("k") == "ok"
+
+
+def test_a_run_that_cannot_write_outcomes_ends_with_one_line_and_its_children(
+    go: Go, store: Store, loaded: Callable[[Path], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, value: object) -> None:
+        if path.name == "outcome.json":
+            raise MambabenchError(f"{path}: cannot be written, the disk is full; free some space")
+        write_json(path, value)
+
+    write_json = store_module.write_json
+    trace = tmp_path / "trace"
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_json", full)
+        with pytest.raises(MambabenchError, match=r"outcome\.json: cannot be written, the disk is full"):
+            go(act("long", "family", trace=str(trace)), act("k", "kill", seconds=2.0))
+    pids = [int(word) for line in trace.read_text().splitlines() for word in line.split()[1:]]
+    assert len(pids) > 1
+    loaded(HERE.parent / "processes.py").gone_soon(pids)
+    assert not any(Lock.is_held(store.path / "locks" / key) for key in ("k", "long"))
+    assert go(act("k"), act("long")).counts == {"ok": 2}
+
+
+def test_a_plug_in_that_fails_in_every_hook_stops_nothing(go: Go, tmp_path: Path) -> None:
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    registry = plugins.load([ACTING, tmp_path / "hostile.py"])
+    registry.environment()
+    assert go(act("a"), act("b", "error"), registry=registry).counts == {"ok": 1, "error": 1}
+    failed = {(failure.hook, failure.error) for failure in registry.failures if "hostile" in failure.plugin}
+    assert failed == {
+        ("mambabench_environment", "SystemExit: no more"),
+        ("mambabench_refuse", "SystemExit: no more"),
+        ("mambabench_step_started", "SystemExit: no more"),
+        ("mambabench_step_finished", "RuntimeError: never"),
+    }
+
+
+def test_times_are_true_when_the_clock_jumps_in_a_step(go: Go, store: Store) -> None:
+    assert go(act("k", "clock", seconds=0.2)).counts == {"ok": 1}
+    outcome = store.outcome("k")
+    assert outcome is not None
+    detail = outcome["detail"]
+    assert 0 <= detail["first_record_s"] < detail["last_record_s"] < outcome["wall_s"] < 60
+    assert detail["last_record_s"] - detail["first_record_s"] >= 0.2
+
+
+def test_a_clock_that_jumps_in_the_run_neither_ends_steps_nor_spares_them(
+    go: Go, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, day = time.time, [0.0]
+
+    def jumping() -> float:
+        day[0] = 86400.0 - day[0]
+        return true() - day[0]
+
+    monkeypatch.setattr(runner.time, "time", jumping)
+    steps = act("long", seconds=0.5, needs=Needs(timeout_s=30.0)), act("k", "hang", needs=Needs(timeout_s=1.0))
+    summary = go(*steps, act("dead", "kill"))
+    assert {key: outcome.state for key, outcome in summary.outcomes.items()} == {
+        "long": "ok",
+        "k": "timeout",
+        "dead": "crashed",
+    }
+    assert all(0 <= summary.outcomes[key].wall_s < 60 for key in ("k", "dead"))
