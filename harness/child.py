@@ -167,6 +167,8 @@ class Attempt:
             "peak_rss_bytes": _peak_rss(),
             "rss_at_start_bytes": self.rss,
         }
+        if device.startswith("cuda"):
+            detail["gpus"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if device.startswith("cuda") and torch.cuda.is_initialized():
             detail["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
         return {

@@ -213,11 +213,17 @@ class Train:
         (job.out / "toy.json").write_text(json.dumps(toy))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureConfig:
+    seconds: float = 0.0
+
+
 class Measure:
-    def __init__(self, config: Empty) -> None:
-        pass
+    def __init__(self, config: MeasureConfig) -> None:
+        self.config = config
 
     def run(self, bench) -> None:
+        time.sleep(self.config.seconds)
         toy = json.loads((bench.subject.artifact.path / "toy.json").read_text())
         bench.emit("sample", task="toy", item="a", metric="kept", value=len(toy["keep"]))
         bench.emit("fact", name="subject", value=bench.subject.artifact.name)
@@ -241,7 +247,9 @@ def mambabench_components() -> Iterable[Component]:
         of("selector", "toy-select", "Select"),
         of("distiller", "toy-train", "Train", TrainConfig),
         of("decoder", "toy-decoder", "Decoder"),
-        of("suite", "toy-measure", "Measure", traits=frozenset({"pair"})),
+        of("distiller", "toy-train-together", "Train", TrainConfig, frozenset({"ranks"})),
+        of("suite", "toy-measure", "Measure", MeasureConfig, frozenset({"pair"})),
+        of("suite", "toy-speed", "Measure", MeasureConfig, frozenset({"pair", "alone"})),
     )
 
 

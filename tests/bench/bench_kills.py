@@ -1,0 +1,77 @@
+"""Kills runs of a plan at random moments, each followed by another run, and shows what was lost: nothing, it should be.
+
+    python tests/bench/bench_kills.py FOLDER [--kills 20] [--seed 0] [-- words of `mambabench run`, else the plan tiny]
+
+A run that is never killed comes first; where a disturbed store is complete before there were kills enough, another is
+begun. Ends with an error unless no finished step ran twice or was lost, nothing was alive two seconds after a kill, and
+every complete store has the quality numbers of the undisturbed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+PLAN = HERE.parents[1] / "plans" / "tiny.toml"
+
+
+def killing() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("killing", HERE.parent / "killing.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    ours, words = sys.argv[1:], [str(PLAN)]
+    if "--" in ours:
+        ours, words = ours[: ours.index("--")], ours[ours.index("--") + 1 :]
+    given = parser.parse_args(ours)
+    tools, moments = killing(), random.Random(given.seed)
+
+    began = time.monotonic()
+    calm = given.folder / "calm"
+    tools.at_once(["run", *words, "--store", calm], runs=1)
+    wall = time.monotonic() - began
+    expected = tools.quality(calm)
+    print(f"undisturbed: {len(tools.began(calm))} steps in {wall:.0f} s", flush=True)
+
+    kills, stores, bad = 0, 0, 0
+    while kills < given.kills:
+        stores += 1
+        store = given.folder / f"killed-{stores}"
+        command = ["run", *words, "--store", store]
+        while kills < given.kills:
+            kill = tools.killed(command, store, moments.uniform(0.0, wall / 3))
+            if kill is None:
+                break
+            kills += 1
+            bad += bool(kill.survivors or kill.undone)
+            print(
+                f"kill {kills}: after {kill.after_s:.1f} s, {kill.finished} steps finished, {kill.interrupted} "
+                f"interrupted; alive 2 s later: {len(kill.survivors)}; lost or done again: {len(kill.undone)}",
+                flush=True,
+            )
+        tools.at_once(command, runs=1)
+        same = tools.quality(store) == expected
+        bad += not same
+        print(f"store {stores}: complete, quality numbers {'equal' if same else 'DIFFERENT'}", flush=True)
+    print(f"{kills} kills, {stores} stores, {bad} of them not as they should be")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
