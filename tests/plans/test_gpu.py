@@ -18,7 +18,12 @@ from mambabench.harness.steps import expand
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PLANS = Path(__file__).resolve().parents[2] / "plans" / "gpu"
-TOKENS = {"ladder": {3_000_000, 16_000_000}, "ablations": {16_000_000}, "chain": {16_000_000}}
+TOKENS = {
+    "ladder": {3_000_000, 16_000_000},
+    "ablations": {16_000_000},
+    "chain": {16_000_000},
+    "two": {8_000_000},
+}
 LAYERS = 8
 SMALL = (
     "seeds=[0]",
