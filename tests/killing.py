@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,19 +62,30 @@ def marked(mark: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def killed(words: Iterable[object], store: Path, after_s: float) -> Kill | None:
-    """Runs `mambabench WORDS…` and kills it after some time; None where it had ended before, which must be well."""
-    mark, before = uuid.uuid4().hex, began(store)
+def underway(store: Path, since: float, finished: int) -> bool:
+    """Whether a step has begun since a moment in Unix time, and so many are finished."""
+    return len(began(store)) >= finished and any(
+        each.stat().st_mtime > since for each in store.glob("*/*/events.jsonl")
+    )
+
+
+def killed(words: Iterable[object], store: Path, after_s: float, *, finished: int | None = 0) -> Kill | None:
+    """Runs `mambabench WORDS…` and kills it some time after it began a step and the store has so many finished ones; or
+    else (None) some time after its own start. None where it had ended before, which must be well."""
+    mark, before, start = uuid.uuid4().hex, began(store), time.time()
     command = [sys.executable, "-m", "mambabench", *map(str, words)]
     with subprocess.Popen(command, env=environment(mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while finished is not None and run.poll() is None and not underway(store, start, finished):
+            time.sleep(0.05)
         try:
-            assert run.wait(after_s) == 0
+            run.wait(after_s)
         except subprocess.TimeoutExpired:
             run.kill()
     time.sleep(GRACE_S)
     after = began(store)
     undone = tuple(key for key in before if after.get(key) != before[key])
-    if run.returncode == 0:
+    if run.returncode != -signal.SIGKILL:
+        assert run.returncode == 0
         assert not undone
         return None
     partial = store / "partial"

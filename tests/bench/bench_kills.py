@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
+IMPORTING = 0.15
+"""The share of kills that come at any time after the start, perhaps among the imports; others come among the steps."""
 PLAN = HERE.parents[1] / "plans" / "tiny.toml"
 
 
@@ -47,7 +49,9 @@ def main() -> int:
     tools.at_once(["run", *words, "--store", calm], runs=1)
     wall = time.monotonic() - began
     expected = tools.quality(calm)
-    print(f"undisturbed: {len(tools.began(calm))} steps in {wall:.0f} s", flush=True)
+    starts = tools.began(calm).values()
+    span = max(starts) - min(starts)
+    print(f"undisturbed: {len(starts)} steps in {wall:.0f} s, of which {span:.0f} s in steps", flush=True)
 
     kills, stores, bad = 0, 0, 0
     while kills < given.kills:
@@ -55,7 +59,9 @@ def main() -> int:
         store = given.folder / f"killed-{stores}"
         command = ["run", *words, "--store", store]
         while kills < given.kills:
-            kill = tools.killed(command, store, moments.uniform(0.0, wall / 3))
+            imported = moments.random() > IMPORTING
+            longest = span / given.kills * 3 if imported else wall - span
+            kill = tools.killed(command, store, moments.uniform(0.0, longest), finished=0 if imported else None)
             if kill is None:
                 break
             kills += 1

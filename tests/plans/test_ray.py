@@ -45,7 +45,7 @@ def test_a_plan_that_loses_a_machine_has_the_numbers_of_a_local_run(cluster, loa
             servers = [each for each in processes.commands(raylet) if "mambabench.harness.forkserver" in each]
             return len(tiny.finished(away)) >= 6 and len(servers) > 1
 
-        processes.until(lambda: at_work() or run.poll() is not None, 120.0)
+        processes.until(lambda: at_work() or run.poll() is not None, 240.0)
         victims = processes.descendants(raylet)
         cluster.remove_node(lost, allow_graceful=False)
         said, _ = run.communicate()

@@ -1,10 +1,8 @@
 """The default plan, made small: it resumes after `kill -9`, runs nothing twice, and repeats only what changed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import random
+import re
 import time
 from pathlib import Path
 
@@ -58,59 +56,17 @@ def finished(store):
     return {folder.name for folder in (store / "steps").iterdir()} if (store / "steps").is_dir() else set()
 
 
-def began(store):
-    """When each finished step began; another time means that it ran again."""
-    return {key: json.loads((store / "steps" / key / "outcome.json").read_text())["started"] for key in finished(store)}
-
-
-def descendants(pid):
-    """Processes below `pid`, from /proc, with the time at which each began."""
-    parents, times = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if fields[0] != "Z":
-                parents[int(entry.name)], times[int(entry.name)] = int(fields[1]), fields[19]
-    below, queue = set(), [pid]
-    while queue:
-        at = queue.pop()
-        children = {child for child, parent in parents.items() if parent == at}
-        below |= children
-        queue += children
-    return {(child, times[child]) for child in below}
-
-
-def alive(processes):
-    """Which of the processes still live, told apart from later ones of the same number."""
-    living = set()
-    for pid, start in processes:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if fields[0] != "Z" and fields[19] == start:
-            living.add(pid)
-    return living
+@pytest.fixture(scope="module")
+def killing(loaded):
+    return loaded(PLAN.parents[1] / "tests" / "killing.py")
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """A store whose run was killed while steps were running: (store, steps done, survivors after two seconds)."""
-    store = tmp_path_factory.mktemp("tiny") / "store"
-    command = [sys.executable, "-m", "mambabench", *map(str, words(store))]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONSAFEPATH": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        deadline = time.monotonic() + 120
-        while len(finished(store)) < 8 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        below = descendants(run.pid)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    time.sleep(2)
-    return store, began(store), below, alive(below)
+def killed(tmp_path_factory, killing):
+    """A store whose run was killed three times at random moments in its steps: (store, kills, when its steps began)."""
+    store, moments = tmp_path_factory.mktemp("tiny") / "store", random.Random(0)
+    kills = [killing.killed(words(store), store, moments.uniform(0.0, 2.0), finished=many) for many in (0, 3, 8)]
+    return store, kills, killing.began(store)
 
 
 @pytest.fixture(scope="module")
@@ -120,33 +76,47 @@ def resumed(killed, mambabench):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the table of processes from /proc")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads environments of processes")
 def test_nothing_of_a_killed_run_is_alive_two_seconds_later(killed):
-    _, done, below, living = killed
-    assert done
-    assert below
-    assert not living
+    _, kills, _ = killed
+    assert any(kill.interrupted for kill in kills)
+    assert not any(kill.survivors for kill in kills)
 
 
 @pytest.mark.slow
-def test_the_next_run_finishes_the_rest_and_no_finished_step_runs_twice(killed, resumed):
-    store, done, *_ = killed
+def test_the_next_run_finishes_the_rest_and_no_finished_step_is_lost_or_runs_twice(killed, resumed, killing):
+    store, kills, done = killed
     _, run = resumed
     assert run.returncode == 0, run.stderr
     assert " ok; " in run.stdout
-    after = began(store)
-    assert len(after) > len(done)
+    assert not any(kill.undone for kill in kills)
+    after = killing.began(store)
+    assert len(after) > len(done) >= 8
     assert {key: after[key] for key in done} == done
 
 
 @pytest.mark.slow
-def test_a_finished_plan_runs_nothing_and_ends_quickly(resumed, mambabench):
+def test_two_runs_on_one_store_do_each_step_once_and_have_the_numbers_of_one_that_was_killed(
+    resumed, killing, tmp_path
+):
+    killed_store, _ = resumed
+    store = tmp_path / "store"
+    said = killing.at_once(words(store))
+    attempts = killing.attempts(store)
+    assert set(attempts) == finished(killed_store)
+    assert set(attempts.values()) == {1}
+    assert sum(int(re.search(r"; (\d+) ran now", each)[1]) for each in said) == len(attempts)
+    assert killing.quality(store) == killing.quality(killed_store)
+
+
+@pytest.mark.slow
+def test_a_finished_plan_runs_nothing_and_ends_quickly(resumed, mambabench, killing):
     store, _ = resumed
-    before, start = began(store), time.perf_counter()
+    before, start = killing.began(store), time.perf_counter()
     run = mambabench(*words(store))
     assert time.perf_counter() - start < 3
     assert "0 ran now" in run.stdout
-    assert began(store) == before
+    assert killing.began(store) == before
 
 
 @pytest.mark.slow
