@@ -9,7 +9,7 @@ from contextlib import suppress
 import psutil
 
 
-def until(true: Callable[[], object], seconds: float = 15.0) -> None:
+def until(true: Callable[[], object], seconds: float = 60.0) -> None:
     """Waits for something, and fails if it takes too long."""
     deadline = time.monotonic() + seconds
     while not true():

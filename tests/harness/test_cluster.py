@@ -86,7 +86,7 @@ def start(processes: ModuleType) -> Callable[..., Any]:
             found.extend([child] if child else [])
             return bool(found)
 
-        processes.until(started, 30.0)
+        processes.until(started)
         return found[0]
 
     return start
@@ -197,7 +197,7 @@ def test_nothing_lives_two_seconds_after_the_run_was_killed(cluster, family, pro
         time.sleep(60)
     """)
     with subprocess.Popen([sys.executable, "-c", script]) as driver:
-        processes.until(lambda: (tmp_path / "two").exists(), 40.0)
+        processes.until(lambda: (tmp_path / "two").exists())
         pids = [*family(tmp_path / "one"), *family(tmp_path / "two")]
         servers = [psutil.Process(pids[0]).ppid(), psutil.Process(pids[4]).ppid()]
         driver.kill()

@@ -450,7 +450,7 @@ def start_run(store: Store, trace: Path, *, do: str, seconds: float, count: int,
     return subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "XDG_RUNTIME_DIR": str(runtime)})
 
 
-def until(true: Callable[[], object], seconds: float = 15.0) -> None:
+def until(true: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not come true in time"
