@@ -14,7 +14,10 @@ class Config:
 
 @hookimpl
 def mambabench_components():
-    return [Component(kind="command", name="gone", target="no_such_package.module:command", config=Config)]
+    return [
+        Component(kind="command", name="gone", target="no_such_package.module:command", config=Config),
+        Component(kind="launcher", name="far", target="x:y", config=Config, requires=("no-such-package>=1",)),
+    ]
 """
 
 
@@ -33,6 +36,18 @@ def test_a_broken_command_of_a_plug_in_leaves_the_others_alone(mambabench, local
     used = mambabench("--plugin", local, "gone")
     assert used.returncode == 1
     assert used.stderr.strip().splitlines()[-1].startswith("mambabench: the command 'gone' of local.py")
+
+
+def test_a_launcher_whose_requirements_are_not_installed_is_one_line(mambabench, local, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    (tmp_path / "plan.toml").write_text('schema = 1\nname = "x"\n[teacher]\npath = "teacher"\n')
+    words = ("run", tmp_path / "plan.toml", "--store", tmp_path / "store", "--launcher", "far")
+    done = mambabench("--plugin", local, *words)
+    assert done.returncode == 1
+    told = "launcher 'far': not installed as required: no-such-package>=1 (not installed)"
+    assert done.stderr.strip().splitlines()[-1] == f"mambabench: {told}"
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
