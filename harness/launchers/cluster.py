@@ -28,10 +28,9 @@ from .local import KILL_S, Child, LocalLauncher
 
 CONNECT_S = 10.0
 POLL_S = 0.05
-IDLE_S = 20.0
-"""How long a place is kept for a step that may come; longer than its imports took would not pay."""
-
-
+IDLE_S, UNWANTED_S = 30.0, 1.0
+"""How long a place is kept that no step asks for, since its imports took time: as long as nothing else needs what it
+holds, and where something does."""
 ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}
 """Of a place, beside the run's own settings. Ray must not end the server of children before that has ended them."""
 
@@ -107,7 +106,8 @@ class Rented:
         self.known = actor.host.remote()
         """Comes true when Ray has found room."""
         self.host = ""
-        self.idle_since = time.monotonic()
+        self.wanted = time.monotonic()
+        """When a step last asked for it."""
 
     def ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
         """Calls a method and waits for its answer. What it raises of ours is raised here."""
@@ -188,7 +188,7 @@ class RayLauncher:
         Raises Unsupported where no machine of the cluster can ever give what the step needs.
         """
         self.waiting = ""
-        self._tidy()
+        self._give_back(IDLE_S)
         if self.config.jobs and len(self._busy) >= self.config.jobs:
             return None
         place = self._place(self._size(needs))
@@ -211,9 +211,8 @@ class RayLauncher:
         if place in self._busy:
             self._busy.remove(place)
             if not lost:
-                place.idle_since = time.monotonic()
+                place.wanted = time.monotonic()
                 self._idle.append(place)
-        self._tidy()
 
     def close(self) -> None:
         """Ends every child and leaves the cluster."""
@@ -231,15 +230,14 @@ class RayLauncher:
         return Size(self._local.threads * needs.ranks, needs.gpus / (self.config.share if shares else 1))
 
     def _place(self, size: Size) -> Rented | None:
-        """An idle place. Where there is none, asks Ray for one, and gives back those of other sizes for it."""
+        """An idle place. Where there is none, asks Ray for one, and makes room by giving back what nobody wants."""
         for place in self._idle:
             if place.size == size:
+                place.wanted = time.monotonic()
                 return place
         self._check(size)
+        self._give_back(UNWANTED_S)
         if size not in self._asked:
-            for place in self._idle:
-                place.give_back()
-            self._idle = []
             made = ray.remote(Place).options(
                 num_cpus=size.cpus, num_gpus=size.gpus, runtime_env={"env_vars": self._environment}
             )
@@ -247,7 +245,7 @@ class RayLauncher:
             self._asked[size] = Rented(size, actor)
         asked = self._asked[size]
         if not ray.wait([asked.known], timeout=0)[0]:
-            if not self._busy and time.monotonic() - asked.idle_since > IDLE_S:
+            if not self._busy and time.monotonic() - asked.wanted > IDLE_S:
                 self.waiting = f"Ray has no room for {size} yet"
             return None
         del self._asked[size]
@@ -260,7 +258,7 @@ class RayLauncher:
         if host.code != self._code:
             asked.give_back()
             raise MambabenchError(f"{host.name}: runs mambabench {_named(host.code)}, this is {_named(self._code)}")
-        asked.host = host.name
+        asked.host, asked.wanted = host.name, time.monotonic()
         self._idle.append(asked)
         return asked
 
@@ -269,10 +267,10 @@ class RayLauncher:
         if not any(each.get("CPU", 0) >= size.cpus and each.get("GPU", 0) >= size.gpus for each in machines):
             raise Unsupported(f"needs {size} on one machine, and no machine of the Ray cluster has as much")
 
-    def _tidy(self) -> None:
-        """Gives back what nobody has used for a while."""
+    def _give_back(self, unwanted_s: float) -> None:
+        """Gives back the places that no step has asked for in some time."""
         for place in list(self._idle):
-            if time.monotonic() - place.idle_since > IDLE_S:
+            if time.monotonic() - place.wanted > unwanted_s:
                 self._idle.remove(place)
                 place.give_back()
 

@@ -164,6 +164,27 @@ def test_steps_run_on_several_machines_at_once_and_places_serve_again(launch, st
     assert json.loads((tmp_path / "out").read_text())["parent"] in servers
 
 
+def test_places_of_several_sizes_are_kept_until_they_have_imported(launch, ended, processes, tmp_path, monkeypatch):
+    from mambabench.harness.launchers import cluster
+
+    monkeypatch.setattr(cluster, "IDLE_S", 1.5)
+    launcher = launch("slow_import")
+    kinds = {"small": Needs(), "large": Needs(gpus=1), "both": Needs(gpus=2)}
+    children: dict[str, Any] = {}
+
+    def all_ended() -> bool:
+        for name, needs in kinds.items():
+            if name not in children:
+                command = [sys.executable, "-P", "-m", "program", "tell", str(tmp_path / name)]
+                child = launcher.start(command, needs, {}, tmp_path / f"{name}.log")
+                children.update({name: child} if child else {})
+        codes = [child.poll() for child in children.values()]
+        return len(codes) == len(kinds) and None not in codes
+
+    processes.until(all_ended)
+    assert [child.code for child in children.values()] == [4, 4, 4]
+
+
 def test_kill_and_close_end_all_that_a_child_started(launch, start, family, processes, tmp_path):
     launcher = launch()
     one, two = (start(launcher, "hang", tmp_path / name) for name in ("one", "two"))
