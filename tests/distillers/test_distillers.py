@@ -100,17 +100,17 @@ def test_pseudo_labels_begin_with_the_begin_token_and_hold_what_was_sampled(make
 def test_pseudo_labels_continue_given_documents(make_job, write_tiny, teacher):
     text = write_tiny(part="prompts", documents=2)
     documents = written(make_job, "job", teacher, data={"seeds": text}, documents=3, prompts="seeds", prompt_tokens=6)
-    beginnings = [json.loads(line)["text"].split()[:4] for line in (text / "data.jsonl").read_text().splitlines()]
+    beginnings = [json.loads(line)["text"].split()[:3] for line in (text / "data.jsonl").read_text().splitlines()]
     assert [document["prompt"] for document in documents] == [6, 6, 6]
-    assert [document["text"].split()[:4] for document in documents] == [*beginnings, beginnings[0]]
+    assert [document["text"].split()[:3] for document in documents] == [*beginnings, beginnings[0]]
 
 
 def test_pseudo_labels_answer_whole_prompts_and_leave_out_long_ones(make_job, teacher, tmp_path):
     seeds = tmp_path / "seeds.jsonl"
     records = [
-        {"prompt": "ask balo", "completion": " tea"},
-        {"prompt": "ask balo tea , " * 13, "completion": " tea"},
-        {"prompt": "ask ben tea", "completion": " ,"},
+        {"prompt": "ask coal", "completion": " tea"},
+        {"prompt": "ask coal tea , " * 13, "completion": " tea"},
+        {"prompt": "ask silk tea", "completion": " ,"},
     ]
     seeds.write_text("".join(json.dumps(record) + "\n" for record in records))
     documents = written(make_job, "job", teacher, data={"seeds": seeds}, documents=3, prompts="seeds", prompt_tokens=6)
@@ -118,7 +118,7 @@ def test_pseudo_labels_answer_whole_prompts_and_leave_out_long_ones(make_job, te
     words = teacher.backend.tokenizer(teacher.path)
     prompts = [words.decode(document["ids"][1 : document["prompt"]]) for document in documents]
     assert prompts == [
-        words.decode(words.encode(text, add_special_tokens=False)) for text in ("ask balo", "ask ben tea", "ask balo")
+        words.decode(words.encode(text, add_special_tokens=False)) for text in ("ask coal", "ask silk tea", "ask coal")
     ]
 
 
