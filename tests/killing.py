@@ -33,8 +33,8 @@ class Kill:
     """Steps that were finished then."""
     interrupted: int
     """Steps that were running."""
-    survivors: tuple[int, ...]
-    """Processes that were alive two seconds later."""
+    survivors: tuple[str, ...]
+    """Command lines of processes that were alive two seconds later."""
     undone: tuple[str, ...]
     """Steps that had been finished when the run was started, and were lost or done again."""
 
@@ -52,13 +52,13 @@ def environment(mark: str) -> dict[str, str]:
     return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONSAFEPATH": "1", MARK: mark}
 
 
-def marked(mark: str) -> tuple[int, ...]:
-    """The living processes of a run, wherever they went."""
+def marked(mark: str) -> tuple[str, ...]:
+    """The living processes of a run, wherever they went, with their state."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
+                found.append(f"{process.status()}: {' '.join(process.cmdline())}")
     return tuple(found)
 
 

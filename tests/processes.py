@@ -8,6 +8,9 @@ from contextlib import suppress
 
 import psutil
 
+SERVER = "mambabench.harness.forkserver"
+"""In the command line of a server of children, and of these."""
+
 
 def until(true: Callable[[], object], seconds: float = 60.0) -> None:
     """Waits for something, and fails if it takes too long."""
@@ -25,13 +28,15 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def commands(pid: int) -> list[str]:
-    """The command lines of all processes below one."""
-    found = []
+def halt_a_step(pid: int) -> bool:
+    """Stops a step's child somewhere below a process, so that it does not end by itself; whether there was one."""
     for process in descendants(pid):
         with suppress(psutil.Error):
-            found.append(" ".join(process.cmdline()))
-    return found
+            parent = process.parent()
+            if parent is not None and all(SERVER in " ".join(each.cmdline()) for each in (process, parent)):
+                process.suspend()
+                return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def living(processes: Iterable[psutil.Process | int]) -> list[int]:

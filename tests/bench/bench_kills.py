@@ -69,6 +69,8 @@ def main() -> int:
             print(
                 f"kill {kills}: after {kill.after_s:.1f} s, {kill.finished} steps finished, {kill.interrupted} "
                 f"interrupted; alive 2 s later: {len(kill.survivors)}; lost or done again: {len(kill.undone)}",
+                *kill.survivors,
+                sep="\n  ",
                 flush=True,
             )
         tools.at_once(command, runs=1)

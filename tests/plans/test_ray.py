@@ -40,12 +40,11 @@ def test_a_plan_that_loses_a_machine_has_the_numbers_of_a_local_run(cluster, loa
     command = [sys.executable, "-m", "mambabench", *map(str, tiny.words(away)), "--launcher", "ray"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
 
-        def at_work():
-            """Its server of children has one, some way into the plan."""
-            servers = [each for each in processes.commands(raylet) if "mambabench.harness.forkserver" in each]
-            return len(tiny.finished(away)) >= 6 and len(servers) > 1
+        def caught():
+            """A step on that machine, some way into the plan, which will not end by itself any more."""
+            return len(tiny.finished(away)) >= 6 and processes.halt_a_step(raylet)
 
-        processes.until(lambda: at_work() or run.poll() is not None, 240.0)
+        processes.until(lambda: caught() or run.poll() is not None, 240.0)
         victims = processes.descendants(raylet)
         cluster.remove_node(lost, allow_graceful=False)
         said, _ = run.communicate()
