@@ -282,6 +282,8 @@ class Stepper(Protocol):
     It may have `recording(state) -> Recording | None`. With the trait `snapshots` its `open` and `cost` take one more
     argument, `rollback: Rollback = "replay"`, and the contract is the same. With the trait `picks` its `advance` takes
     one more, `last: Tensor | None`, logits [B, V] whose likeliest tokens it first puts into ids[:, -1] (contiguous).
+    With the trait `counts` its `prefill` takes one more, `counts: Sequence[int] | None`, the lengths where the host
+    knows them, for which it then need not wait.
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always
