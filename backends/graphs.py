@@ -162,8 +162,9 @@ class Graphs:
         """Logits [B, V] of prompts, the caller's to keep."""
         width = ids.shape[1]
         if width not in self._met:
+            logits = work(ids, lengths)
             self._met.add(width)
-            return work(ids, lengths)
+            return logits
         call = self._prompts.pop(width, None)
         if call is None:
             while len(self._prompts) >= PROMPTS:
