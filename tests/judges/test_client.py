@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from mambabench.harness.interfaces import Unsupported
 from mambabench.harness.judges import Desk, Request
-from mambabench.harness.judges.client import OpenAIJudge
 from mambabench.harness.judges.configs import OpenAIConfig
+
+pytest.importorskip("openai")
+from mambabench.harness.judges.client import OpenAIJudge
 
 SECRET = "sk-very-secret-0123456789"
 Requests = Callable[..., list[Request]]
