@@ -282,6 +282,8 @@ class Stepper(Protocol):
     It may have `recording(state) -> Recording | None`. With the trait `snapshots` its `open` and `cost` take one more
     argument, `rollback: Rollback = "replay"`, and the contract is the same. With the trait `picks` its `advance` takes
     one more, `last: Tensor | None`, logits [B, V] whose likeliest tokens it first puts into ids[:, -1] (contiguous).
+    With the trait `ends` its `score` takes one more, `begins: Tensor | None`, int32 [B]: only of the tokens from
+    begins[b] on are scores asked for, and entries of those before are undefined.
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always
