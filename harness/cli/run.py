@@ -211,9 +211,11 @@ def _rows(steps: Steps, at: Store | None) -> list[tuple[str, ...]]:
         elif cell.key in steps.steps:
             step = steps.steps[cell.key]
             state, reason = ("absent", "") if at is None else _state(at, cell.key)
-            if step.lacking and state != "ok":
-                state, reason = "unsupported", f"needs {', '.join(step.lacking)}"
+            if step.obstacle and state != "ok":
+                state, reason = "unsupported", step.obstacle
             text = {"absent": "to run"}.get(state, state) + (f": {reason}" if reason else "")
+            if step.wants and state != "ok" and not step.obstacle:
+                text += f"; {'; '.join(step.wants)}"
             if step.labels[0] != cell.label:
                 text += f" (same as {step.labels[0]})"
             rows.append((_SYMBOLS.get(state, "✗"), cell.label, step.view().component, text))

@@ -1,7 +1,7 @@
 """How suites have a model answer questions: chats become prompts, and answers are kept before the next batch begins.
 
-An answer is a record, so a store has what was scored, and another step can score it again. What a model wrote is data:
-it is matched, parsed as JSON and shown to judges, never executed.
+An answer is a record of the step in which the model answers. Other steps score it, without the model. What a model
+wrote is data: it is matched, parsed as JSON and shown to judges, never executed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..documents import Message
-from ..events import counted
-from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Unsupported, silent
+from ..events import EVENTS, counted
+from ..interfaces import Bench, Limits, MambabenchError, Prompt, Review, Stepper, Unsupported, silent
 from ..keys import digest
 from ..locks import Lock
 from ..plugins import decoder_or_plain
-from .chat_configs import AnsweringConfig
+from .chat_configs import AnsweredConfig, AnsweringConfig
 
-EVENTS = "events.jsonl"
 SUFFIXES = (".jsonl", ".json", ".jsonl.xz", ".json.xz")
 FOLDER = "answers"
 NO_ROOM = "no room"
@@ -54,7 +53,7 @@ class Written(NamedTuple):
 
 class Answerer:
     """Answers questions with the subject's decoder; loads the model when the first one is to be answered. Answers are
-    kept in the store's cache, so that neither a killed step nor one with another judge has them written again."""
+    kept in the store's cache, so that neither a killed step nor one with more questions has them written again."""
 
     def __init__(self, bench: Bench, config: AnsweringConfig, task: str) -> None:
         self.bench, self.config, self.task = bench, config, task
@@ -209,9 +208,17 @@ def read_records(file: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
     return with_fields(records, file, names)
 
 
-def recorded_name(bench: Bench, config: AnsweringConfig) -> str:
+def recorded_name(review: Review, config: AnsweredConfig) -> str:
     """What recordings call the model."""
-    return config.recorded_as or bench.subject.artifact.name
+    return config.recorded_as or review.model
+
+
+def answers_file(review: Review, config: AnsweredConfig) -> Path:
+    """Where the answers are: recorded ones, or the records of the step in which the model gave them."""
+    if config.answers:
+        return recorded(review.data[config.answers], recorded_name(review, config))
+    assert review.answers is not None
+    return review.answers
 
 
 def recorded(path: Path, model: str) -> Path:

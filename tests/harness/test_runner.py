@@ -223,7 +223,7 @@ def test_lacking_requirements_and_too_many_gpus_are_unsupported(go: Go) -> None:
     lacking.lacking = ("mamba-ssm>=2.2 (not installed)",)
     summary = go(lacking, act("b", needs=Needs(gpus=1)))
     assert summary.counts == {"unsupported": 2}
-    assert summary.outcomes["a"].reason == "not installed as required: mamba-ssm>=2.2 (not installed)"
+    assert summary.outcomes["a"].reason == "needs mamba-ssm>=2.2 (not installed)"
     assert summary.outcomes["b"].reason == "needs 1 GPU, this run has none (see --gpus)"
 
 
