@@ -44,8 +44,8 @@ new_tokens = 12
 judge = {judge}
 """
 ENDPOINT = (
-    '{{ use = "openai", model = "{model}", base_url = "{url}", key_env = "A_JUDGES_KEY", backoff = 0.01, timeout = 2.0, '
-    "concurrency = 4, retries = 8, asks_again = 1, requests_per_minute = 6000 }}"
+    '{{ use = "openai", model = "{model}", base_url = "{url}", key_env = "A_JUDGES_KEY", backoff = 0.01, '
+    "timeout = 2.0, concurrency = 4, retries = 8, asks_again = 1, requests_per_minute = 6000 }}"
 )
 PROMPTS = {
     "single-v1": "Q: {question}\nA: {answer}",
