@@ -7,7 +7,7 @@ MODEL is a folder with a Llama, DATA one with ARC, PIQA, OpenBookQA, WinoGrande 
 are handed to `simple_evaluate` as objects, with the same tasks. Time is that within the classes, tokenizing included,
 so without what lm-eval does before and after. Of several batch sizes the one with most items a second counts, for
 likelihoods and for written texts; a small one is timed on the first items of each task, `--batches` batches of them.
-Before it is timed, HFLM runs a few items and ours all of them: what is compiled and recorded then is printed apart.
+Before it is timed, a class runs all items once, ours at each batch size, which is when it compiles and records.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from mambabench.backends.hybrid import TeacherBackend
@@ -48,8 +49,8 @@ FILES = {
     "lambada_generate": "lambada_openai",
 }
 KINDS = ("loglikelihood", "generate_until")
-LEAST, WARM = 16, 4
-"""Items of a task that are timed at least, and that a class runs before."""
+LEAST = 16
+"""Items of a task that are timed at least."""
 LONGEST = 1000
 """Characters of an item of PIQA: HFLM stops at an answer that is longer than the model's context."""
 CHOICE = {
@@ -126,42 +127,40 @@ class Spent(NamedTuple):
         return f"{self.items:6} items in {self.wall:6.2f} s (processor {self.processor:6.2f})  {speed}"
 
 
-def measure(lm: Any, folder: Path, names: Sequence[str], limit: int = 0) -> tuple[dict[str, Any], dict[str, Spent]]:
-    """lm-eval's results of each task, and what the model class took."""
-    calls: list[tuple[float, float, list[str]]] = []
+def answer(lm: Any, requests: Sequence[Instance]) -> tuple[Any, Spent]:
+    """What the model class says of requests of one kind, and what that took."""
+    began = time.perf_counter(), time.process_time()
+    found = getattr(type(lm), requests[0].request_type)(lm, requests)
+    wall, processor = time.perf_counter() - began[0], time.process_time() - began[1]
+    texts = [said if isinstance(said, str) else "".join(of.args) for said, of in zip(found, requests, strict=True)]
+    tokens = sum(map(len, Encoder(lm.tokenizer)(texts)))
+    return found, Spent(wall, processor, len({request.doc_id for request in requests}), tokens)
 
-    def timed(call: Any) -> Any:
-        def run(requests: Any, **options: Any) -> Any:
-            began = time.perf_counter(), time.process_time()
-            found = call(requests, **options)
-            ended = time.perf_counter(), time.process_time()
-            both = zip(found, requests, strict=True)
-            texts = [answer if isinstance(answer, str) else "".join(request.args) for answer, request in both]
-            calls.append((ended[0] - began[0], ended[1] - began[1], texts))
+
+def measure(lm: Any, folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Spent], dict[str, Any]]:
+    """lm-eval's results of each task, what the model class took, and what it was asked."""
+    results, spent, asked = {}, {}, {}
+    for name in names:
+        seen: list[tuple[Any, Spent]] = []
+
+        def ask(requests: Any, seen: list[tuple[Any, Spent]] = seen) -> Any:
+            found, took = answer(lm, requests)
+            seen.append((requests, took))
             return found
 
-        return run
-
-    for method in KINDS:
-        setattr(lm, method, timed(getattr(type(lm), method).__get__(lm)))
-    results, spent, encode = {}, {}, Encoder(lm.tokenizer)
-    for name in names:
-        calls.clear()
+        for kind in KINDS:
+            setattr(lm, kind, ask)
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         # It asks for the installed packages in a subprocess.
         with mock.patch("lm_eval.evaluator.add_env_info"):
-            results[name] = simple_evaluate(
-                lm, tasks=[name], task_manager=manager, bootstrap_iters=0, limit=limit or None
-            )
-        ((wall, processor, texts),) = calls
-        items = len({sample["doc_id"] for sample in results[name]["samples"][name]})
-        spent[name] = Spent(wall, processor, items, sum(map(len, encode(texts))))
-    return results, spent
+            results[name] = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0)
+        ((asked[name], spent[name]),) = seen
+    return results, spent, asked
 
 
 def compare(own: dict[str, Any], peer: dict[str, Any], name: str) -> dict[str, Any]:
-    """How far per-item figures of one task are apart, of the items that both have, and the metrics of both."""
-    pairs = list(zip(own["samples"][name], peer["samples"][name], strict=False))
+    """How far per-item figures of one task are apart, and the metrics of both."""
+    pairs = list(zip(own["samples"][name], peer["samples"][name], strict=True))
     metrics = {
         metric: (value, peer["results"][name][metric])
         for metric, value in own["results"][name].items()
@@ -217,34 +216,34 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.disable(logging.WARNING)
     classes: dict[str, dict[int, dict[str, Spent]]] = {"own": {}, "HFLM": {}}
-    results: dict[str, dict[int, dict[str, Any]]] = {"own": {}, "HFLM": {}}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_tasks(given.data, folder, given.tasks, given.limit)
-
-        def time_class(label: str, lm: Any, batch: int) -> None:
-            limit = max(LEAST, given.batches * batch) if given.batches and batch else 0
-            results[label][batch], classes[label][batch] = measure(lm, folder, given.tasks, limit)
-            for name, spent in classes[label][batch].items():
-                print(f"{label:4} batch {batch:4} {name:17} {spent}", flush=True)
-
-        for batch in given.batch:
-            lm = stepper_lm(given.model, given.device, given.dtype, batch, given.look)
-            for name, spent in measure(lm, folder, given.tasks)[1].items():
-                print(f"own  batch {batch:4} {name:17} {spent}, the first time", flush=True)
-            time_class("own", lm, batch)
-        peer = HFLM(pretrained=str(given.model), batch_size=16, device=given.device, dtype=given.dtype)
-        measure(peer, folder, given.tasks, WARM)
-        for peer.batch_size_per_gpu in sorted(given.peer_batch, reverse=True):
-            time_class("HFLM", peer, peer.batch_size_per_gpu)
-    found: dict[str, Any] = {"spent": classes, "tasks": {}}
+        own, begun, asked = measure(stepper_lm(given.model, given.device, given.dtype, 0), folder, given.tasks)
+        sizes = {"device": given.device, "dtype": given.dtype, "batch_size": max(given.peer_batch)}
+        peer = HFLM(pretrained=str(given.model), **sizes)
+        peers, _, _ = measure(peer, folder, given.tasks)
+    found: dict[str, Any] = {"spent": classes, "begun": begun, "tasks": {}}
     for name in given.tasks:
-        best = {label: fastest(of, [name])[0] for label, of in classes.items()}
-        own, theirs = (results[label][best[label]][name] for label in best)
-        found["tasks"][name] = compared = compare(own, theirs, name)
+        compared = found["tasks"][name] = compare(own[name], peers[name], name)
         apart = f"{compared.get('largest difference', compared.get('other texts')):.2g}"
         figures = "  ".join(f"{metric} {left:.4f} {right:.4f}" for metric, (left, right) in compared["metrics"].items())
-        print(f"{name:17} {compared['items']:5} items  apart {apart:8} own, HFLM: {figures}")
+        print(f"{name:17} {compared['items']:5} items  apart {apart:8} own, HFLM: {figures}", flush=True)
+
+    def time_class(label: str, lm: Any, batch: int) -> None:
+        least = max(LEAST, given.batches * batch) if given.batches and batch else 0
+        for name, requests in asked.items():
+            few = [request for request in requests if not least or request.doc_id < least]
+            spent = classes[label].setdefault(batch, {})[name] = answer(lm, few)[1]
+            print(f"{label:4} batch {batch or 'auto':>4} {name:17} {spent}", flush=True)
+
+    for batch in given.batch:
+        lm = stepper_lm(given.model, given.device, given.dtype, batch, given.look)
+        for requests in asked.values():
+            answer(lm, requests)
+        time_class("own", lm, batch)
+    for peer.batch_size_per_gpu in sorted(given.peer_batch, reverse=True):
+        time_class("HFLM", peer, peer.batch_size_per_gpu)
     for kind in KINDS:
         if names := [name for name in given.tasks if kind_of(name) == kind]:
             best_of = {label: fastest(of, names) for label, of in classes.items()}
