@@ -25,6 +25,7 @@ TABLES = (
     ("init-fidelity", "fidelity:Fidelity", "How near converted models are to their teacher, before and after training"),
     ("init-fidelity-layers", "fidelity:FidelityLayers", "The same of each converted layer"),
     ("cost", "cost:Cost", "What each stage of training took"),
+    ("judges", "judging:Judging", "Requests, failures, tokens and cost of each judge"),
     ("steps", "cost:Steps", "Every label with its state"),
 )
 RENDERERS = (

@@ -133,7 +133,12 @@ class _Session:
                 reason = self._reason(error)
                 wait = self._after(error, reason, attempt)
                 self.emit(
-                    "unanswered", question=digest(asked), attempt=attempt + 1, reason=reason, wait_s=round(wait, 3)
+                    "unanswered",
+                    question=digest(asked),
+                    attempt=attempt + 1,
+                    cause=cause(error),
+                    reason=reason,
+                    wait_s=round(wait, 3),
                 )
                 with self._lock:
                     self._counts["failures"] += 1
@@ -223,6 +228,16 @@ class _Session:
         """Waits, unless the whole call is over."""
         if self.stop.wait(seconds):
             raise Failure("not asked: the judge was given up")
+
+
+def cause(error: Exception) -> str:
+    """What kind of failure it was: `429` and other statuses, `timeout`, `connection`, or `no completion` for an answer
+    that is something else."""
+    if isinstance(error, openai.APITimeoutError):
+        return "timeout"
+    if isinstance(error, openai.APIConnectionError):
+        return "connection"
+    return str(getattr(error, "status_code", "no completion"))
 
 
 def key_of(config: OpenAIConfig) -> str:
