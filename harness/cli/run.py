@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,11 @@ def show_plan(
     at = Store.open(folder) if (folder / "run.json").is_file() else None
     _warn_of_broken()
     echo_columns(("", "step", "component", "state"), _rows(steps, at))
-    steps_left = sum(1 for step in steps if at is None or at.state(step.key) != "ok")
-    click.echo(f"\n{len(steps.steps)} steps, {steps_left} to run; store {folder}")
+    left = [step for step in steps if at is None or at.state(step.key) != "ok"]
+    click.echo(f"\n{len(steps.steps)} steps, {len(left)} to run; store {folder}")
+    missing = Counter(text for step in left for text in ([step.obstacle] if step.obstacle else step.wants))
+    for text, count in missing.items():
+        click.echo(f"missing: {text} ({count} step{'s' * (count != 1)})")
 
 
 @click.command("run")
