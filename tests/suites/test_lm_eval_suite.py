@@ -76,10 +76,21 @@ def test_items_have_hashes_and_what_the_model_said(measure, folder):
 
 def test_metrics_that_are_no_means_are_facts_as_lm_eval_makes_them(measure, folder):
     records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text")), data=folder)
-    (fact,) = [record for record in records if record["kind"] == "fact"]
-    assert fact["name"] == "one: mcc"
+    fact, error = [record for record in records if record["kind"] == "fact"]
+    assert fact["name"] == error["name"] == "one: mcc"
     assert -1 <= fact["value"] <= 1
+    assert error["arm"] == suite_module.SE
+    assert 0 < error["value"] < 1
     assert not samples(records, metric="mcc")
+
+
+def test_items_that_share_a_text_are_one_cluster(measure, folder):
+    items = [{**item, "passage": f"On {place // 3}."} for place, item in enumerate(ITEMS[:7])]
+    (folder / "items" / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text", twins=True)), data=folder)
+    for metric in ("acc", "generated"):
+        clusters = [row.get("cluster", row["item"]) for row in samples(records, metric=metric)]
+        assert [clusters.count(cluster) for cluster in clusters] == [3] * 6 + [1]
 
 
 def test_the_tasks_of_a_group_with_one_mean_are_counted_as_the_group(measure, folder):
