@@ -1,4 +1,4 @@
-"""The table of what judges took: requests, tries without an answer, tokens, money and time."""
+"""The tables of chats: what models answered, and what judges took to grade it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,38 @@ FACTS = {
     "judge: cost": "cost USD",
 }
 """Facts of a judging step, and the columns that add them up."""
+
+
+class Answers:
+    """One row per suite, model and decoder that answered; those that did not end well say why."""
+
+    title = "Answers"
+    note = (
+        "Written by the models for suites that score or judge them. Cut short: by the limit of new tokens, or by the "
+        "end of the model's context; such answers are scored as they are. Tokens: of the model's tokenizer, per answer."
+    )
+
+    def __init__(self, config: NoOptions) -> None:
+        self.config = config
+
+    def frame(self, results: Results) -> pd.DataFrame | None:
+        cells = results.cells[(results.cells["kind"] == "answer") & (results.cells["state"] != "skipped")]
+        if cells.empty:
+            return None
+        facts = results.facts[results.facts["kind"] == "answer"]
+        failed = failures(cells, ("suite", "model", "decoder"))
+        rows: list[dict[str, Any]] = []
+        for (suite, model, decoder), _ in cells.groupby(["suite", "model", "decoder"], sort=False):
+            of = facts[(facts["suite"] == suite) & (facts["model"] == model) & (facts["decoder"] == decoder)]
+            sums = {str(name): int(values.sum()) for name, values in of.groupby("name")["value"]}
+            row = {"suite": suite, "model": model, "decoder": decoder, "state": failed.get((suite, model, decoder))}
+            if answers := sums.get("answers"):
+                cut = sums.get("answers cut short", 0)
+                row |= {"answers": answers, "cut short": cut, "cut short %": 100 * cut / answers}
+                row["tokens"] = sums.get("tokens of answers", 0) / answers
+            rows.append(row)
+        columns = ["suite", "model", "decoder", "answers", "cut short", "cut short %", "tokens", "state"]
+        return drop_empty(table_of(rows, columns), ["state", *columns[3:7]])
 
 
 class Judging:

@@ -26,6 +26,7 @@ TABLES = (
     ("init-fidelity", "fidelity:Fidelity", "How near converted models are to their teacher, before and after training"),
     ("init-fidelity-layers", "fidelity:FidelityLayers", "The same of each converted layer"),
     ("cost", "cost:Cost", "What each stage of training took"),
+    ("answers", "judging:Answers", "What models answered in chats: how many, how long, how many cut short"),
     ("judges", "judging:Judging", "Requests, failures, tokens and cost of each judge"),
     ("steps", "cost:Steps", "Every label with its state"),
 )

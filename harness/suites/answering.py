@@ -61,7 +61,8 @@ class Answerer:
         folder = bench.cache / FOLDER if bench.cache and bench.answers else bench.scratch
         self._file = folder / f"{digest([bench.answers, task, config.template, config.new_tokens])}.jsonl"
         self._kept: dict[str, dict[str, Any]] = {}
-        self.ends: Counter[str] = Counter()
+        self._ends: Counter[str] = Counter()
+        self._tokens = 0
 
     def answer(self, questions: Sequence[Question]) -> dict[str, str]:
         """The answers' texts by the questions' ids."""
@@ -75,7 +76,8 @@ class Answerer:
         for question in questions:
             answer = self._kept[question.key]
             self.bench.emit("answer", task=self.task, id=question.id, **answer)
-            self.ends[answer["finish"]] += 1
+            self._ends[answer["finish"]] += 1
+            self._tokens += answer["tokens"]
         return {question.id: self._kept[question.key]["text"] for question in questions}
 
     def _answer(self, questions: Sequence[Question]) -> None:
@@ -90,11 +92,14 @@ class Answerer:
         self.bench.emit("progress", done=done, total=len(questions), unit="answers")
 
     def emit_facts(self) -> None:
-        """Tells how many answers there are and how many the limit of tokens, or of the model's context, cut short."""
-        self.bench.emit("fact", name="answers", value=sum(self.ends.values()), unit="answers")
-        self.bench.emit(
-            "fact", name="answers cut short", value=self.ends["length"] + self.ends[NO_ROOM], unit="answers"
-        )
+        """Tells how many answers there are, how many the limit of tokens, or of the model's context, cut short, and
+        how long they are."""
+        for name, value, unit in (
+            ("answers", self._ends.total(), "answers"),
+            ("answers cut short", self._ends["length"] + self._ends[NO_ROOM], "answers"),
+            ("tokens of answers", self._tokens, "tokens"),
+        ):
+            self.bench.emit("fact", name=name, value=value, unit=unit)
 
     @property
     def model(self) -> Stepper:

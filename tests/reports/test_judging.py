@@ -4,7 +4,7 @@ import json
 
 import pytest
 from mambabench.harness.results import Results
-from mambabench.reports.judging import Judging
+from mambabench.reports.judging import Answers, Judging
 from mambabench.reports.options import NoOptions
 
 GPT = {"judge": {"use": "openai", "model": "gpt-4", "prompt_price": 30.0}}
@@ -52,3 +52,16 @@ def test_what_nobody_judged_and_what_was_not_priced_is_not_in_it(builder, stores
     empty.model("teacher", teacher=True)
     empty.step("teacher/-/tasks@seed0")
     assert Judging(NoOptions()).frame(Results.read([empty.write()])) is None
+
+
+def test_answers_that_were_cut_short_are_shown_beside_those_that_were_not(builder):
+    for model, cut in (("teacher", 4), ("half", 120)):
+        told = {"answers": 160, "answers cut short": cut, "tokens of answers": 160 * 50}
+        told = [{"name": name, "value": value, "unit": "", "arm": ""} for name, value in told.items()]
+        builder.step(f"{model}/plain/chat/answer@seed0", "answer", facts=told)
+    builder.step("none/plain/chat/answer@seed0", "answer", state="timeout", reason="longer than 180 s")
+    frame = Answers(NoOptions()).frame(Results.read([builder.write()]))
+    teacher, half, none = frame.to_dict("records")
+    assert (teacher["cut short"], teacher["cut short %"], teacher["tokens"]) == (4, 2.5, 50.0)
+    assert (half["model"], half["cut short %"], half["state"]) == ("half", 75.0, None)
+    assert (none["answers"], none["state"]) == (None, "timeout")

@@ -155,7 +155,9 @@ def test_a_question_that_fills_the_context_has_no_answer_and_is_counted(chats, c
     finishes = [answer["finish"] for answer in chats.of("answer")]
     assert finishes[-1] == "no room"
     facts = {fact["name"]: fact["value"] for fact in chats.of("fact")}
+    tokens = facts.pop("tokens of answers")
     assert facts == {"answers": 4, "answers cut short": 4 - finishes.count("stop")}
+    assert tokens == sum(answer["tokens"] for answer in chats.of("answer"))
     assert len({sample["item"] for sample in chats.of("sample")}) == 4
 
 
