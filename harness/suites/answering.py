@@ -127,7 +127,7 @@ class Answerer:
 
     def _write(self, batch: Sequence[tuple[Question, Written]], limits: Limits) -> None:
         if limits.new_tokens:
-            decoder = decoder_or_plain(self.bench.subject.decoder)
+            decoder = decoder_or_plain(self.bench.subject.decoder, self.model.device)
             prompts = [Prompt(written.ids, _stream(question.id)) for question, written in batch]
             given = decoder.generate(self.model, prompts, limits, silent)
             answers: list[tuple[str, str, int]] = [

@@ -134,7 +134,7 @@ class StepperLM(TemplateLM):
 
     def _write(self, asked: Sequence[list[Prompt]], limits: Limits, results: dict[int, str], total: int) -> None:
         """Adds to the results what the first of each list is answered, for all of the list."""
-        decoder = decoder_or_plain(self._decoder)
+        decoder = decoder_or_plain(self._decoder, self.model.device)
 
         def write(chosen: Sequence[list[Prompt]]) -> None:
             answers = decoder.generate(self.model, [prompts[0] for prompts in chosen], limits, silent)
