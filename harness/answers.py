@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from .interfaces import Answer, Limits, Tokenizer
 
@@ -12,7 +13,8 @@ def ends(new: Sequence[int], limits: Limits, tokenizer: Tokenizer) -> bool:
     """Whether the last of the new tokens is a stop token or completes a stop string."""
     if new[-1] in limits.stop_tokens:
         return True
-    if not limits.stop_strings or not _may_complete(new[-1], limits.stop_strings, tokenizer):
+    known: Any = tokenizer
+    if not limits.stop_strings or not _may_complete(new[-1], limits.stop_strings, known):
         return False
     # A character is at most four byte tokens, so this many tokens hold the longest stop string and more.
     tail = new[-16 - 4 * max(map(len, limits.stop_strings)) :]
