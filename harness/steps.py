@@ -24,7 +24,7 @@ TEACHER = "teacher"
 NO_DECODER = "-"
 SCORING = tuple(f"{PACKAGE}.harness.{name}" for name in ("documents", "metrics"))
 RUNNING = (*SCORING, f"{PACKAGE}.kernels")
-CODE = {"measure": RUNNING, "answer": RUNNING, "judge": SCORING}
+CODE = {"measure": RUNNING, "answer": (*RUNNING, f"{PACKAGE}.harness.answering"), "judge": SCORING}
 """Kinds of steps whose keys know the code, and what of it they may go through beside the rooms of their components."""
 
 
@@ -436,8 +436,10 @@ class _Expander:
         if kind in CODE:
             decides["code"] = self.fingerprints.code([*modules, *CODE[kind]])
         if kind == "answer":
-            # Whatever is asked: the same question has the same answer in another step.
-            extra = {**(extra or {}), "answers": digest({**decides, "component": ""})}
+            # The same question has the same answer, whoever asks it.
+            others = [self._module(part) for part in parts if part is not choice]
+            code = self.fingerprints.code([*others, *CODE[kind]])
+            extra = {**(extra or {}), "answers": digest({**decides, "component": "", "code": code})}
         key = digest(decides)
         if all(known.label != cell.label for known in self.out.cells):
             self.out.cells.append(replace(cell, key=key))

@@ -18,10 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..documents import Message
-from ..interfaces import Bench, Choice, MambabenchError, Review, Unsupported
-from ..judges import Reply, Request, ask
-from .answering import (
+from ..answering import (
     Answerer,
     Question,
     answers_file,
@@ -32,6 +29,9 @@ from .answering import (
     recorded_name,
     with_fields,
 )
+from ..documents import Message
+from ..interfaces import Bench, Choice, MambabenchError, Review, Unsupported
+from ..judges import Reply, Request, ask
 from .chat_configs import AlpacaEvalConfig, AlpacaEvalQuestionsConfig
 
 if TYPE_CHECKING:

@@ -12,10 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..documents import Message
-from ..interfaces import Bench, MambabenchError, Review
-from ..judges import Request, ask
-from .answering import (
+from ..answering import (
     Answerer,
     Question,
     answers_file,
@@ -26,6 +23,9 @@ from .answering import (
     recorded_name,
     with_fields,
 )
+from ..documents import Message
+from ..interfaces import Bench, MambabenchError, Review
+from ..judges import Request, ask
 from .chat_configs import MtBenchConfig, MtBenchQuestionsConfig
 
 TASK = "mt_bench"

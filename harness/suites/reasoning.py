@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..answering import Answerer, Question, answers_file, answers_of, item_of, read_records
 from ..documents import Message
 from ..interfaces import Bench, MambabenchError, Review
-from .answering import Answerer, Question, answers_file, answers_of, item_of, read_records
 from .chat_configs import ReasoningConfig, ReasoningQuestionsConfig
 from .extraction import find_answer, same_number, same_text, same_text_revised
 

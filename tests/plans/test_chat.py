@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from mambabench.harness.keys import Fingerprints
+from mambabench.harness.plan import read_plan
+from mambabench.harness.plugins import registry
+from mambabench.harness.steps import expand
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plans" / "chat.toml"
 PUBLISHED = {
@@ -94,3 +98,35 @@ def test_suites_that_differ_in_the_judge_share_answers_and_need_it_for_judging_a
     steps = [json.loads(file.read_text()) for file in (tmp_path / "store" / "partial").glob("*/step.json")]
     assert [step["kind"] for step in steps] == ["judge", "judge"]
     assert len({step["inputs"]["answers"] for step in steps}) == 1
+
+
+def test_the_code_that_scores_answers_decides_nothing_of_those_that_are_kept(tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    for file in ("teacher/config.json", "gsm.jsonl"):
+        (tmp_path / file).write_text("{}")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'teacher.path = "teacher"\ndecoders.plain.use = "standard"\n'
+        '[suites.gsm]\nuse = "reasoning"\ntask = "gsm8k"\ndata = "gsm.jsonl"\n'
+    )
+    edited = [""]
+    monkeypatch.setattr(
+        Fingerprints, "code", lambda self, modules: str([f"{each}{each in edited}" for each in modules])
+    )
+
+    def answer():
+        loaded = registry()
+        steps = expand(read_plan(plan, loaded), loaded, Fingerprints(tmp_path / "cache"), {})
+        return next(step for step in steps if step.kind == "answer")
+
+    before = answer()
+    for module, kept in (
+        ("mambabench.harness.suites.reasoning", True),
+        ("mambabench.harness.answering", False),
+        ("mambabench.decoders.standard", False),
+        ("mambabench.kernels", False),
+    ):
+        edited[:] = [module]
+        after = answer()
+        assert after.key != before.key
+        assert (after.record["answers"] == before.record["answers"]) is kept

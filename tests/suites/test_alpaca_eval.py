@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("alpaca_eval")
 
+from mambabench.harness.answering import read_records
 from mambabench.harness.interfaces import Choice, MambabenchError, Unsupported
 from mambabench.harness.judges import Reply, Verdict
 from mambabench.harness.suites import alpaca_eval
 from mambabench.harness.suites.alpaca_eval import AlpacaEval, Evaluator, read_annotations, read_outputs, read_rows
-from mambabench.harness.suites.answering import read_records
 from mambabench.harness.suites.chat_configs import AlpacaEvalConfig
 
 SYSTEMS = ("OpenHermes-2.5-Mistral-7B", "gemma-2b-it")

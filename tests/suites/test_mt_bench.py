@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from mambabench.harness.answering import read_records, write
 from mambabench.harness.interfaces import Choice, MambabenchError, Unsupported
 from mambabench.harness.judges import Reply, Verdict
 from mambabench.harness.suites import mt_bench
-from mambabench.harness.suites.answering import read_records, write
 from mambabench.harness.suites.chat_configs import MtBenchConfig
 from mambabench.harness.suites.mt_bench import Message, MtBench, rate, read_answers, read_folder, requests
 

@@ -4,8 +4,8 @@ import json
 import os
 
 import pytest
+from mambabench.harness.answering import read_records
 from mambabench.harness.interfaces import MambabenchError
-from mambabench.harness.suites.answering import read_records
 from mambabench.harness.suites.chat_configs import ReasoningConfig
 from mambabench.harness.suites.extraction import find_answer, first_object, same_number
 from mambabench.harness.suites.reasoning import PLACES, Reasoning, read_problems, read_wording, score

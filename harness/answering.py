@@ -14,15 +14,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..documents import Message
-from ..events import EVENTS, counted
-from ..interfaces import Bench, Limits, MambabenchError, Prompt, Review, Stepper, Unsupported, silent
-from ..keys import digest
-from ..locks import Lock
-from ..plugins import decoder_or_plain
-from .chat_configs import AnsweredConfig, AnsweringConfig
+from .documents import Message
+from .events import EVENTS, counted
+from .interfaces import Bench, Limits, MambabenchError, Prompt, Review, Stepper, Unsupported, silent
+from .keys import digest
+from .locks import Lock
+from .plugins import decoder_or_plain
+
+if TYPE_CHECKING:
+    from .suites.chat_configs import AnsweredConfig, AnsweringConfig
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.xz", ".json.xz")
 FOLDER = "answers"
