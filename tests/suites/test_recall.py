@@ -193,6 +193,7 @@ def test_a_model_of_noise_is_at_chance(measure):
 def test_answers_are_matched_by_words():
     assert matches("fox owl elk . the", "fox owl elk")
     assert matches("  4152\n", "4152")
+    assert matches(" Arthur Harding!” she said", "Arthur Harding")
     assert not matches("fox elk owl", "fox owl elk")
     assert not matches("", "4152")
 
