@@ -159,11 +159,9 @@ class _Run:
         self.drawn = 0.0
 
     def run(self) -> Summary:
-        for key in list(self.waiting):
-            status = self.store.status(key)
-            if status.state == "ok":
-                assert status.record is not None
-                self._settle(key, outcome_of(status.record, self.store.finished(key)))
+        for key, status in self.store.done(list(self.waiting.values())).items():
+            assert status.record is not None
+            self._settle(key, outcome_of(status.record, self.store.finished(key)))
         self.progress.begin(self.total, len(self.summary.outcomes))
         try:
             # Those of the runner's own hooks are shown as they come.

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,9 @@ def show_plan(
     folder = store or _default_store(plan)
     at = Store.open(folder) if (folder / "run.json").is_file() else None
     _warn_of_broken()
-    echo_columns(("", "step", "component", "state"), _rows(steps, at))
-    left = [step for step in steps if at is None or at.state(step.key) != "ok"]
+    done = at.done(list(steps)) if at else {}
+    echo_columns(("", "step", "component", "state"), _rows(steps, at, done))
+    left = [step for step in steps if step.key not in done]
     click.echo(f"\n{len(steps.steps)} steps, {len(left)} to run; store {folder}")
     missing = Counter(text for step in left for text in ([step.obstacle] if step.obstacle else step.wants))
     for text, count in missing.items():
@@ -162,7 +163,7 @@ def _with_history(record: dict[str, Any], steps: Steps, at: Store) -> dict[str, 
             "their results stay in the store, and reports follow the plan of this run",
             err=True,
         )
-    if "code" in before and all(at.state(step.key) == "ok" for step in steps):
+    if "code" in before and len(at.done(list(steps))) == len(steps.steps):
         return {**record, "code": before["code"], "environment": before["environment"]}
     return record
 
@@ -207,14 +208,16 @@ def _warn_of_broken() -> None:
         )
 
 
-def _rows(steps: Steps, at: Store | None) -> list[tuple[str, ...]]:
+def _rows(steps: Steps, at: Store | None, done: Container[str]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for cell in steps.cells:
         if cell.why:
             rows.append((_SYMBOLS["skipped"], cell.label, "", f"skipped: {cell.why}"))
         elif cell.key in steps.steps:
             step = steps.steps[cell.key]
-            state, reason = ("absent", "") if at is None else _state(at, cell.key)
+            state, reason = "ok" if cell.key in done else "absent", ""
+            if at is not None and cell.key not in done:
+                state, reason = _state(at, cell.key)
             if step.obstacle and state != "ok":
                 state, reason = "unsupported", step.obstacle
             text = {"absent": "to run"}.get(state, state) + (f": {reason}" if reason else "")

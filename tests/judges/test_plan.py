@@ -212,13 +212,16 @@ def test_another_judge_is_asked_about_the_answers_that_are_stored(
 
     assert "3 ok; 3 ran now" in run("rule")
     answers = events(store, "answer")
-    # What steps keep for each other may be deleted.
+    # What steps keep for each other may be deleted, and models may.
     shutil.rmtree(store / "cache")
+    (artifact,) = (store / "steps").glob("*/artifact")
+    shutil.rmtree(artifact)
     assert "3 ok; 1 ran now" in run("another")
     # Other words for the judge are another judging, too.
     prompts = tmp_path / "bench" / "judge_prompts.jsonl"
     prompts.write_text(prompts.read_text().replace("Be fair.", "Be strict."))
     assert "3 ok; 1 ran now" in run("another")
+    assert not artifact.exists()
     assert events(store, "answer") == answers
     assert len(server.seen) == 3 * 2 * QUESTIONS
     steps = [json.loads(file.read_text()) for file in (store / "steps").glob("*/step.json")]
