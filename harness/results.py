@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from .events import EVENTS, events
 from .interfaces import MambabenchError
 from .store import Store
 
@@ -156,6 +157,10 @@ class Results:
     def outcome(self, store: str, key: str) -> Mapping[str, Any]:
         """How a step ended (`outcome.json`, all of it)."""
         return self._opened[store].outcome(key, artifacts=False) or {}
+
+    def events(self, store: str, key: str) -> Iterator[dict[str, Any]]:
+        """All records of a finished step, those of attempts that did not end well too."""
+        return events(self._opened[store].finished(key) / EVENTS)
 
     def folder(self, store: str) -> Path:
         """Where a store of `cells` lies."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..harness.events import EVENTS, events
 from ..harness.results import Results
 from .options import NoOptions
 from .rows import drop_empty, failures, table_of
@@ -127,9 +126,7 @@ def _judge(step: Mapping[str, Any]) -> str:
 
 def _unanswered(results: Results, store: str, key: str) -> Iterable[str]:
     """Why tries had no answer, in all attempts at a step."""
-    file = results.folder(store) / "steps" / key / EVENTS
-    found = events(file) if file.is_file() else ()
-    return (str(event.get("cause", "other")) for event in found if event["kind"] == "unanswered")
+    return (str(event.get("cause", "other")) for event in results.events(store, key) if event["kind"] == "unanswered")
 
 
 def _told(tries: Counter[str]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from numpy.typing import NDArray
 
@@ -51,8 +52,8 @@ class LmEval:
         self.config = config
 
     def run(self, bench: Bench) -> None:
-        random.seed(bench.seed)
-        np.random.seed(bench.seed)
+        random.seed(DEFAULT_RANDOM_SEED + bench.seed)
+        np.random.seed(DEFAULT_OTHER_SEED + bench.seed)
         # Before the model: data that cannot be had are known at once.
         tasks = list(self._tasks(bench))
         for _, _, name, task in tasks:
@@ -91,7 +92,8 @@ class LmEval:
         """Evaluates a task and its twin."""
         shots = task.get_config("num_fewshot") if asked.shots is None else asked.shots
         task.set_config(key="num_fewshot", value=shots or 0)
-        task.set_fewshot_seed(seed=seed)
+        # At seed 0 examples are those of lm-eval's command line.
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED + seed)
         # What `simple_evaluate` does with a model that it is handed; it would also list the installed packages in a
         # subprocess for each task.
         results = evaluate(

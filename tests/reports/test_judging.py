@@ -44,7 +44,8 @@ def test_a_judge_of_a_suite_has_one_row_with_its_failures_by_kind(builder):
 
 def test_what_nobody_judged_and_what_was_not_priced_is_not_in_it(builder, stores, tmp_path):
     builder.step("teacher/plain/rule@seed0", "judge", config={"task": "gsm8k"})
-    builder.step("teacher/plain/again@seed0", "judge", config={"judge": {"use": "recorded", "path": "x"}}, facts=[])
+    key = builder.step("teacher/plain/again@seed0", "judge", config={"judge": {"use": "recorded", "path": "x"}})
+    (tmp_path / "store" / "steps" / key / "events.jsonl").touch()
     frame = Judging(NoOptions()).frame(Results.read([builder.write()]))
     assert set(frame["suite"]) == {"chat", "again"}
     assert set(frame["judge"]) == {"gpt-4", "recorded"}

@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import datasets
-from mambabench.harness.interfaces import MambabenchError, Unsupported
+from lm_eval import simple_evaluate
+from mambabench.harness.interfaces import MambabenchError, Unsupported, silent
 from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites import lm_eval as suite_module
 from mambabench.harness.suites import lm_eval_tasks
@@ -202,6 +203,19 @@ def test_a_preset_keeps_its_metrics_and_numbers_of_examples(measure, folder, mon
     zero, two = (samples(records, task=name) for name in ("one", "two"))
     assert [row["target_hash"] for row in zero] == [row["target_hash"] for row in two]
     assert all(left["prompt_hash"] != right["prompt_hash"] for left, right in zip(zero, two, strict=True))
+
+
+def test_examples_in_front_are_those_that_lm_eval_draws_itself(measure, folder, tmp_path):
+    text = (
+        (folder / "one.yaml").read_text().replace("task: one", 'task: one\nfewshot_split: test\nfewshot_delimiter: ""')
+    )
+    (folder / "one.yaml").write_text(text)
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text", shots=3)), data=folder)
+    ours = [row["prompt_hash"] for row in samples(records, metric="acc")]
+    (task,) = (task for _, _, task in lm_eval_tasks.load_tasks(["one"], folder, tmp_path))
+    model = StepperLM(MockStepper(seed=3), None, 4, 0, silent)
+    theirs = simple_evaluate(model, tasks=[task], num_fewshot=3, bootstrap_iters=0)["samples"]["one"]
+    assert ours == [sample["prompt_hash"][: suite_module.HASH] for sample in theirs]
 
 
 class Chatting:
