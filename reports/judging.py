@@ -9,7 +9,7 @@ import pandas as pd
 
 from ..harness.results import Results
 from .options import NoOptions
-from .rows import drop_empty, failures, table_of
+from .rows import WHO, drop_empty, failures, table_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ FACTS = {
 
 
 class Answers:
-    """One row per suite, model and decoder that answered; those that did not end well say why."""
+    """One row per model, decoder and suite that asked; those that did not end well say why."""
 
     title = "Answers"
     note = (
@@ -43,18 +43,18 @@ class Answers:
         if cells.empty:
             return None
         facts = results.facts[results.facts["kind"] == "answer"]
-        failed = failures(cells, ("suite", "model", "decoder"))
+        failed = failures(cells, WHO)
         rows: list[dict[str, Any]] = []
-        for (suite, model, decoder), _ in cells.groupby(["suite", "model", "decoder"], sort=False):
+        for (model, decoder, suite), _ in cells.groupby(WHO, sort=False):
             of = facts[(facts["suite"] == suite) & (facts["model"] == model) & (facts["decoder"] == decoder)]
             sums = {str(name): int(values.sum()) for name, values in of.groupby("name")["value"]}
-            row = {"suite": suite, "model": model, "decoder": decoder, "state": failed.get((suite, model, decoder))}
+            row = {"model": model, "decoder": decoder, "suite": suite, "state": failed.get((model, decoder, suite))}
             if answers := sums.get("answers"):
                 cut = sums.get("answers cut short", 0)
                 row |= {"answers": answers, "cut short": cut, "cut short %": 100 * cut / answers}
                 row["tokens"] = sums.get("tokens of answers", 0) / answers
             rows.append(row)
-        columns = ["suite", "model", "decoder", "answers", "cut short", "cut short %", "tokens", "state"]
+        columns = [*WHO, "answers", "cut short", "cut short %", "tokens", "state"]
         return drop_empty(table_of(rows, columns), ["state", *columns[3:7]])
 
 
