@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from .hooks import hookimpl
 from .interfaces import Component
-from .judges.configs import OpenAIConfig, RecordedConfig
+from .judges.configs import MatchConfig, OpenAIConfig, RecordedConfig
 from .launchers.configs import LocalConfig
 from .suites.chat_configs import (
     AlpacaEvalConfig,
@@ -156,6 +156,13 @@ def mambabench_components() -> Iterable[Component]:
             target="mambabench.harness.judges.recording:RecordedJudge",
             config=RecordedConfig,
             summary="What a judge said in an earlier run",
+        ),
+        Component(
+            kind="judge",
+            name="match",
+            target="mambabench.harness.judges.match:MatchJudge",
+            config=MatchConfig,
+            summary="A rule: how much of the reference an answer begins with",
         ),
         Component(
             kind="launcher",

@@ -102,6 +102,14 @@ class RecordedConfig:
         return _parameters(self.options)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchConfig:
+    reference: str = "reference:"
+    """What stands before the reference in the prompt; the answer comes behind it, so that it cannot pose as it."""
+    answer: str = "answer:"
+    """What stands between both."""
+
+
 def _parameters(options: str) -> dict[str, Any]:
     try:
         parsed = json.loads(options or "{}")
