@@ -51,7 +51,7 @@ class HybridStepper:
         self.max_context: int = model.config.max_position_embeddings
         weight = model.lm_head.weight
         self.device, self.dtype = str(weight.device), str(weight.dtype).removeprefix("torch.")
-        self.traits = frozenset({"rollback", "shrinks", "snapshots", "picks", "counts"})
+        self.traits = frozenset({"rollback", "shrinks", "snapshots", "picks", "counts", "ends"})
         self.layers = len(model.model.layers)
         self.debug = debug
         """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
@@ -182,21 +182,24 @@ class HybridStepper:
             tensor.copy_(tensor[rows])
 
     @torch.inference_mode()
-    def score(self, ids: Tensor, lengths: Tensor) -> Scores:
-        """Scores ids [B, L] in parallel, running all but the last column; the logits of a few positions at a time."""
+    def score(self, ids: Tensor, lengths: Tensor, begins: Tensor | None = None) -> Scores:
+        """Scores ids [B, L] in parallel, running all but the last column. Logits are made of what is asked for alone,
+        from `begins` [B] on, a few tokens at a time; zeros elsewhere."""
         h = self.model.model(input_ids=ids[:, : max(ids.shape[1] - 1, 1)]).last_hidden_state
         targets = ids[:, 1:]
         logprob = torch.zeros(targets.shape, dtype=compute_dtype(h), device=h.device)
         gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
-        count = max(1, HEAD_SLICE // (self.vocab_size * max(ids.shape[0], 1)))
-        for first in range(0, targets.shape[1], count):
-            part = slice(first, first + count)
-            logits = self._head(h[:, part])
-            chosen = logits.gather(-1, targets[:, part, None])
-            logprob[:, part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            best = logits.argmax(-1, keepdim=True)
-            gap[:, part] = (logits.gather(-1, best) - chosen).squeeze(-1)
-            greedy[:, part] = best.squeeze(-1) == targets[:, part]
+        places = torch.arange(1, ids.shape[1], device=h.device)
+        asked = places < lengths.unsqueeze(1)
+        if begins is not None:
+            asked &= places >= begins.unsqueeze(1)
+        for part in asked.nonzero().split(max(1, HEAD_SLICE // self.vocab_size)):
+            where = part[:, 0], part[:, 1]
+            logits, wanted = self._head(h[where]), targets[where].unsqueeze(1)
+            chosen, best = logits.gather(1, wanted), logits.argmax(1, keepdim=True)
+            logprob[where] = (chosen - logits.logsumexp(1, keepdim=True)).squeeze(1)
+            gap[where] = (logits.gather(1, best) - chosen).squeeze(1)
+            greedy[where] = (best == wanted).squeeze(1)
         return Scores(logprob, greedy, gap)
 
     def shrunk(self, layers: Sequence[int]) -> HybridStepper:

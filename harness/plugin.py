@@ -6,9 +6,16 @@ from collections.abc import Iterable
 
 from .hooks import hookimpl
 from .interfaces import Component
-from .judges.configs import OpenAIConfig, RecordedConfig
+from .judges.configs import MatchConfig, OpenAIConfig, RecordedConfig
 from .launchers.configs import LocalConfig
-from .suites.chat_configs import AlpacaEvalConfig, MtBenchConfig, ReasoningConfig
+from .suites.chat_configs import (
+    AlpacaEvalConfig,
+    AlpacaEvalQuestionsConfig,
+    MtBenchConfig,
+    MtBenchQuestionsConfig,
+    ReasoningConfig,
+    ReasoningQuestionsConfig,
+)
 from .suites.configs import (
     AgreementConfig,
     DivergenceConfig,
@@ -115,6 +122,27 @@ def mambabench_components() -> Iterable[Component]:
             summary="Latency of a decoder beside plain decoding, alternating on the same prompts",
         ),
         Component(
+            kind="questions",
+            name="reasoning",
+            target="mambabench.harness.suites.reasoning:ReasoningQuestions",
+            config=ReasoningQuestionsConfig,
+            summary="What the suite reasoning has models answer",
+        ),
+        Component(
+            kind="questions",
+            name="mt-bench",
+            target="mambabench.harness.suites.mt_bench:MtBenchQuestions",
+            config=MtBenchQuestionsConfig,
+            summary="What the suite mt-bench has models answer",
+        ),
+        Component(
+            kind="questions",
+            name="alpaca-eval",
+            target="mambabench.harness.suites.alpaca_eval:AlpacaEvalQuestions",
+            config=AlpacaEvalQuestionsConfig,
+            summary="What the suite alpaca-eval has models answer",
+        ),
+        Component(
             kind="judge",
             name="openai",
             target="mambabench.harness.judges.client:OpenAIJudge",
@@ -128,6 +156,13 @@ def mambabench_components() -> Iterable[Component]:
             target="mambabench.harness.judges.recording:RecordedJudge",
             config=RecordedConfig,
             summary="What a judge said in an earlier run",
+        ),
+        Component(
+            kind="judge",
+            name="match",
+            target="mambabench.harness.judges.match:MatchJudge",
+            config=MatchConfig,
+            summary="A rule: how much of the reference an answer begins with",
         ),
         Component(
             kind="launcher",

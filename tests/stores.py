@@ -70,7 +70,7 @@ class Builder:
         name, _, seed = label.partition("@seed")
         parts = name.split("/")
         key = key or hashed(label, config)
-        measures = kind == "measure"
+        measures = kind in ("measure", "answer", "judge")
         self.cells.append(
             {
                 "label": label,

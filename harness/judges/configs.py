@@ -4,6 +4,7 @@ part of a step's key."""
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,6 +65,15 @@ class OpenAIConfig:
             raise ValueError(f"allow_failed is {self.allow_failed}; it is a share, 0 to 1")
         self.parameters()
 
+    def lacks(self) -> str:
+        """The key, where the endpoint needs one and it is not there."""
+        if not self.key_env or os.environ.get(self.key_env):
+            return ""
+        return (
+            f"the judge {self.model!r} needs its key in the environment variable {self.key_env} "
+            '(key_env = "" for an endpoint without keys)'
+        )
+
     def parameters(self) -> dict[str, Any]:
         """`options`, parsed."""
         return _parameters(self.options)
@@ -90,6 +100,14 @@ class RecordedConfig:
     def parameters(self) -> dict[str, Any]:
         """`options`, parsed."""
         return _parameters(self.options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchConfig:
+    reference: str = "reference:"
+    """What stands before the reference in the prompt; the answer comes behind it, so that it cannot pose as it."""
+    answer: str = "answer:"
+    """What stands between both."""
 
 
 def _parameters(options: str) -> dict[str, Any]:
