@@ -150,7 +150,8 @@ class Results:
         return self._opened[store].step(key)
 
     def subject(self, store: str, key: str) -> str | None:
-        """The step that made the model which a measuring step, or the answers to a judging step, are about."""
+        """The step that made the model which a measuring step is about, or which gave the answers to a judging step;
+        None where answers are recorded ones."""
         step = self.step(store, key)
         return step.get("subject") or step.get("inputs", {}).get("subject")
 

@@ -23,8 +23,8 @@ SCHEMA = 1
 TEACHER = "teacher"
 NO_DECODER = "-"
 SCORING = tuple(f"{PACKAGE}.harness.{name}" for name in ("documents", "metrics"))
-RUNNING = (*SCORING, f"{PACKAGE}.kernels")
-CODE = {"measure": RUNNING, "answer": (*RUNNING, f"{PACKAGE}.harness.answering"), "judge": SCORING}
+RUNNING, ANSWERING = (*SCORING, f"{PACKAGE}.kernels"), f"{PACKAGE}.harness.answering"
+CODE = {"measure": RUNNING, "answer": (*RUNNING, ANSWERING), "judge": (*SCORING, ANSWERING)}
 """Kinds of steps whose keys know the code, and what of it they may go through beside the rooms of their components."""
 
 
@@ -373,15 +373,15 @@ class _Expander:
         device = "cuda" if self.gpus else "cpu"
         salt: dict[str, Any] = {"device": device, "dtype": DTYPES[device]}
         ran: dict[str, Any] = {"backend": made.backend, "inputs": {"subject": made.key}, "used": used, "extra": extra}
-        if hasattr(choice.config, "questions"):
-            asked = choice.config.questions()
+        if callable(questions := getattr(choice.config, "questions", None)):
+            asked = questions()
             where, inputs = f"suites.{suite}", {}
             if asked is not None:
                 answering = replace(cell, label=f"{model}/{decoder}/{suite}/answer@seed{seed}", kind="answer")
                 inputs["answers"] = self._add("answer", asked, answering, where=where, salt=salt, **ran)
-            # Recorded answers are chosen by the model's name.
-            salt = {} if asked else {"model": model}
-            extra, cell = {**extra, "subject": made.key}, replace(cell, kind="judge")
+                extra = {**extra, "subject": made.key}
+            # Recorded answers are chosen by the model's name, and are not those of this plan's weights.
+            salt, cell = {} if asked else {"model": model}, replace(cell, kind="judge")
             self._add("judge", choice, cell, inputs=inputs, where=where, extra=extra, salt=salt)
             return
         if "alone" in traits:
@@ -426,7 +426,7 @@ class _Expander:
                     made = self._model(name, at, cell.seed or 0)
                     found = models[name] = {"step": made.key, "backend": self._record(made.backend)}
                     parts.append(made.backend)
-                marks.setdefault(path, []).append(found.get("step") or found["fingerprint"])
+                marks.setdefault(path, []).append(found.get("step") or found["fingerprint"] or found["absent"])
             resolved = {path: found[0] if len(found) == 1 else found for path, found in marks.items()}
             decides[role] = self._decides(component, resolved)
         if backend is not None:
@@ -479,7 +479,9 @@ class _Expander:
                 )
             ),
             absent=tuple(found["absent"] for found in data.values() if "absent" in found),
-            wants=tuple(text for part in parts if hasattr(part.config, "lacks") and (text := part.config.lacks())),
+            wants=tuple(
+                text for part in parts if callable(of := getattr(part.config, "lacks", None)) and (text := of())
+            ),
         )
         return key
 

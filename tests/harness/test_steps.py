@@ -293,6 +293,32 @@ def test_recorded_answers_are_judged_without_a_model_and_for_each_model_of_that_
     assert half != other
     assert not steps.steps[half].all_inputs
     assert not any(step.kind == "answer" for step in steps)
+    # They are no seed's: nothing says that the weights of one gave them.
+    assert keys["half/plain/chat@seed1"] == half
+    assert "subject" not in steps.steps[half].record
+
+
+def test_the_code_that_reads_recorded_answers_decides_what_they_score(planner, plan_text, monkeypatch):
+    text = plan_text.replace("[[skip]]", f"{CHAT}recorded = true\n[[skip]]")
+    edited = ""
+
+    def key():
+        monkeypatch.setattr(
+            Fingerprints, "code", lambda self, modules: str([each for each in modules if each == edited])
+        )
+        return keys_by_label(planner.steps(text))["half/plain/chat@seed0"]
+
+    before = key()
+    edited = "mambabench.kernels"
+    assert key() == before
+    edited = "mambabench.harness.answering"
+    assert key() != before
+
+
+def test_options_that_are_called_like_methods_of_configs_are_options(planner, plan_text):
+    steps = planner.steps(plan_text.replace("[[skip]]", '[suites.quiz]\nuse = "toy-quiz"\n[[skip]]'))
+    step = steps.steps[keys_by_label(steps)["half/-/quiz@seed0"]]
+    assert (step.kind, step.wants) == ("measure", ())
 
 
 def test_a_file_that_a_suite_needs_and_is_missing_stops_that_suite_alone(planner, plan_text):
@@ -302,3 +328,11 @@ def test_a_file_that_a_suite_needs_and_is_missing_stops_that_suite_alone(planner
     answer, judge = chat_steps(planner, plan_text, 'suites.chat.judge={ use = "toy-judge", name = "away" }')
     assert (answer.obstacle, judge.obstacle, answer.wants) == ("", "", ())
     assert judge.wants == ("the judge is not at home",)
+
+
+def test_suites_that_miss_different_files_are_told_apart(planner, plan_text):
+    text = plan_text.replace("[[skip]]", f"{CHAT}{CHAT.replace('chat', 'talk')}[[skip]]")
+    steps = planner.steps(text, "suites.chat.data=one.txt", "suites.talk.data=two.txt")
+    for name, suite in (("one", "chat"), ("two", "talk")):
+        step = steps.steps[keys_by_label(steps)[f"half/plain/{suite}@seed0"]]
+        assert step.obstacle == f"suites.{suite}.data: there is no file {planner.folder / name}.txt"

@@ -61,6 +61,12 @@ class ToySuite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToyQuiz:
+    questions: int = 10
+    lacks: str = "nothing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToyQuestions:
     data: FileRef
     limit: int = 0
@@ -113,6 +119,7 @@ COMPONENTS = [
     component("suite", "toy-generate", ToySuite, "generate"),
     component("suite", "toy-pair", ToySuite, "pair"),
     component("suite", "toy-speed", ToySuite, "pair", "alone"),
+    component("suite", "toy-quiz", ToyQuiz, "score"),
     component("suite", "toy-answered", ToyAnswered, "generate"),
     component("questions", "toy-asks", ToyQuestions),
     component("judge", "toy-judge", ToyJudge),
