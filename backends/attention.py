@@ -93,11 +93,14 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def prefill(self, h: Tensor, cache: KVCache, fill: Fill) -> Tensor:
-        """Prompts. h [n, L, E]; writes the keys and values of the real tokens."""
+        """Prompts. h [n, L, E]; writes their keys and values."""
         q, k, v = self.project(h, fill.cos, fill.sin)
-        where = fill.rows[fill.flat[0]], fill.positions[fill.flat]
-        cache.keys[where], cache.values[where] = k[fill.flat], v[fill.flat]
-        if not fill.fresh:
+        if fill.flat is None:
+            part = slice(min(h.shape[1], cache.keys.shape[1]))
+            cache.keys[fill.into, part], cache.values[fill.into, part] = k[:, part], v[:, part]
+        else:
+            where = fill.rows[fill.flat[0]], fill.positions[fill.flat]
+            cache.keys[where], cache.values[where] = k[fill.flat], v[fill.flat]
             k, v = (t[fill.rows, : fill.live] for t in (cache.keys, cache.values))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         mask = fill.sliding if self.window and fill.sliding is not None else fill.mask

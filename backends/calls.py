@@ -116,28 +116,43 @@ class Fill:
     """int64 [n], where the checkpoints stand before the call."""
     fresh: bool
     """Every row begins anew: nothing of the state is read."""
+    into: Tensor | slice
+    """The same as `rows`; a slice where those are all."""
     end: Tensor
     """int64 [n], positions reached."""
-    flat: tuple[Tensor, Tensor]
-    """int64 [M] row and token of every real token, both indices into the n x L block."""
+    flat: tuple[Tensor, Tensor] | None
+    """int64 [M] row and token of every real token, both indices into the n x L block. None if fresh: what lies behind a
+    row's end is never read."""
     positions: Tensor
     """int64 [n, L]."""
     live: int
-    """No row's positions reach beyond this many cache slots."""
+    """No row's positions reach beyond this many cache slots; 0 if fresh."""
     mask: Tensor | None
     """bool [n, 1, L, live], None if fresh."""
     cos: Tensor
     sin: Tensor
     read: Tensor
     """int64 [n, W - 1 + R], ring slots of the convolution's window and of the R tokens before `start`."""
-    replayed: Tensor
-    """[n, R, 1], 0 for a token before `saved`, else 1."""
-    tail: Tensor
-    """int64 [n, W - 1], ring slots of the convolution's window at the end."""
+    longest: int
+    """R."""
+    real: Tensor
+    """bool [n, R + L]: neither before `saved` nor padding."""
+    counted: Tensor
+    """[n, R + L, 1], the same as 0 or 1, in the dtype of states."""
+    tail: tuple[Tensor, Tensor]
+    """int64 [n, 1] and [n, W - 1]: rows and ring slots of the convolution's window at the end."""
+    taken: tuple[Tensor, Tensor]
+    """int64 [n, 1] and [n, W - 1]: where in the n x L block fresh prompts have that window."""
+    absent: Tensor
+    """bool [n, W - 1, 1]: what of it stands before the beginning."""
     sliding: Tensor | None = None
     """bool [n or 1, 1, L, live (fresh: L)], what layers with a sliding window read. None where that is `mask`."""
     turn: tuple[Tensor, Tensor] | None = None
     """cos and sin [n, R + L, 1, P], where B and C are rotated."""
+
+    def window(self, u: Tensor) -> Tensor:
+        """The convolution's window at the end of fresh prompts: u [n, L, E] -> [n, W - 1, E]."""
+        return u[self.taken].masked_fill_(self.absent, 0)
 
 
 def attention_step(
@@ -186,24 +201,34 @@ def mamba_step(config: HybridConfig, state: State, start: Tensor, count: int, lo
     )
 
 
-def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths: Tensor, start: Tensor | None) -> Fill:
-    """Prompts ids [n, L] of `lengths` [n] tokens for `rows` [n], from `start` [n] on or from the beginning."""
-    device, window = ids.device, config.d_conv - 1
+def fill(
+    config: HybridConfig, state: State, ids: Tensor, rows: Tensor | None, lengths: Tensor, start: Tensor | None
+) -> Fill:
+    """Prompts ids [n, L] of `lengths` [n] tokens for `rows` [n] (None: all), from `start` [n] on or from the beginning,
+    where the host does not wait for the device."""
+    device, window, into = ids.device, config.d_conv - 1, slice(None) if rows is None else rows
+    each = torch.arange(ids.shape[0], device=device)
+    rows = each if rows is None else rows
     first = torch.zeros_like(lengths) if start is None else start
-    saved, end = state.saved[rows].long(), first + lengths
+    saved, end = state.saved[into].long(), first + lengths
     tokens = torch.arange(ids.shape[1], device=device)
-    positions = first.unsqueeze(1) + tokens
-    live, longest, mask = int(end.max()), 0, None
+    positions, given = first.unsqueeze(1) + tokens, tokens < lengths.unsqueeze(1)
+    live, longest, mask, flat = 0, 0, None, None
     if start is not None:
+        live = int(end.max())
         longest = 0 if state.snapshots else int((start - saved).max())
         mask = (torch.arange(live, device=device) <= positions.unsqueeze(-1)).unsqueeze(1)
+        row, token = given.nonzero(as_tuple=True)
+        flat = row, token
     sliding, reach = None, config.sliding_window or 0
-    slots = torch.arange(ids.shape[1] if start is None else live, device=device)
+    slots = torch.arange(live or ids.shape[1], device=device)
     if "sliding" in config.calls and reach < slots.shape[0]:
         queries = (tokens if start is None else positions).unsqueeze(-1)
         sliding = ((slots <= queries) & (slots > queries - reach)).view(-1, 1, *queries.shape[-2:-1], slots.shape[0])
     before = first.unsqueeze(1) + torch.arange(-window - longest, 0, device=device)
-    real = (tokens < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    last = torch.arange(-window, 0, device=device)
+    taken = lengths.unsqueeze(1) + last
+    real = torch.cat((before[:, window:] >= saved.unsqueeze(1), given), dim=1) if longest else given
     cos, sin = state.rotary[positions.clamp(max=state.capacity - 1)].unsqueeze(3).unbind(2)
     return Fill(
         rows=rows,
@@ -211,8 +236,9 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
         start=first,
         saved=saved,
         fresh=start is None,
+        into=into,
         end=end,
-        flat=(real[0], real[1]),
+        flat=flat,
         positions=positions,
         live=live,
         mask=mask,
@@ -220,8 +246,12 @@ def fill(config: HybridConfig, state: State, ids: Tensor, rows: Tensor, lengths:
         cos=cos,
         sin=sin,
         read=before % state.ring,
-        replayed=(before[:, window:] >= saved.unsqueeze(1)).to(state.exact).unsqueeze(-1),
-        tail=(end.unsqueeze(1) + torch.arange(-window, 0, device=device)) % state.ring,
+        longest=longest,
+        real=real,
+        counted=real.to(state.exact).unsqueeze(-1),
+        tail=(rows.unsqueeze(1), (end.unsqueeze(1) + last) % state.ring),
+        taken=(each.unsqueeze(1), taken.clamp(min=0)),
+        absent=(taken < 0).unsqueeze(-1),
         turn=_turn(state, torch.cat((before[:, window:], positions), dim=1)) if config.mamba_rope else None,
     )
 

@@ -7,6 +7,7 @@ that a shape can be called with. A decoder records whole rounds (`interfaces.Rec
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import weakref
@@ -21,13 +22,30 @@ from torch import Tensor
 VARIABLE = "MAMBABENCH_GRAPHS"
 """`off` in this environment variable has every kernel launched by itself, to find faults."""
 
+PROMPTS = 8
+"""Recordings of prompts that a state keeps, of the lengths used last."""
+ASKED = 8192
+"""Tokens of all rows of a recorded prompt, at most: beyond, the host is faster than the device, and what lies between
+kernels is large."""
+
 Work = Callable[[Tensor, Tensor], Tensor]
-"""ids [B, T] and start [B] -> logits [B, T, V], without a look at what is on the device."""
+"""ids [B, T] and start (of prompts: lengths) [B] -> logits [B, T, V] (of prompts: [B, V]), without a look at what is on
+the device."""
 
 
 def wanted(device: torch.device) -> bool:
     """Whether calls on this device are recorded."""
     return device.type == "cuda" and os.environ.get(VARIABLE) != "off"
+
+
+def bucket(longest: int) -> int:
+    """The length to which prompts are padded, so that one recording serves several lengths.
+
+    >>> [bucket(longest) for longest in (1, 33, 128, 129, 1920)]
+    [32, 64, 128, 256, 1920]
+    """
+    each = 32 if longest <= 128 else 128
+    return -(-longest // each) * each
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -64,7 +82,8 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.count = 0
+        self.count = self.prompts = 0
+        """Recordings, and those of prompts among them."""
         self.seconds = 0.0
         """Spent recording."""
         self._device = device
@@ -98,7 +117,8 @@ class Recorder:
 
 
 class Graphs:
-    """The recorded calls on one state's memory, by tokens a row and whether they settle, and what decoders recorded.
+    """The recorded calls on one state's memory, by tokens a row and whether they settle, those of prompts, by tokens a
+    row, and what decoders recorded.
 
     The first call of a kind runs as it is, which loads and tunes its kernels; the second is recorded.
     """
@@ -106,6 +126,11 @@ class Graphs:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._calls: dict[tuple[int, bool], _Call] = {}
+        self._met: set[int] = set()
+        self._prompts: dict[int, _Call] = {}
+        """By tokens a row, the one used last at the end."""
+        self.room: float = math.inf
+        """Tokens a row of prompts beyond which a recording found no memory."""
         self.kept: dict[Hashable, Any] = {}
         """The callers': it lives as long as the memory."""
 
@@ -131,6 +156,33 @@ class Graphs:
             logits = work(call.ids, call.start)
             self._calls[kind] = call
             return logits
+        return self._start(call, work, ids, start)
+
+    def read(self, work: Work, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits [B, V] of prompts, the caller's to keep."""
+        width = ids.shape[1]
+        if width not in self._met:
+            logits = work(ids, lengths)
+            self._met.add(width)
+            return logits
+        call = self._prompts.pop(width, None)
+        if call is None:
+            while len(self._prompts) >= PROMPTS:
+                del self._prompts[next(iter(self._prompts))]
+            call = _Call(ids.clone(), lengths.clone())
+        before = self._recorder.count
+        try:
+            logits = self._start(call, work, ids, lengths)
+        except torch.OutOfMemoryError:
+            self.room = width - 1
+        else:
+            self._prompts[width] = call
+            self._recorder.prompts += self._recorder.count - before
+            return logits
+        # Not before here: while the error is handled, its traceback holds what was made before it.
+        return work(ids, lengths)
+
+    def _start(self, call: _Call, work: Work, ids: Tensor, start: Tensor) -> Tensor:
         call.ids.copy_(ids)
         call.start.copy_(start)
         if call.replay is None or call.logits is None:

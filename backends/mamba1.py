@@ -127,28 +127,26 @@ class Mamba1(Mamba):
     def prefill(self, h: Tensor, cache: MambaState, fill: Fill) -> Tensor:
         """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end. What is replayed
         stands before the prompt."""
-        z, c, kept = self._split(self.in_proj(h))
+        z, c, x, b, raw = self._project(self.in_proj(h))
         window = state = None
-        replayed = fill.replayed.shape[1]
+        replayed = fill.longest
         if not fill.fresh:
             old = cache.inputs[fill.rows.unsqueeze(1), fill.read]
             taken = old.shape[1] - replayed
             window, state = self._parts(old[:, :taken])[0], cache.at(fill.rows, fill.start)
-            kept = torch.cat((old[:, taken:], kept), dim=1)
+            x, b, raw = (
+                torch.cat(parts, dim=1) for parts in zip(self._parts(old[:, taken:]), (x, b, raw), strict=True)
+            )
             c = F.pad(c, (0, 0, replayed, 0))
-        x, b, raw = self._parts(kept)
-        lengths = fill.lengths + replayed
-        cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.shared] = window_at(
-            x, self.conv1d.kernel_size[0], window, lengths
-        )
+        taps, lengths = self.conv1d.kernel_size[0], fill.lengths
+        end = fill.window(x) if fill.fresh else window_at(x, taps, window, lengths + replayed)
+        cache.inputs[*fill.tail, : self.shared] = end
         before = None if window is None else self._repeat(window)
         x = self._conv(self._repeat(x), before)[0]
-        real = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
-        real[:, :replayed] &= fill.replayed.squeeze(-1) > 0
         b, c = self._grouped(b, fill.turn), self._grouped(c, fill.turn)
         decay = self._decay(self.A_log.dtype)
-        y, state = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, state, real)
-        cache.put(fill.rows, fill.end, state)
+        y, state = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, state, fill.real)
+        cache.put(fill.rows, fill.into, fill.end, state)
         return self.out_proj(self._gated(y[:, replayed:], z))
 
     def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:

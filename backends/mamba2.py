@@ -78,8 +78,7 @@ class Mamba2(Mamba):
         return kept.split((self.channels, self.heads), dim=-1)
 
     def _dt(self, raw: Tensor) -> Tensor:
-        kind = compute_dtype(raw)
-        return F.softplus(raw.to(kind) + self.dt_bias.to(kind))
+        return F.softplus(raw + self.dt_bias.to(compute_dtype(raw)))
 
     def _heads(self, convolved: Tensor, turn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Convolution outputs -> x [B, L, G, P], B [B, L, G', N], C [B, L, G'', N], after rotation, if any."""
@@ -121,26 +120,22 @@ class Mamba2(Mamba):
         stands before the prompt."""
         z, kept = self._split(self.in_proj(h))
         window = state = None
-        longest = fill.replayed.shape[1]
-        replayed = 0 if cache.ring is not None else longest
+        replayed = 0 if cache.ring is not None else fill.longest
         if not fill.fresh:
-            old = cache.inputs[fill.rows.unsqueeze(1), fill.read[:, longest - replayed :]]
+            old = cache.inputs[fill.rows.unsqueeze(1), fill.read[:, fill.longest - replayed :]]
             taken = old.shape[1] - replayed
             window, state = self._parts(old[:, :taken])[0], cache.at(fill.rows, fill.start)
             kept = torch.cat((old[:, taken:], kept), dim=1)
             if cache.ring is not None:
                 ring, decay = cache.ring.views.rows(fill.rows), self._decay(state.dtype)
-                state = folded(ring, decay, state, fill.start, fill.saved, longest)
+                state = folded(ring, decay, state, fill.start, fill.saved, fill.longest)
         u, raw = self._parts(kept)
-        dt = self._dt(raw)
-        if replayed:
-            dt = torch.cat((dt[:, :replayed] * fill.replayed, dt[:, replayed:]), dim=1)
-        lengths = fill.lengths + replayed
-        convolved, window = self._conv(u, window, lengths)
+        dt = self._dt(raw) * fill.counted[:, fill.longest - replayed :]
+        convolved, end = self._conv(u, window, None if fill.fresh else fill.lengths + replayed)
         x, b, c = self._heads(convolved, fill.turn)
-        y, state = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, lengths, self.chunk)
-        cache.put(fill.rows, fill.end, state)
-        cache.inputs[fill.rows.unsqueeze(1), fill.tail, : self.channels] = window
+        y, state = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, chunk=self.chunk)
+        cache.put(fill.rows, fill.into, fill.end, state)
+        cache.inputs[*fill.tail, : self.channels] = fill.window(u) if fill.fresh else end
         return self.out_proj(self._gated(y[:, replayed:], z))
 
     def mix(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor | Unscaled:

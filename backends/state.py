@@ -82,12 +82,12 @@ class MambaState:
         """What rows int64 [n] go on from at `start` int64 [n]: with a checkpoint, that."""
         return self.state[rows, start % self.state.shape[1]] if self.snapshots else self.state[rows]
 
-    def put(self, rows: Tensor, end: Tensor, state: Tensor) -> None:
-        """Settles rows int64 [n] at `end` int64 [n]."""
+    def put(self, rows: Tensor, into: Tensor | slice, end: Tensor, state: Tensor) -> None:
+        """Settles rows int64 [n] at `end` int64 [n]; `into` is `rows`, or a slice for all of them."""
         if self.snapshots:
             self.state[rows, end % self.state.shape[1]] = state
         else:
-            self.state[rows] = state
+            self.state[into] = state
 
 
 @dataclass(slots=True)

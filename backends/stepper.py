@@ -9,6 +9,7 @@ reads no more than it must.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -20,8 +21,9 @@ from ..kernels.entry import enter
 from ..kernels.few_rows import Projection, project
 from ..kernels.rounds import greedy
 from ..kernels.scan.reference import compute_dtype
+from ..kernels.selective_scan import serves as scans_by_kernel
 from .calls import AttentionStep, Fill, MambaStep, attention_step, fill, mamba_step
-from .graphs import Graphs, Recorder, alone, capturing, wanted
+from .graphs import ASKED, Graphs, Recorder, alone, bucket, capturing, wanted
 from .mixers import MAMBAS
 from .model import HybridForCausalLM
 from .shrink import shrink
@@ -29,6 +31,8 @@ from .state import Kept, State, held_bytes, open_state, recurrent, replayable
 
 BLOCK = 256
 """Positions by which memory grows where calls are recorded on it."""
+LOOPED = 128
+"""Tokens a row of recorded prompts, at most, where PyTorch runs a scan token by token."""
 HEAD_SLICE = 1 << 24
 """Logits that `score` holds at a time."""
 
@@ -47,12 +51,14 @@ class HybridStepper:
         self.max_context: int = model.config.max_position_embeddings
         weight = model.lm_head.weight
         self.device, self.dtype = str(weight.device), str(weight.dtype).removeprefix("torch.")
-        self.traits = frozenset({"rollback", "shrinks", "snapshots", "picks"})
+        self.traits = frozenset({"rollback", "shrinks", "snapshots", "picks", "counts", "ends"})
         self.layers = len(model.model.layers)
         self.debug = debug
         """Checks the contract at every call, where that makes the host wait for the device. Always on on CPU."""
         self.graphs = wanted(weight.device) if graphs is None else graphs
         self._recorder, self._kept = Recorder(weight.device), Kept()
+        self._unrecorded: Counter[str] = Counter()
+        """Prompts that were launched kernel by kernel, by the reason."""
         self._windows = [self.config.windows[index] for index in self.config.attention_layers]
         self._layers = list(model.model.layers)
         for layer in self._layers:
@@ -76,19 +82,71 @@ class HybridStepper:
         return self._kept.take(sizes, make) if self.graphs else make()
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None = None) -> Tensor:
-        """Runs prompts; ids [B, L], lengths [B], start [B] -> logits [B, V] at each last token. Zeros elsewhere."""
-        call = self._fill(ids, lengths, state, start)
+    def prefill(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        state: State,
+        start: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Runs prompts; ids [B, L], lengths [B], start [B] -> logits [B, V] at each last token. Zeros elsewhere.
+
+        With `counts`, the lengths as the host knows them, it does not wait for the device where all rows begin anew.
+        """
+        counts = self._counted(ids, lengths, counts)
+        longest, whole = max(counts, default=0), start is None and min(counts, default=0) > 0
+        if start is None and longest > state.capacity:
+            raise MambabenchError(f"prefill: {longest} positions do not fit in the {state.capacity} that open() took")
+        if whole and state.graphs is not None:
+            return self._read_recorded(ids[:, :longest], lengths, state, state.graphs)
+        if whole:
+            return self._read(ids[:, :longest], lengths, state)
+        self._unrecorded["they go on from a text" if start is not None else "some rows have none"] += 1
         logits = ids.new_zeros(ids.shape[0], self.vocab_size, dtype=compute_dtype(self.model.lm_head.weight))
-        if call is None:
-            return logits
-        h, added = self.model.model.embed_tokens(ids[call.rows]), None
+        if longest:
+            rows = lengths.nonzero().squeeze(1)
+            first = None if start is None else self._continued(lengths, state, start, rows)
+            call = fill(self.config, state, ids[rows], rows, lengths[rows].long(), first)
+            logits[rows] = self._prompts(ids[rows], state, call)
+        return logits
+
+    def _read_recorded(self, ids: Tensor, lengths: Tensor, state: State, graphs: Graphs) -> Tensor:
+        """Fresh prompts in all rows, as a graph where that can be. Always padded alike, so that it makes no difference
+        to a bit."""
+        width = bucket(ids.shape[1])
+        reason = "no memory for a graph" if width > graphs.room else self._unrecordable(len(ids), width)
+        if reason:
+            self._unrecorded[reason] += 1
+            return self._read(ids, lengths, state)
+        ids = F.pad(ids, (0, width - ids.shape[1]))
+        if alone(ids):
+            return self._read(ids, lengths, state)
+        return graphs.read(lambda ids, lengths: self._read(ids, lengths, state), ids, lengths)
+
+    def _unrecordable(self, batch: int, width: int) -> str:
+        """Why fresh prompts of so many tokens are launched kernel by kernel; empty where a graph serves."""
+        if self.debug:
+            return "debugging"
+        if batch * width > ASKED:
+            return f"more than {ASKED} tokens"
+        if "mamba" in self.config.mixers and width > LOOPED and not scans_by_kernel(self.model.lm_head.weight):
+            return "the scan of Mamba-1 in PyTorch"
+        return ""
+
+    def _read(self, ids: Tensor, lengths: Tensor, state: State) -> Tensor:
+        """Fresh prompts in all rows, without a look at what is on the device."""
+        return self._prompts(ids, state, fill(self.config, state, ids, None, lengths.long(), None))
+
+    def _prompts(self, ids: Tensor, state: State, call: Fill) -> Tensor:
+        """Prompts ids [n, L] -> logits [n, V]."""
+        h, added = self.model.model.embed_tokens(ids), None
         for layer, cache in zip(self._layers, state.layers, strict=True):
             h, added = layer.fill(h, added, cache, call)
         last = torch.arange(h.shape[0], device=h.device), call.lengths - 1
-        logits[call.rows] = self._logits(h[last], None if added is None else added[last])
-        state.end[call.rows] = state.settled[call.rows] = state.saved[call.rows] = call.end.int()
-        return logits
+        for cursor in (state.end, state.settled, state.saved):
+            cursor[call.into] = call.end.int()
+        return self._logits(h[last], None if added is None else added[last])
 
     @torch.inference_mode()
     def advance(
@@ -124,21 +182,24 @@ class HybridStepper:
             tensor.copy_(tensor[rows])
 
     @torch.inference_mode()
-    def score(self, ids: Tensor, lengths: Tensor) -> Scores:
-        """Scores ids [B, L] in parallel, running all but the last column; the logits of a few positions at a time."""
+    def score(self, ids: Tensor, lengths: Tensor, begins: Tensor | None = None) -> Scores:
+        """Scores ids [B, L] in parallel, running all but the last column. Logits are made of what is asked for alone,
+        from `begins` [B] on, a few tokens at a time; zeros elsewhere."""
         h = self.model.model(input_ids=ids[:, : max(ids.shape[1] - 1, 1)]).last_hidden_state
         targets = ids[:, 1:]
         logprob = torch.zeros(targets.shape, dtype=compute_dtype(h), device=h.device)
         gap, greedy = torch.zeros_like(logprob), torch.zeros_like(targets, dtype=torch.bool)
-        count = max(1, HEAD_SLICE // (self.vocab_size * max(ids.shape[0], 1)))
-        for first in range(0, targets.shape[1], count):
-            part = slice(first, first + count)
-            logits = self._head(h[:, part])
-            chosen = logits.gather(-1, targets[:, part, None])
-            logprob[:, part] = (chosen - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
-            best = logits.argmax(-1, keepdim=True)
-            gap[:, part] = (logits.gather(-1, best) - chosen).squeeze(-1)
-            greedy[:, part] = best.squeeze(-1) == targets[:, part]
+        places = torch.arange(1, ids.shape[1], device=h.device)
+        asked = places < lengths.unsqueeze(1)
+        if begins is not None:
+            asked &= places >= begins.unsqueeze(1)
+        for part in asked.nonzero().split(max(1, HEAD_SLICE // self.vocab_size)):
+            where = part[:, 0], part[:, 1]
+            logits, wanted = self._head(h[where]), targets[where].unsqueeze(1)
+            chosen, best = logits.gather(1, wanted), logits.argmax(1, keepdim=True)
+            logprob[where] = (chosen - logits.logsumexp(1, keepdim=True)).squeeze(1)
+            gap[where] = (logits.gather(1, best) - chosen).squeeze(1)
+            greedy[where] = (best == wanted).squeeze(1)
         return Scores(logprob, greedy, gap)
 
     def shrunk(self, layers: Sequence[int]) -> HybridStepper:
@@ -149,7 +210,13 @@ class HybridStepper:
         """What its engine has done so far: figures with their units, by name."""
         if not self.graphs:
             return {}
-        return {"graphs": (self._recorder.count, ""), "recording graphs": (self._recorder.seconds, "s")}
+        prompts = self._recorder.prompts
+        return {
+            "graphs": (self._recorder.count - prompts, ""),
+            "graphs of prompts": (prompts, ""),
+            "recording graphs": (self._recorder.seconds, "s"),
+            **{f"prompts without a graph: {reason}": (count, "") for reason, count in self._unrecorded.items()},
+        }
 
     def cost(self, batch: int, context: int, steps: int, rollback: Rollback = "replay") -> Cost:
         """Least bytes and FLOPs of one `advance`: each weight, cached key and checkpoint read once, the new ones
@@ -195,20 +262,26 @@ class HybridStepper:
             return torch.mm(h.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, h.shape[:-1])
         return F.linear(h.float(), weight.float())
 
-    def _fill(self, ids: Tensor, lengths: Tensor, state: State, start: Tensor | None) -> Fill | None:
-        longest = max(lengths.tolist(), default=0)
-        if longest > ids.shape[1]:
-            raise MambabenchError(f"prefill: lengths up to {longest} but ids have {ids.shape[1]} columns")
-        rows = lengths.nonzero().squeeze(1)
-        if not rows.numel():
-            return None
-        reached = int((lengths if start is None else lengths + start)[rows].max())
+    def _counted(self, ids: Tensor, lengths: Tensor, counts: Sequence[int] | None) -> Sequence[int]:
+        """The lengths on the host."""
+        if counts is None or self._looks(lengths):
+            found: list[int] = lengths.tolist()
+            if counts is not None and list(counts) != found:
+                raise MambabenchError(f"prefill: counts {list(counts)} are not the lengths {found}")
+            counts = found
+        if max(counts, default=0) > ids.shape[1]:
+            raise MambabenchError(f"prefill: lengths up to {max(counts)} but ids have {ids.shape[1]} columns")
+        return counts
+
+    @staticmethod
+    def _continued(lengths: Tensor, state: State, start: Tensor, rows: Tensor) -> Tensor:
+        """Where the prompts of `rows` go on, int64 [n], held against the contract."""
+        reached = int((lengths + start)[rows].max())
         if reached > state.capacity:
             raise MambabenchError(f"prefill: {reached} positions do not fit in the {state.capacity} that open() took")
-        if start is not None and bool(((start < state.settled) | (start > state.end))[rows].any()):
+        if bool(((start < state.settled) | (start > state.end))[rows].any()):
             raise MambabenchError("prefill: start must lie between the settled position and the end of its row")
-        first = None if start is None else start[rows].long()
-        return fill(self.config, state, ids, rows, lengths[rows].long(), first)
+        return start[rows].long()
 
     def _advance(self, count: int, start: Tensor, state: State, settle: bool) -> dict[str, AttentionStep | MambaStep]:
         """The indices for each kind of mixer that the model has."""

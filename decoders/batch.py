@@ -82,17 +82,18 @@ class Batch:
         at_s = time.perf_counter() - self.began
         counted: list[list[int]] = [[] for _ in rounds]
         for number in self.running:
-            row, before, records = self.rows[number], len(self.rows[number].new), list[dict[str, int]]()
+            row, before, played = self.rows[number], len(self.rows[number].new), 0
             for each, counts in zip(rounds, counted, strict=True):
                 if row.finished:
                     break
                 accepted = each.accepted[number]
                 row.extend(each.tokens[number][: accepted + 1])
-                records.append({"drafted": each.drafted[number], "accepted": accepted})
                 counts.append(accepted)
+                played += 1
             self._burst(number, len(row.new) - before, at_s)
-            for record in records if drafts else ():
-                self._emit("round", row=number, round=self._rounds[number], **record)
+            for each in rounds[:played] if drafts else ():
+                given = {"drafted": each.drafted[number], "accepted": each.accepted[number]}
+                self._emit("round", row=number, round=self._rounds[number], **given)
                 self._rounds[number] += 1
         return counted
 

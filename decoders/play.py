@@ -15,6 +15,7 @@ from .adaptive import Chooser
 from .batch import Batch
 from .results import Results, Round
 from .rounds import Board, append, draft_round, drafting, plain_round
+from .sampling import prefill
 from .texts import Texts
 
 BLOCK = 256
@@ -56,7 +57,9 @@ class Rounds:
     def prefill(self) -> None:
         """Starts the reading of the prompts, which gives each row its first token."""
         texts = self.board.texts
-        logits = self.model.prefill(texts.ids[:, : self.longest].contiguous(), texts.length.int(), self.state)
+        counts = [len(prompt.ids) for prompt in self.prompts]
+        ids = texts.ids[:, : self.longest].contiguous()
+        logits = prefill(self.model, ids, texts.length.int(), self.state, counts)
         append(self.board, self.limits, logits.unsqueeze(1))
         self.board.results.sent()
 

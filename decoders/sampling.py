@@ -7,6 +7,7 @@ used as they come (fp32 or fp64) and probabilities are fp64; ties always go to t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,14 @@ def advance(
     with section(REST):
         greedy(last, ids[:, -1])
     return model.advance(ids, start, state, settle)
+
+
+def prefill(model: Stepper, ids: Tensor, lengths: Tensor, state: Any, counts: Sequence[int]) -> Tensor:
+    """`model.prefill`, which is told the lengths as the host knows them, where it takes them."""
+    if "counts" not in model.traits:
+        return model.prefill(ids, lengths, state)
+    logits: Tensor = model.prefill(ids, lengths, state, counts=counts)  # type: ignore[call-arg]
+    return logits
 
 
 def judge(

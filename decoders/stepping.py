@@ -17,7 +17,7 @@ from ..harness.interfaces import Artifact, Limits, MambabenchError, Prompt, Step
 from ..kernels.rounds import DRAFT, Drawn, Inputs, aligned, drawn, greedy, streams
 from .breakdown import REST, section
 from .plugin import LayersConfig, ModelConfig
-from .sampling import advance, kept
+from .sampling import advance, kept, prefill
 from .texts import Texts, padded
 
 BLOCK = 256
@@ -117,13 +117,15 @@ def _needed(prompts: Sequence[Prompt], limits: Limits) -> int:
 
 
 def _begin(memory: Memory, prompts: Sequence[Prompt], limits: Limits) -> None:
-    """Runs all but the last token of prompts: a round begins one token before the text's last."""
-    device = memory.stream.device
-    lengths = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], dtype=torch.int32)
-    if lengths.any():
-        ids = padded([prompt.ids[:-1] for prompt in prompts])
-        memory.model.prefill(ids.to(device), lengths.to(device), memory.state)
-    memory.stream.copy_(streams(limits.seed, torch.tensor([prompt.sequence for prompt in prompts])))
+    """Runs all but the last token of prompts: a round begins one token before the text's last. The host waits for
+    nothing, since the device is still at the target's prompts."""
+    device, counts = memory.stream.device, [len(prompt.ids) - 1 for prompt in prompts]
+    if any(counts):
+        given = padded([prompt.ids[:-1] for prompt in prompts]), torch.tensor(counts, dtype=torch.int32)
+        ids, lengths = (t.to(device, non_blocking=True) for t in given)
+        prefill(memory.model, ids, lengths, memory.state, counts)
+    numbers = streams(limits.seed, torch.tensor([prompt.sequence for prompt in prompts]))
+    memory.stream.copy_(numbers, non_blocking=True)
 
 
 class ModelDraft(SteppingDraft):

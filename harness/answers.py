@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 from .interfaces import Answer, Limits, Tokenizer
 
@@ -11,12 +13,22 @@ def ends(new: Sequence[int], limits: Limits, tokenizer: Tokenizer) -> bool:
     """Whether the last of the new tokens is a stop token or completes a stop string."""
     if new[-1] in limits.stop_tokens:
         return True
-    if not limits.stop_strings:
+    known: Any = tokenizer
+    if not limits.stop_strings or not _may_complete(new[-1], limits.stop_strings, known):
         return False
     # A character is at most four byte tokens, so this many tokens hold the longest stop string and more.
     tail = new[-16 - 4 * max(map(len, limits.stop_strings)) :]
     forms = [tokenizer.decode(tail, skip_special_tokens=skip) for skip in (False, True)]
     return any(string in form for string in limits.stop_strings for form in forms)
+
+
+@lru_cache(maxsize=1 << 16)
+def _may_complete(token: int, strings: tuple[str, ...], tokenizer: Tokenizer) -> bool:
+    """Whether a token can be the last of one of the strings: its text has the string's last character, or only a part
+    of a character. Most tokens cannot, and need not be decoded again for every row and text that they end."""
+    # Behind another token, since some tokenizers leave out the space before a text's first word.
+    forms = [tokenizer.decode([token, token], skip_special_tokens=skip) for skip in (False, True)]
+    return any(last in form for last in {REPLACEMENT, *(string[-1:] for string in strings)} for form in forms)
 
 
 def make_answer(new: Sequence[int], limits: Limits, tokenizer: Tokenizer) -> Answer:

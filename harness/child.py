@@ -21,7 +21,7 @@ from typing import Any
 
 from .config import Structurer, restore
 from .environment import code, machine, versions
-from .events import Muted, Recorder
+from .events import EVENTS, Muted, Recorder
 from .forkserver import ATTEMPT, CODE, LEASED, SHARE, THREADS, watch
 from .interfaces import (
     CHECKPOINT_S,
@@ -32,6 +32,7 @@ from .interfaces import (
     Binds,
     Job,
     MambabenchError,
+    Review,
     Subject,
     Unsupported,
 )
@@ -223,6 +224,10 @@ class Work:
                 self._component("distiller").train(self._job())
             case "measure":
                 self._component("suite").run(self._bench())
+            case "answer":
+                self._component("questions").answer(self._bench())
+            case "judge":
+                self._component("suite").judge(self._review())
             case kind:
                 raise MambabenchError(f"step.json: unknown kind of step {kind!r}")
         if self.rank == 0 and self.step["kind"] in ARTIFACT_KINDS and not any(self.out.iterdir()):
@@ -295,6 +300,18 @@ class Work:
             models=self._models(),
             cache=self.store.cache,
             answers=self.step.get("answers", ""),
+        )
+
+    def _review(self) -> Review:
+        answers = self.step["inputs"].get("answers")
+        return Review(
+            model=self.step["model"],
+            answers=self.store.finished(answers) / EVENTS if answers else None,
+            data=self._data(),
+            seed=self.seed,
+            scratch=self.folder / "scratch",
+            emit=self.recorder,
+            cache=self.store.cache,
         )
 
     def _subject(self, artifact: Artifact, decoder: Mapping[str, Any] | None) -> Subject:

@@ -93,7 +93,7 @@ class _Run:
 
     def comparisons(self) -> Iterator[Comparison]:
         rows = [
-            results.cells[results.cells["kind"] == "measure"].drop_duplicates("label").set_index("label", drop=False)
+            results.measured.drop_duplicates("label").set_index("label", drop=False)
             for results in (self.base, self.head)
         ]
         retrained: dict[tuple[str, str, str], list[tuple[Side, Side]]] = {}

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cattrs
@@ -198,6 +198,16 @@ def references(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         if section:
             names = value if isinstance(value, tuple) else (value,)
             yield from ((path, section, name) for name in names if isinstance(name, str) and name)
+
+
+def nested(choices: Iterable[Choice]) -> list[Choice]:
+    """The components chosen inside of components' configs, at any depth."""
+    found: list[Choice] = []
+    for choice in choices:
+        for value in (getattr(choice.config, item.name) for item in dataclasses.fields(choice.config)):
+            if isinstance(value, Choice):
+                found += [value, *nested([value])]
+    return found
 
 
 def filled(choice: Choice, names: Mapping[str, str]) -> Choice:

@@ -196,7 +196,8 @@ class _Driver:
         """Random prompts, with random tokens as padding."""
         ids = self.tokens(max(max(lengths), 1))
         start = None if starts is None else self.vector(starts)
-        got = self.model.prefill(ids, self.vector(lengths), self.state, start)
+        known = {"counts": lengths} if "counts" in self.model.traits and self.dice.random() < 0.5 else {}
+        got = self.model.prefill(ids, self.vector(lengths), self.state, start, **known)
         wanted = (self.shape.batch, self.model.vocab_size)
         assert got.shape == wanted, f"{self.what}: prefill gave logits {list(got.shape)}, not {list(wanted)}"
         for row, length in enumerate(lengths):

@@ -181,7 +181,7 @@ def encode_many(
 ) -> Iterator[tuple[list[int], int]]:
     """`encode_document` of each (`ended`: `encode_ended`), in order; a fast tokenizer gets many texts at a time, which
     it spreads over all cores. Documents are read no further ahead than that needs."""
-    encode = _Encoder(tokenizer)
+    encode = Encoder(tokenizer)
     for group in _parts(documents, TEXT_AT_A_TIME if encode.fast else 0, lambda document: len(document.text)):
         texts = [_texts(document, tokenizer) for document in group]
         encoded = iter(encode([text for of in texts for text in of]))
@@ -238,7 +238,7 @@ def _ended(document: Document, tokenizer: Tokenizer, ids: list[int], context: in
     return ids, context
 
 
-class _Encoder:
+class Encoder:
     """Tokenizes many texts, each as `tokenizer.encode` would; a fast tokenizer on many cores.
 
     Every thread has a copy of its own: threads that share one wait for its cache of merges, so that many are no faster
@@ -250,11 +250,12 @@ class _Encoder:
         self.fast = bool(getattr(tokenizer, "is_fast", False))
         self._copies: list[Any] = []
 
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+    def __call__(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """With `special`, also the tokens that the tokenizer puts around a text."""
         parts = list(_parts(texts, TEXT_A_CALL, len)) if self.fast else []
         if len(parts) < 2:
             # Little text is not worth a copy, which for a large vocabulary takes a second.
-            return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            return [self.tokenizer.encode(text, add_special_tokens=special) for text in texts]
         self._copy(min(len(parts), THREADS, cores()))
         free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for copy in self._copies:
@@ -263,7 +264,7 @@ class _Encoder:
         def encode(part: list[str]) -> list[list[int]]:
             copy = free.get()
             try:
-                return [encoding.ids for encoding in copy.encode_batch_fast(part, add_special_tokens=False)]
+                return [encoding.ids for encoding in copy.encode_batch_fast(part, add_special_tokens=special)]
             finally:
                 free.put(copy)
 

@@ -18,6 +18,7 @@ from typing import Any
 from .interfaces import MambabenchError
 from .store import disk_errors
 
+EVENTS = "events.jsonl"
 ATTEMPT = "attempt"
 """The event that begins an attempt; written by the recorder only."""
 
@@ -46,7 +47,7 @@ class Recorder:
         """When the first record came through `emit`, on the monotonic clock."""
         self.last: float | None = None
         self._began = time.monotonic()
-        self._path = folder / "events.jsonl"
+        self._path = folder / EVENTS
         with disk_errors(self._path):
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             size = os.fstat(self._descriptor).st_size

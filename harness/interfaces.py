@@ -7,7 +7,6 @@ field with a default is the compatible way to grow.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,6 +22,9 @@ from .decoding import Limits as Limits
 from .decoding import OnText as OnText
 from .decoding import Prompt as Prompt
 from .decoding import Rollback as Rollback
+from .verdicts import VERDICTS as VERDICTS
+from .verdicts import Comparison as Comparison
+from .verdicts import Verdict as Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -35,7 +37,7 @@ API = 1
 
 KINDS = (
     *("backend", "distiller", "decoder", "draft", "selector", "source"),
-    *("suite", "judge", "table", "renderer", "launcher", "command"),
+    *("suite", "questions", "judge", "table", "renderer", "launcher", "command"),
 )
 
 
@@ -63,7 +65,10 @@ class Component:
     `ModelRef` name an entry of the plan's `[data]` or `[models]` and become inputs of the step, as do files and folders
     in fields annotated `FileRef`, seen from the plan's folder, unless an entry of `[data]` has that name; fields
     annotated `Annotated[Choice, ChoiceOf(kind)]` name a component of another kind. Where the result depends on
-    something else outside of the plan, a method `fingerprint()` returns a text that stands for it in keys."""
+    something else outside of the plan, a method `fingerprint()` returns a text that stands for it in keys. Where it is
+    plain beforehand that something of this machine is missing, a method `lacks()` says what, else "". A suite that
+    scores answers has a method `questions()`: the `Choice` of kind `questions` that has a model answer in a step of its
+    own, or None for recorded answers."""
     revision: int = 1
     """Raised when results made by older versions stop being comparable."""
     api: int = API
@@ -121,6 +126,8 @@ class Needs:
     """Processes that do the step together, each with a GPU of its own where there are any."""
     checkpoint_s: float = CHECKPOINT_S
     """Seconds between checkpoints of a training."""
+    light: bool = False
+    """Mostly waits for others, such as a judge: takes no place of a step that computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,41 +175,6 @@ class Outcome:
     wall_s: float = 0.0
     detail: Mapping[str, Any] = field(default_factory=dict)
     """Device, threads, overheads in seconds, peak memory in bytes, and the facts that the component emitted."""
-
-
-VERDICTS = ("pass", "fail", "inconclusive", "not comparable")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One label and metric of two stores, as `mambabench_verdict` sees it. Differences are head - base."""
-
-    label: str
-    metric: str
-    base: float
-    head: float
-    difference: float
-    low: float
-    high: float
-    margin: float
-    unit: str
-    """Of `base` and `head`."""
-    verdict: str
-    reason: str = ""
-    better: str = "higher"
-    """`higher`, `lower`, or `equal` where any difference is for the worse."""
-    relative: bool = False
-    """The difference, its interval, the margin and the detectable change are fractions of `base`."""
-    detectable: float = math.nan
-    """The smallest true change for the worse that these data would have called a failure with probability 0.8."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A verdict of a plug-in; only one that is stricter than the harness's own counts."""
-
-    verdict: str
-    reason: str
 
 
 class Emit(Protocol):
@@ -282,6 +254,10 @@ class Stepper(Protocol):
     It may have `recording(state) -> Recording | None`. With the trait `snapshots` its `open` and `cost` take one more
     argument, `rollback: Rollback = "replay"`, and the contract is the same. With the trait `picks` its `advance` takes
     one more, `last: Tensor | None`, logits [B, V] whose likeliest tokens it first puts into ids[:, -1] (contiguous).
+    With the trait `counts` its `prefill` takes one more, `counts: Sequence[int] | None`, the lengths where the host
+    knows them, for which it then need not wait.
+    With the trait `ends` its `score` takes one more, `begins: Tensor | None`, int32 [B]: only of the tokens from
+    begins[b] on are scores asked for, and entries of those before are undefined.
 
     Positions are absolute. `start[b]` is the number of tokens of row b before this call; everything at or after it is
     forgotten first. With `settle`, everything before `start` becomes permanent, otherwise it stays revocable. Always
@@ -437,13 +413,40 @@ class Bench:
     cache: Path | None = None
     """As a job's: what is kept there serves other steps of the store, and may be deleted."""
     answers: str = ""
-    """Stands for all that decides what the subject answers, the suite's own options apart: a name in the cache for
-    answers of which suites with other options make something else. Empty: not known."""
+    """Stands for all that decides what the subject answers, the questions apart: a name in the cache for answers that
+    several steps ask for. Empty: not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Review:
+    """The surroundings of a judging step: stored answers are scored, without the model that gave them."""
+
+    model: str
+    """Its name in the plan."""
+    answers: Path | None
+    """The records of the step in which it answered (`events.jsonl`); None where the config names recorded answers."""
+    data: Mapping[str, Path]
+    seed: int
+    scratch: Path
+    emit: Emit
+    cache: Path | None = None
 
 
 class Suite(Protocol):
+    """One whose config has `questions()` has `judge(review)` in place of `run`."""
+
     def run(self, bench: Bench) -> None:
         """Measures; every record goes through `bench.emit`."""
+
+
+class AnsweredSuite(Protocol):
+    def judge(self, review: Review) -> None:
+        """Scores answers that are stored; every record goes through `review.emit`."""
+
+
+class Questions(Protocol):
+    def answer(self, bench: Bench) -> None:
+        """Has the subject answer; each answer is a record of kind `answer`."""
 
 
 class Table(Protocol):

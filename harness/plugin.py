@@ -8,7 +8,14 @@ from .hooks import hookimpl
 from .interfaces import Component
 from .judges.configs import OpenAIConfig, RecordedConfig
 from .launchers.configs import LocalConfig, RayConfig
-from .suites.chat_configs import AlpacaEvalConfig, MtBenchConfig, ReasoningConfig
+from .suites.chat_configs import (
+    AlpacaEvalConfig,
+    AlpacaEvalQuestionsConfig,
+    MtBenchConfig,
+    MtBenchQuestionsConfig,
+    ReasoningConfig,
+    ReasoningQuestionsConfig,
+)
 from .suites.configs import (
     AgreementConfig,
     DivergenceConfig,
@@ -113,6 +120,27 @@ def mambabench_components() -> Iterable[Component]:
             config=SpeedConfig,
             traits=frozenset({"pair", "alone"}),
             summary="Latency of a decoder beside plain decoding, alternating on the same prompts",
+        ),
+        Component(
+            kind="questions",
+            name="reasoning",
+            target="mambabench.harness.suites.reasoning:ReasoningQuestions",
+            config=ReasoningQuestionsConfig,
+            summary="What the suite reasoning has models answer",
+        ),
+        Component(
+            kind="questions",
+            name="mt-bench",
+            target="mambabench.harness.suites.mt_bench:MtBenchQuestions",
+            config=MtBenchQuestionsConfig,
+            summary="What the suite mt-bench has models answer",
+        ),
+        Component(
+            kind="questions",
+            name="alpaca-eval",
+            target="mambabench.harness.suites.alpaca_eval:AlpacaEvalQuestions",
+            config=AlpacaEvalQuestionsConfig,
+            summary="What the suite alpaca-eval has models answer",
         ),
         Component(
             kind="judge",

@@ -260,9 +260,16 @@ def build(choice: Choice) -> Any:
     return make(registry().find(choice.kind, choice.name), choice.config)
 
 
-def decoder_or_plain(decoder: Decoder | None) -> Decoder:
-    """A decoder, or plain decoding where none was chosen."""
-    plain: Decoder = decoder or build(Choice("decoder", "standard", None))
+LOOK = 8
+"""Rounds that the host reads at once where only the whole text counts."""
+
+
+def decoder_or_plain(decoder: Decoder | None, device: str) -> Decoder:
+    """A decoder, or plain decoding where none was chosen; a GPU does not wait for the host after each token then."""
+    if decoder is not None:
+        return decoder
+    standard = registry().find("decoder", "standard")
+    plain: Decoder = make(standard, standard.config(look=1 if device == "cpu" else LOOK))
     return plain
 
 

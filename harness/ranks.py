@@ -1,4 +1,4 @@
-"""Several processes that do one step together, as torchrun would start them.
+"""Several processes that do one step together, as torchrun would start them, and that end with the first of them.
 
 The step's child forks them before it has threads or a CUDA context of its own, so that nothing is imported again, and
 watches over them. It has no part in the work: it alone is left to tell which process failed first, when the others
@@ -65,7 +65,7 @@ def free_port() -> int:
 
 
 def together(ranks: int, work: Work) -> Failure | None:
-    """Runs `work(rank)` in `ranks` processes until rank 0 is done or one has failed; none of them is left then."""
+    """Runs `work(rank)` in `ranks` processes until rank 0 is done or one has failed, and ends the others then."""
     port = free_port()
     pids: dict[int, int] = {}
     pipes: dict[int, int] = {}
@@ -132,6 +132,9 @@ def _become(work: Work, rank: int, tell: int, parent: int, variables: Mapping[st
         failure = work(rank)
         if failure is None:
             code = 0
+            while rank:
+                # Collectives that it has queued may still be under way, and the first rank wait for them.
+                signal.pause()
         else:
             os.write(tell, json.dumps(failure).encode())
     except BaseException:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from .events import EVENTS, events
 from .interfaces import MambabenchError
 from .store import Store
 
@@ -31,6 +32,9 @@ FRAMES: Mapping[str, tuple[str, ...]] = {
     "losses": ("step", "tokens", "loss"),
 }
 """The parquet files of a step and the columns that are always there, even in an empty frame."""
+
+MEASURED = ("measure", "judge")
+"""Kinds of steps that are rows of tables: what a model scored, at once or in answers that were stored before."""
 
 FACTS = ("name", "value", "unit", "arm")
 CELLS = (
@@ -108,6 +112,11 @@ class Results:
         return list(self.models.loc[self.models["teacher"], "model"])
 
     @cached_property
+    def measured(self) -> pd.DataFrame:
+        """The cells of what models scored."""
+        return self.cells[self.cells["kind"].isin(MEASURED)]
+
+    @cached_property
     def samples(self) -> pd.DataFrame:
         return self._records("samples")
 
@@ -140,9 +149,19 @@ class Results:
         """What a finished step was asked to do (`step.json`)."""
         return self._opened[store].step(key)
 
+    def subject(self, store: str, key: str) -> str | None:
+        """The step that made the model which a measuring step is about, or which gave the answers to a judging step;
+        None where answers are recorded ones."""
+        step = self.step(store, key)
+        return step.get("subject") or step.get("inputs", {}).get("subject")
+
     def outcome(self, store: str, key: str) -> Mapping[str, Any]:
         """How a step ended (`outcome.json`, all of it)."""
         return self._opened[store].outcome(key, artifacts=False) or {}
+
+    def events(self, store: str, key: str) -> Iterator[dict[str, Any]]:
+        """All records of a finished step, those of attempts that did not end well too."""
+        return events(self._opened[store].finished(key) / EVENTS)
 
     def folder(self, store: str) -> Path:
         """Where a store of `cells` lies."""

@@ -51,6 +51,9 @@ class PlannedStep(Protocol):
     lacking: tuple[str, ...]
 
     @property
+    def obstacle(self) -> str: ...
+
+    @property
     def modules(self) -> Iterable[str]: ...
 
     @property
@@ -156,11 +159,9 @@ class _Run:
         self.drawn = 0.0
 
     def run(self) -> Summary:
-        for key in list(self.waiting):
-            status = self.store.status(key)
-            if status.state == "ok":
-                assert status.record is not None
-                self._settle(key, outcome_of(status.record, self.store.finished(key)))
+        for key, status in self.store.done(list(self.waiting.values())).items():
+            assert status.record is not None
+            self._settle(key, outcome_of(status.record, self.store.finished(key)))
         self.progress.begin(self.total, len(self.summary.outcomes))
         try:
             # Those of the runner's own hooks are shown as they come.
@@ -192,7 +193,7 @@ class _Run:
             inputs = [each for each in step.all_inputs if self._state(each) != "ok"]
             if any(each in self.waiting or each in self.running for each in inputs):
                 continue
-            kind = Needs(step.needs.gpus, step.needs.alone)
+            kind = Needs(step.needs.gpus, step.needs.alone, light=step.needs.light)
             if kind in taken:
                 continue
             claim = self.store.claim(key)
@@ -245,7 +246,7 @@ class _Run:
         if step.key not in self.refused:
             refusals = self._hook(lambda: self.plugins.refusals(step.view(), self.host))
             reasons = [refusal.reason for refusal in refusals]
-            reasons += [f"not installed as required: {', '.join(step.lacking)}"] if step.lacking else []
+            reasons += [step.obstacle] if step.obstacle else []
             self.refused[step.key] = "; ".join(reasons)
         return self.refused[step.key]
 

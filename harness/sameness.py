@@ -67,7 +67,9 @@ class Side:
 
         The step's own environment says it; that of the last run, which may have had another machine, only if it must.
         """
-        record = self.results.outcome(self.cell["store"], self.cell["key"])
+        # Of stored answers, what wrote them.
+        ran = self.step.get("inputs", {}).get("answers", self.cell["key"])
+        record = self.results.outcome(self.cell["store"], ran)
         device = str(record.get("detail", {}).get("device", "")).partition(":")[0]
         prefix = "gpu" if device.startswith("cuda") else "cpu"
         own, run = (
@@ -117,21 +119,25 @@ def _difference(part: str, old: Any, new: Any) -> str:
 
 
 def same_artifact(base: Side, head: Side) -> bool:
-    """Whether both sides measured the same weights."""
-    keys = [side.step.get("inputs", {}).get("subject") for side in (base, head)]
-    if keys[0] != keys[1] or keys[0] is None:
+    """Whether both sides measured the same weights, or the same recorded answers."""
+    keys = [side.results.subject(side.cell["store"], side.cell["key"]) for side in (base, head)]
+    key = keys[0]
+    if key != keys[1]:
         return False
+    if key is None:
+        # Recorded answers are data, which do not differ, and no weights are behind them.
+        return True
     stores = [Store(side.folder) for side in (base, head)]
     if stores[0].path.resolve() == stores[1].path.resolve():
         return True
-    records = [_outcome(store, keys[0]) for store in stores]
+    records = [_outcome(store, key) for store in stores]
     if (
         all(records)
         and records[0].get("started") is not None
         and records[0].get("started") == records[1].get("started")
     ):
         return True
-    folders = [store.artifact(keys[0]) for store in stores]
+    folders = [store.artifact(key) for store in stores]
     return all(folder.is_dir() for folder in folders) and _contents(folders[0]) == _contents(folders[1])
 
 

@@ -287,6 +287,33 @@ def bootstrap(
     )
 
 
+def bootstrap_se(
+    statistic: Callable[[NDArray[np.intp]], float],
+    clusters: Sequence[object] | NDArray[np.generic],
+    times: int = 100,
+    seed: int = 0,
+) -> float:
+    """The standard error alone, of a statistic that is slow: its standard deviation over `times` samples of as many
+    clusters. Samples for which it is not finite are left out; nan for a single cluster.
+
+    >>> values = np.arange(400) % 20
+    >>> of_mean = bootstrap_se(lambda places: float(values[places].mean()), range(400), times=400)
+    >>> abs(of_mean / (values.std() / 20) - 1) < 0.1
+    True
+    """
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(index))[:-1])
+    if len(members) < 2:
+        return math.nan
+    drawn = np.random.default_rng(seed).integers(len(members), size=(times, len(members)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [statistic(np.concatenate([members[of] for of in row])) for row in drawn]
+    finite = [value for value in found if math.isfinite(value)]
+    return float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
+
+
 def mean(values: ArrayLike) -> Estimate:
     """The mean of independent values, such as one per block or per seed."""
     (values,) = _arrays(values)

@@ -1,19 +1,19 @@
 """Expands a plan into steps and cells.
 
-A step is one thing that runs: it makes data, selects layers, converts, trains or measures. Its key is a hash of all
-that decides its result; equal steps of several models are one step with several labels. A cell is one label with its
-key, as reports and comparisons see it.
+A step is one thing that runs: it makes data, selects layers, converts, trains, measures, has a model answer questions,
+or judges stored answers. Its key is a hash of all that decides its result; equal steps of several models are one step
+with several labels. A cell is one label with its key, as reports and comparisons see it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, filled, plain, references
+from .config import ConfigError, filled, nested, plain, references
 from .interfaces import DTYPES, Choice, MambabenchError, Needs, StepView
 from .keys import PACKAGE, Fingerprints, digest
 from .plan import Model, Plan
@@ -22,8 +22,10 @@ from .plugins import Registry, missing, suggest
 SCHEMA = 1
 TEACHER = "teacher"
 NO_DECODER = "-"
-MEASURING = tuple(f"{PACKAGE}.{name}" for name in ("kernels", "harness.documents", "harness.metrics"))
-"""Code that every measurement may go through, beside the rooms of its components."""
+SCORING = tuple(f"{PACKAGE}.harness.{name}" for name in ("documents", "metrics"))
+RUNNING, ANSWERING = (*SCORING, f"{PACKAGE}.kernels"), f"{PACKAGE}.harness.answering"
+CODE = {"measure": RUNNING, "answer": (*RUNNING, ANSWERING), "judge": (*SCORING, ANSWERING)}
+"""Kinds of steps whose keys know the code, and what of it they may go through beside the rooms of their components."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +41,16 @@ class Step:
     """Modules of the components that the child will use, to be imported once before it is forked."""
     lacking: tuple[str, ...] = ()
     """Requirements of its components that the installed packages do not meet."""
+    absent: tuple[str, ...] = ()
+    """What is missing of its files."""
+    wants: tuple[str, ...] = ()
+    """What its components lack on this machine and may need."""
+
+    @property
+    def obstacle(self) -> str:
+        """Why it cannot run here; empty where it can."""
+        needs = [f"needs {', '.join(self.lacking)}"] if self.lacking else []
+        return "; ".join([*needs, *self.absent])
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -290,14 +302,18 @@ class _Expander:
         self.open_data.pop()
         return {"step": key}
 
-    def _file(self, name: str, where: str) -> dict[str, Any]:
-        """A FileRef, for step.json: an entry of `[data]`, or else a file or folder."""
+    def _file(self, name: str, where: str, kind: str) -> dict[str, Any]:
+        """A FileRef, for step.json: an entry of `[data]`, or else a file or folder. What a suite needs may be missing:
+        the rest of the plan runs without it."""
         if name in self.plan.data:
             return self._data(name, where)
         file = (self.plan.file.parent / Path(name).expanduser()).resolve()
-        if not file.exists():
-            raise ConfigError(where, f"there is no file {file}, and no data {name!r}")
-        return {"file": str(file), "fingerprint": self.fingerprints.path(file)}
+        if file.exists():
+            return {"file": str(file), "fingerprint": self.fingerprints.path(file)}
+        why = f"there is no file {file}, and no data {name!r}"
+        if kind not in CODE:
+            raise ConfigError(where, why)
+        return {"file": str(file), "fingerprint": "", "absent": f"{where}: {why}"}
 
     def _model(self, name: str, where: str, seed: int) -> Made:
         if self.teacher is None:
@@ -360,20 +376,21 @@ class _Expander:
                 extra[role] = {"plan_name": name, **self._record(of)}
         device = "cuda" if self.gpus else "cpu"
         salt: dict[str, Any] = {"device": device, "dtype": DTYPES[device]}
+        ran: dict[str, Any] = {"backend": made.backend, "inputs": {"subject": made.key}, "used": used, "extra": extra}
+        if callable(questions := getattr(choice.config, "questions", None)):
+            asked = questions()
+            where, inputs = f"suites.{suite}", {}
+            if asked is not None:
+                answering = replace(cell, label=f"{model}/{decoder}/{suite}/answer@seed{seed}", kind="answer")
+                inputs["answers"] = self._add("answer", asked, answering, where=where, salt=salt, **ran)
+                extra = {**extra, "subject": made.key}
+            # Recorded answers are chosen by the model's name, and are not those of this plan's weights.
+            salt, cell = {} if asked else {"model": model}, replace(cell, kind="judge")
+            self._add("judge", choice, cell, inputs=inputs, where=where, extra=extra, salt=salt)
+            return
         if "alone" in traits:
             salt["machine"] = self.machine
-        self._add(
-            "measure",
-            choice,
-            cell,
-            backend=made.backend,
-            inputs={"subject": made.key},
-            where=f"suites.{suite}",
-            used=used,
-            extra=extra,
-            salt=salt,
-            alone="alone" in traits,
-        )
+        self._add("measure", choice, cell, where=f"suites.{suite}", salt=salt, alone="alone" in traits, **ran)
 
     def _add(
         self,
@@ -399,7 +416,7 @@ class _Expander:
         data: dict[str, Any] = {}
         models: dict[str, Any] = {}
         chosen = [component for _, component in roles.values()]
-        parts = [*chosen, *_nested(chosen), *([backend] if backend else [])]
+        parts = [*chosen, *nested(chosen), *([backend] if backend else [])]
         decides: dict[str, Any] = {"kind": kind, "seed": seed, "inputs": dict(inputs or {}), **(salt or {})}
         for role, (place, component) in roles.items():
             marks: dict[str, list[str]] = {}
@@ -408,26 +425,25 @@ class _Expander:
                 if section == "data":
                     found = data[name] = self._data(name, at)
                 elif section == "files":
-                    found = data[name] = self._file(name, at)
+                    found = data[name] = self._file(name, at, kind)
                 else:
                     made = self._model(name, at, cell.seed or 0)
                     found = models[name] = {"step": made.key, "backend": self._record(made.backend)}
                     parts.append(made.backend)
-                marks.setdefault(path, []).append(found.get("step") or found["fingerprint"])
+                marks.setdefault(path, []).append(found.get("step") or found["fingerprint"] or found["absent"])
             resolved = {path: found[0] if len(found) == 1 else found for path, found in marks.items()}
             decides[role] = self._decides(component, resolved)
         if backend is not None:
             decides["backend"] = self._decides(backend, {})
         modules = frozenset(self._module(part) for part in parts)
         traits = self.registry.find(choice.kind, choice.name).traits
-        if kind == "measure":
-            decides["code"] = self.fingerprints.code([*modules, *MEASURING])
-            if "generate" in traits:
-                # Whoever judges answers, or how they are scored, decides nothing of them.
-                judges = list(_nested([choice]))
-                rooms = frozenset(self._module(part) for part in parts if part not in judges)
-                code = decides["code"] if rooms == modules else self.fingerprints.code([*rooms, *MEASURING])
-                extra = {**(extra or {}), "answers": digest({**decides, "component": "", "code": code})}
+        if kind in CODE:
+            decides["code"] = self.fingerprints.code([*modules, *CODE[kind]])
+        if kind == "answer":
+            # The same question has the same answer, whoever asks it.
+            others = [self._module(part) for part in parts if part is not choice]
+            code = self.fingerprints.code([*others, *CODE[kind]])
+            extra = {**(extra or {}), "answers": digest({**decides, "component": "", "code": code})}
         key = digest(decides)
         if all(known.label != cell.label for known in self.out.cells):
             self.out.cells.append(replace(cell, key=key))
@@ -452,11 +468,12 @@ class _Expander:
             kind=kind,
             labels=(cell.label,),
             needs=Needs(
-                gpus=self.gpus * ranks if kind != "select" or "gpu" in traits else 0,
+                gpus=0 if kind == "judge" or (kind == "select" and "gpu" not in traits) else self.gpus * ranks,
                 alone=alone,
                 timeout_s=self.plan.limits.timeout,
                 ranks=ranks,
                 checkpoint_s=self.plan.limits.checkpoint,
+                light=kind == "judge",
             ),
             record=record,
             modules=modules,
@@ -464,6 +481,10 @@ class _Expander:
                 dict.fromkeys(
                     text for part in parts for text in missing(self.registry.find(part.kind, part.name).requires)
                 )
+            ),
+            absent=tuple(found["absent"] for found in data.values() if "absent" in found),
+            wants=tuple(
+                text for part in parts if callable(of := getattr(part.config, "lacks", None)) and (text := of())
             ),
         )
         return key
@@ -474,25 +495,12 @@ class _Expander:
 
     def _decides(self, choice: Choice, resolved: Mapping[str, Any]) -> dict[str, Any]:
         """What of a component goes into a key; revisions of nested components count too."""
-        nested = [
-            [part.kind, part.name, self.registry.find(part.kind, part.name).revision] for part in _nested([choice])
-        ]
+        inner = [[part.kind, part.name, self.registry.find(part.kind, part.name).revision] for part in nested([choice])]
         record = {**self._record(choice), "config": plain(choice.config, defaults=False, replace=resolved)}
         outside = getattr(choice.config, "fingerprint", None)
         if outside is not None and (mark := outside()):
             record["fingerprint"] = mark
-        return {**record, "nested": nested} if nested else record
+        return {**record, "nested": inner} if inner else record
 
     def _module(self, choice: Choice) -> str:
         return self.registry.find(choice.kind, choice.name).target.partition(":")[0]
-
-
-def _nested(choices: Any) -> list[Choice]:
-    """The components chosen inside of components' configs, at any depth."""
-    found: list[Choice] = []
-    for choice in choices:
-        for name in (item.name for item in fields(choice.config)):
-            value = getattr(choice.config, name)
-            if isinstance(value, Choice):
-                found += [value, *_nested([value])]
-    return found

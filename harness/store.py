@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .interfaces import STATES, MambabenchError, Outcome
 from .locks import Lock
@@ -40,6 +40,15 @@ class Status:
     reason: str = ""
     record: Mapping[str, Any] | None = None
     """outcome.json, where there is a whole one."""
+
+
+class Linked(Protocol):
+    """What a store uses of a planned step."""
+
+    key: str
+
+    @property
+    def all_inputs(self) -> Iterable[str]: ...
 
 
 class Store:
@@ -175,6 +184,20 @@ class Store:
         if outcome.state == "ok":
             return Status("interrupted", f"{folder}: ended well, but was stopped before it was moved to steps/")
         return Status(outcome.state, outcome.reason, record)
+
+    def done(self, steps: Sequence[Linked]) -> dict[str, Status]:
+        """Those of the steps, given inputs first, that need not run again. One whose artifact was deleted, or left
+        behind when the store was copied, need not if what the artifact was made for has run."""
+        found: dict[str, Status] = {}
+        used: set[str] = set()
+        inputs = {key for step in steps for key in step.all_inputs}
+        for step in reversed(steps):
+            status = self.status(step.key, artifacts=step.key in used or step.key not in inputs)
+            if status.state == "ok":
+                found[step.key] = status
+            else:
+                used |= set(step.all_inputs)
+        return found
 
     def claim(self, key: str) -> Lock | None:
         """Takes the right to run a step, or returns None while another run of this store has it or its child lives."""

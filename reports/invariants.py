@@ -80,9 +80,9 @@ def _averages(row: dict[Any, Any], averages: dict[str, list[str]]) -> list[str]:
 def _mixed_checkpoints(results: Results) -> dict[str, str]:
     """Models whose cells of one seed measured several checkpoints."""
     seen: dict[tuple[str, Any], set[str]] = {}
-    finished = results.cells[(results.cells["state"] == "ok") & (results.cells["kind"] == "measure")]
+    finished = results.measured[results.measured["state"] == "ok"]
     for cell in finished.to_dict("records"):
-        subject = results.step(cell["store"], cell["key"]).get("inputs", {}).get("subject")
+        subject = results.subject(cell["store"], cell["key"])
         if subject is not None:
             seen.setdefault((cell["model"], cell["seed"]), set()).add(subject)
     return {

@@ -10,6 +10,7 @@ from .options import NoOptions
 
 TABLES = (
     ("quality", "quality:Quality", "Each metric of each model beside its teacher's, with errors and recovery"),
+    ("aggregates", "aggregates:Aggregates", "Metrics of lm-eval that are no mean over items, with errors"),
     ("differences", "differences:Differences", "Every metric less its teacher's, paired by item, with intervals"),
     ("recall", "recall:Recall", "What models look up in the text before them, chosen and written, and how far back"),
     ("recall-distance", "recall:RecallDistance", "The same by length of the text and place of the answer"),
@@ -25,6 +26,8 @@ TABLES = (
     ("init-fidelity", "fidelity:Fidelity", "How near converted models are to their teacher, before and after training"),
     ("init-fidelity-layers", "fidelity:FidelityLayers", "The same of each converted layer"),
     ("cost", "cost:Cost", "What each stage of training took"),
+    ("answers", "judging:Answers", "What models answered in chats: how many, how long, how many cut short"),
+    ("judges", "judging:Judging", "Requests, failures, tokens and cost of each judge"),
     ("steps", "cost:Steps", "Every label with its state"),
 )
 RENDERERS = (

@@ -21,13 +21,12 @@ NOTE = f"{DAGGER} Made by other code than this run's."
 def other_code(results: Results) -> dict[str, str]:
     """Measured models that other code made, as a whole or in an earlier stage of their own; with that code."""
     found: dict[str, str] = {}
-    ended = results.cells[results.cells["state"] == "ok"]
+    ended, measured = (cells[cells["state"] == "ok"] for cells in (results.cells, results.measured))
     for store, cells in ended.groupby("store", sort=False):
         steps, ran = results.folder(str(store)) / "steps", results.plan[str(store)]["code"]
-        made = cells[cells["kind"] != "measure"]
-        taught = set(made.loc[made["model"].isin(results.teachers), "key"])
-        for model, of in cells[cells["kind"] == "measure"].groupby("model", sort=False):
-            for subject in dict.fromkeys(_input(steps / key, "subject") for key in of["key"]):
+        taught = set(cells.loc[cells["model"].isin(results.teachers), "key"])
+        for model, of in measured[measured["store"] == store].groupby("model", sort=False):
+            for subject in dict.fromkeys(results.subject(str(store), key) or "" for key in of["key"]):
                 codes = _codes(steps, subject, () if subject in taught else taught)
                 told = [_named(code) for code in codes if _differs(code, ran)]
                 if told:

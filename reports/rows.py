@@ -33,8 +33,8 @@ def in_plan_order(results: Results, of: Iterable[Who]) -> list[Who]:
 
 def measuring(results: Results, suites: set[tuple[str, str]]) -> DataFrame:
     """The cells that measure with these suites, but for those that the plan skips, which the table of steps has."""
-    cells = results.cells
-    return of_suites(cells[(cells["kind"] == "measure") & (cells["state"] != "skipped")], suites)
+    cells = results.measured
+    return of_suites(cells[cells["state"] != "skipped"], suites)
 
 
 def with_teachers(results: Results, rows: Sequence[dict[str, Any]], cells: DataFrame) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ class Builder:
         traits: Sequence[str] = ("score",),
         config: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
-        subject: str = "",
+        subject: str | None = "",
         facts: Sequence[Mapping[str, Any]] = (),
         decoder: Mapping[str, Any] | None = None,
         reference: Mapping[str, Any] | None = None,
@@ -66,11 +66,12 @@ class Builder:
         code: Mapping[str, Any] | None = CODE,
         parent: str = "",
     ) -> str:
-        """Adds a finished or failed step with its records by kind (`sample`, `burst`, `round`, `loss`)."""
+        """Adds a finished or failed step with its records by kind (`sample`, `burst`, `round`, `loss`); one that judges
+        recorded answers has None for a subject."""
         name, _, seed = label.partition("@seed")
         parts = name.split("/")
         key = key or hashed(label, config)
-        measures = kind == "measure"
+        measures = kind in ("measure", "answer", "judge")
         self.cells.append(
             {
                 "label": label,
@@ -94,7 +95,7 @@ class Builder:
             "kind": kind,
             "component": {"kind": "suite", "name": use or parts[-1], "revision": 1, "config": dict(config or {})},
             "inputs": {"subject": subject or hashed(parts[0], seed)}
-            if measures
+            if measures and subject is not None
             else {"parent": parent}
             if parent
             else {},

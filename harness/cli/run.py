@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,13 @@ def show_plan(
     folder = store or _default_store(plan)
     at = Store.open(folder) if (folder / "run.json").is_file() else None
     _warn_of_broken()
-    echo_columns(("", "step", "component", "state"), _rows(steps, at))
-    steps_left = sum(1 for step in steps if at is None or at.state(step.key) != "ok")
-    click.echo(f"\n{len(steps.steps)} steps, {steps_left} to run; store {folder}")
+    done = at.done(list(steps)) if at else {}
+    echo_columns(("", "step", "component", "state"), _rows(steps, at, done))
+    left = [step for step in steps if step.key not in done]
+    click.echo(f"\n{len(steps.steps)} steps, {len(left)} to run; store {folder}")
+    missing = Counter(text for step in left for text in ([step.obstacle] if step.obstacle else step.wants))
+    for text, count in missing.items():
+        click.echo(f"missing: {text} ({count} step{'s' * (count != 1)})")
 
 
 @click.command("run")
@@ -160,7 +165,7 @@ def _with_history(record: dict[str, Any], steps: Steps, at: Store) -> dict[str, 
             "their results stay in the store, and reports follow the plan of this run",
             err=True,
         )
-    if "code" in before and all(at.state(step.key) == "ok" for step in steps):
+    if "code" in before and len(at.done(list(steps))) == len(steps.steps):
         return {**record, "code": before["code"], "environment": before["environment"]}
     return record
 
@@ -205,17 +210,21 @@ def _warn_of_broken() -> None:
         )
 
 
-def _rows(steps: Steps, at: Store | None) -> list[tuple[str, ...]]:
+def _rows(steps: Steps, at: Store | None, done: Container[str]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for cell in steps.cells:
         if cell.why:
             rows.append((_SYMBOLS["skipped"], cell.label, "", f"skipped: {cell.why}"))
         elif cell.key in steps.steps:
             step = steps.steps[cell.key]
-            state, reason = ("absent", "") if at is None else _state(at, cell.key)
-            if step.lacking and state != "ok":
-                state, reason = "unsupported", f"needs {', '.join(step.lacking)}"
+            state, reason = "ok" if cell.key in done else "absent", ""
+            if at is not None and cell.key not in done:
+                state, reason = _state(at, cell.key)
+            if step.obstacle and state != "ok":
+                state, reason = "unsupported", step.obstacle
             text = {"absent": "to run"}.get(state, state) + (f": {reason}" if reason else "")
+            if step.wants and state != "ok" and not step.obstacle:
+                text += f"; {'; '.join(step.wants)}"
             if step.labels[0] != cell.label:
                 text += f" (same as {step.labels[0]})"
             rows.append((_SYMBOLS.get(state, "✗"), cell.label, step.view().component, text))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..documents import Message
-from ..interfaces import Bench, Choice, Emit, silent
+from ..interfaces import Bench, Choice, Emit, Review, silent
 
 FOLDER = "judgments"
 
@@ -82,21 +82,13 @@ class Desk:
 
 
 class Judge(Protocol):
-    """A component of kind `judge`. It may have a method `check(desk)`, which raises `Unsupported` where it is plain
-    from the start that it cannot be asked."""
+    """A component of kind `judge`."""
 
     def judge(self, requests: Sequence[Request], desk: Desk) -> list[Verdict]:
         """Asks; one verdict for each request, in their order. Raises `Unsupported` where it cannot be asked at all."""
 
 
-def check(judge: Choice, bench: Bench) -> None:
-    """Has a judge say that it cannot be asked before a suite spends hours on answers. Raises `Unsupported`."""
-    from .asking import check_first
-
-    check_first(judge, bench)
-
-
-def ask(judge: Choice, requests: Sequence[Request], bench: Bench) -> list[Verdict]:
+def ask(judge: Choice, requests: Sequence[Request], at: Bench | Review) -> list[Verdict]:
     """Has a suite's judge answer, and records each judgment and what they cost.
 
     Raises `MambabenchError` if more requests failed than the judge's options allow: then nothing is scored, and another
@@ -104,4 +96,4 @@ def ask(judge: Choice, requests: Sequence[Request], bench: Bench) -> list[Verdic
     """
     from .asking import ask_and_record
 
-    return ask_and_record(judge, requests, bench)
+    return ask_and_record(judge, requests, at)

@@ -7,30 +7,23 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..interfaces import Bench, Choice, MambabenchError
+from ..interfaces import Bench, Choice, MambabenchError, Review
 from ..plugins import build
 from . import FOLDER, Desk, Judge, Request, Verdict
 
 
-def check_first(choice: Choice, bench: Bench) -> None:
-    """Asks the chosen judge whether it can be asked, if it says."""
-    judge = build(choice)
-    if hasattr(judge, "check"):
-        judge.check(_desk(bench))
-
-
-def ask_and_record(choice: Choice, requests: Sequence[Request], bench: Bench) -> list[Verdict]:
+def ask_and_record(choice: Choice, requests: Sequence[Request], at: Bench | Review) -> list[Verdict]:
     """Has the chosen judge answer; leaves a `judgment` record for each request and facts about all."""
     twice = [name for name, count in Counter(request.id for request in requests).items() if count > 1]
     if twice:
         raise MambabenchError(f"two requests to the judge are called {twice[0]!r}")
     judge: Judge = build(choice)
-    verdicts = judge.judge(requests, _desk(bench))
+    verdicts = judge.judge(requests, _desk(at))
     for verdict in verdicts:
-        bench.emit("judgment", **_record(verdict))
+        at.emit("judgment", **_record(verdict))
     states = Counter(verdict.state for verdict in verdicts)
     for state in ("ok", "malformed", "failed"):
-        bench.emit("fact", name=f"judgments, {state}", value=states[state], unit="requests")
+        at.emit("fact", name=f"judgments, {state}", value=states[state], unit="requests")
     failed = [verdict for verdict in verdicts if verdict.state == "failed"]
     allowed = float(getattr(choice.config, "allow_failed", 0.0))
     if len(failed) > allowed * len(requests):
@@ -41,8 +34,8 @@ def ask_and_record(choice: Choice, requests: Sequence[Request], bench: Bench) ->
     return verdicts
 
 
-def _desk(bench: Bench) -> Desk:
-    return Desk(folder=(bench.cache or bench.scratch) / FOLDER, data=bench.data, emit=bench.emit)
+def _desk(at: Bench | Review) -> Desk:
+    return Desk(folder=(at.cache or at.scratch) / FOLDER, data=at.data, emit=at.emit)
 
 
 def _record(verdict: Verdict) -> dict[str, Any]:

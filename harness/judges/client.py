@@ -42,11 +42,6 @@ class OpenAIJudge:
     def __init__(self, config: OpenAIConfig) -> None:
         self.config = config
 
-    def check(self, desk: Desk) -> None:
-        """Raises `Unsupported` where the key is missing and no replies are on disk that might do without."""
-        if not desk.folder.is_dir():
-            key_of(self.config)
-
     def judge(self, requests: Sequence[Request], desk: Desk) -> list[Verdict]:
         """Reads what is on disk and asks for the rest. Neither key nor endpoint is needed where nothing is missing."""
         session = _Session(self.config, desk)
@@ -138,7 +133,12 @@ class _Session:
                 reason = self._reason(error)
                 wait = self._after(error, reason, attempt)
                 self.emit(
-                    "unanswered", question=digest(asked), attempt=attempt + 1, reason=reason, wait_s=round(wait, 3)
+                    "unanswered",
+                    question=digest(asked),
+                    attempt=attempt + 1,
+                    cause=cause(error),
+                    reason=reason,
+                    wait_s=round(wait, 3),
                 )
                 with self._lock:
                     self._counts["failures"] += 1
@@ -230,15 +230,21 @@ class _Session:
             raise Failure("not asked: the judge was given up")
 
 
+def cause(error: Exception) -> str:
+    """What kind of failure it was: `429` and other statuses, `timeout`, `connection`, or `no completion` for an answer
+    that is something else."""
+    if isinstance(error, openai.APITimeoutError):
+        return "timeout"
+    if isinstance(error, openai.APIConnectionError):
+        return "connection"
+    return str(getattr(error, "status_code", "no completion"))
+
+
 def key_of(config: OpenAIConfig) -> str:
     """The endpoint's key; empty for one without. Raises `Unsupported` where there should be one and is none."""
-    key = os.environ.get(config.key_env, "") if config.key_env else ""
-    if config.key_env and not key:
-        raise Unsupported(
-            f"the judge {config.model!r} needs its key in the environment variable {config.key_env} "
-            '(key_env = "" for an endpoint without keys)'
-        )
-    return key
+    if reason := config.lacks():
+        raise Unsupported(reason)
+    return os.environ[config.key_env] if config.key_env else ""
 
 
 def fact(emit: Emit, name: str, value: float, unit: str) -> None:

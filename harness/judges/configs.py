@@ -4,6 +4,7 @@ part of a step's key."""
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,6 +64,15 @@ class OpenAIConfig:
         if not 0 <= self.allow_failed <= 1:
             raise ValueError(f"allow_failed is {self.allow_failed}; it is a share, 0 to 1")
         self.parameters()
+
+    def lacks(self) -> str:
+        """The key, where the endpoint needs one and it is not there."""
+        if not self.key_env or os.environ.get(self.key_env):
+            return ""
+        return (
+            f"the judge {self.model!r} needs its key in the environment variable {self.key_env} "
+            '(key_env = "" for an endpoint without keys)'
+        )
 
     def parameters(self) -> dict[str, Any]:
         """`options`, parsed."""

@@ -12,7 +12,8 @@ class LocalConfig:
     share: int = 1
     """Steps that may use one GPU at the same time, if each needs a single one and none must be alone."""
     jobs: int = 0
-    """Steps side by side. 0: `share` per GPU, or one per core where no GPU is used."""
+    """Steps side by side. 0: `share` per GPU, or one per core where no GPU is used. As many that wait for a judge run
+    beside them."""
     threads: int = 0
     """Threads a step. 0: one on the CPU, an equal share of the cores beside a GPU."""
 

@@ -42,8 +42,9 @@ KILL_S = 10.0
 class Child:
     """A forked step. It holds its lease, and this end does too until the end is known."""
 
-    def __init__(self, server: ForkServer, number: int, lease: Lease) -> None:
+    def __init__(self, server: ForkServer, number: int, lease: Lease, light: bool) -> None:
         self.number = number
+        self.light = light
         self.pid = 0
         self.code: int | None = None
         self._server, self._lease = server, lease
@@ -101,9 +102,11 @@ class ForkServer:
         self.ready = None
         self.send(op="preload", modules=list(modules), quiet=str(quiet))
 
-    def start(self, command: Sequence[str], env: Mapping[str, str], log: Path, lease: Lease) -> Child:
+    def start(
+        self, command: Sequence[str], env: Mapping[str, str], log: Path, lease: Lease, light: bool = False
+    ) -> Child:
         self._numbers += 1
-        child = self.children[self._numbers] = Child(self, self._numbers, lease)
+        child = self.children[self._numbers] = Child(self, self._numbers, lease, light)
         held = lease.descriptors
         request = {"op": "start", "id": child.number, "command": list(command), "env": dict(env), "log": str(log)}
         self.send(held, **request, leases=len(held))
@@ -218,7 +221,7 @@ class LocalLauncher:
             if self._server is not None and self._server.waiting:
                 self.waiting = "another run has this machine for itself to measure speed"
             return None
-        if len(server.children) >= self.jobs:
+        if sum(child.light == needs.light for child in server.children.values()) >= self.jobs:
             return None
         lease = take(needs, self.gpus, self._runtime, self.share)
         if lease is None:
@@ -230,7 +233,7 @@ class LocalLauncher:
         surroundings = {**env, **devices, "OMP_NUM_THREADS": threads, forkserver.THREADS: threads}
         if lease.share > 1:
             surroundings[forkserver.SHARE] = str(lease.share)
-        return server.start(command, surroundings, log, lease)
+        return server.start(command, surroundings, log, lease, needs.light)
 
     def _awaited(self) -> ForkServer | None:
         """The server once it is ready. One that died later is replaced; one that never got ready is an error."""

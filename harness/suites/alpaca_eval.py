@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..documents import Message
-from ..interfaces import Bench, Choice, MambabenchError, Unsupported
-from ..judges import Reply, Request, ask, check
-from .answering import (
+from ..answering import (
     Answerer,
     Question,
+    answers_file,
     answers_of,
     item_of,
     read_records,
@@ -31,7 +29,10 @@ from .answering import (
     recorded_name,
     with_fields,
 )
-from .chat_configs import AlpacaEvalConfig
+from ..documents import Message
+from ..interfaces import Bench, Choice, MambabenchError, Review, Unsupported
+from ..judges import Reply, Request, ask
+from .chat_configs import AlpacaEvalConfig, AlpacaEvalQuestionsConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,51 +77,53 @@ class Row:
         return self.instruction, self.occurrence
 
 
+class AlpacaEvalQuestions:
+    """Has a model follow the instructions, each in a chat of one turn."""
+
+    def __init__(self, config: AlpacaEvalQuestionsConfig) -> None:
+        self.config = config
+
+    def answer(self, bench: Bench) -> None:
+        rows = read_rows(bench.data[self.config.data])[: self.config.limit or None]
+        answerer = Answerer(bench, self.config, TASK)
+        answerer.answer([Question(id=row.id, messages=(Message("user", row.instruction),)) for row in rows])
+        answerer.emit_facts()
+
+
 class AlpacaEval:
     def __init__(self, config: AlpacaEvalConfig) -> None:
         self.config = config
 
-    def run(self, bench: Bench) -> None:
-        config, model = self.config, recorded_name(bench, self.config)
-        rows = read_rows(bench.data[config.data])[: config.limit or None]
-        gamed = self._gamed(bench) if config.length_controlled else None
+    def judge(self, review: Review) -> None:
+        config, model = self.config, recorded_name(review, self.config)
+        rows = read_rows(review.data[config.data])[: config.limit or None]
+        gamed = self._gamed(review) if config.length_controlled else None
         if config.judgments:
-            answers, preferences = read_annotations(recorded(bench.data[config.judgments], model), rows)
+            answers, preferences = read_annotations(recorded(review.data[config.judgments], model), rows)
         else:
             assert config.judge is not None
-            check(config.judge, bench)
-            evaluator = Evaluator(config.annotator)
-            answers = self._answers(bench, rows)
-            preferences = judged(evaluator, config.judge, rows, answers, bench)
-        emit_preferences(bench, rows, answers, preferences, gamed, model)
+            answers = read_outputs(answers_file(review, config), rows)
+            preferences = judged(Evaluator(config.annotator), config.judge, rows, answers, review)
+        emit_preferences(review, rows, answers, preferences, gamed, model)
 
-    def _answers(self, bench: Bench, rows: Sequence[Row]) -> list[str]:
-        if self.config.answers:
-            return read_outputs(recorded(bench.data[self.config.answers], recorded_name(bench, self.config)), rows)
-        answerer = Answerer(bench, self.config, TASK)
-        asked = [Question(id=row.id, messages=(Message("user", row.instruction),)) for row in rows]
-        answers = answerer.answer(asked)
-        answerer.emit_facts()
-        return [answers[row.id] for row in rows]
-
-    def _gamed(self, bench: Bench) -> Path:
-        """df_gamed.csv, with the difficulties of the other file where that is given. Looked for before anything is
-        generated."""
+    def _gamed(self, review: Review) -> Path:
+        """df_gamed.csv, with the difficulties of the other file where that is given. Looked for before anybody is
+        asked."""
         import pandas
 
-        gamed = bench.data[self.config.gamed] if self.config.gamed else _from_hub(GAMED)
+        gamed = review.data[self.config.gamed] if self.config.gamed else _from_hub(GAMED)
         frame = pandas.read_csv(gamed)
         if lacking := sorted(set(COLUMNS) - set(frame.columns)):
             raise MambabenchError(f"{gamed}: lacks the column {lacking[0]!r}; {GAMED} has {', '.join(COLUMNS)}")
         if not self.config.difficulty:
             return gamed
-        file = bench.data[self.config.difficulty]
+        file = review.data[self.config.difficulty]
         difficulty = pandas.read_csv(file, index_col=0)
         if difficulty.shape[1] != 1 or not set(frame["index"]) <= set(difficulty.index):
             raise MambabenchError(f"{file}: {DIFFICULTY} has one figure for each row of {gamed}")
         frame["instruction_difficulty"] = frame["index"].map(difficulty.iloc[:, 0])
-        bench.scratch.mkdir(parents=True, exist_ok=True)
-        written = bench.scratch / GAMED
+        review.scratch.mkdir(parents=True, exist_ok=True)
+        written = review.scratch / GAMED
         frame.to_csv(written, index=False)
         return written
 
@@ -196,18 +199,18 @@ class Evaluator:
 
 
 def judged(
-    evaluator: Evaluator, judge: Choice, rows: Sequence[Row], answers: Sequence[str], bench: Bench
+    evaluator: Evaluator, judge: Choice, rows: Sequence[Row], answers: Sequence[str], review: Review
 ) -> list[Preference]:
     """What the judge prefers, row by row. Two equal answers are a draw, about which nobody is asked."""
     switched = evaluator.switched(rows)
     asked = [each for each in zip(rows, answers, switched, strict=True) if each[0].output != each[1]]
-    verdicts = {verdict.id: verdict for verdict in ask(judge, [evaluator.request(*each) for each in asked], bench)}
+    verdicts = {verdict.id: verdict for verdict in ask(judge, [evaluator.request(*each) for each in asked], review)}
     known = {name: verdict.value if verdict.state == "ok" else None for name, verdict in verdicts.items()}
     return [known.get(row.id, DRAW) for row in rows]
 
 
 def emit_preferences(
-    bench: Bench,
+    review: Review,
     rows: Sequence[Row],
     answers: Sequence[str],
     preferences: Sequence[Preference],
@@ -228,9 +231,9 @@ def emit_preferences(
         for metric, value in figures.items():
             better = "lower" if metric == "no_verdict" else "higher"
             if value is not None:
-                bench.emit("sample", task=TASK, item=row.item, metric=metric, value=value, better=better)
+                review.emit("sample", task=TASK, item=row.item, metric=metric, value=value, better=better)
     mean = sum(map(len, answers)) / len(answers)
-    bench.emit("fact", name="mean length of answers", value=mean, unit="characters")
+    review.emit("fact", name="mean length of answers", value=mean, unit="characters")
 
 
 def length_controlled(

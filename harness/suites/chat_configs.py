@@ -1,9 +1,13 @@
-"""Options of the suites that have models answer questions in chats: plain data, as in `configs`."""
+"""Options of the suites that have models answer questions in chats: plain data, as in `configs`.
+
+What decides the answers stands in a config of its own, that of the step in which a model answers: who judges them, and
+how they are scored, is up to the suite.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 from ..interfaces import Choice, ChoiceOf, FileRef
 from .configs import _at_least
@@ -11,13 +15,8 @@ from .configs import _at_least
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweringConfig:
-    """How answers are had. All of it is without meaning where recorded answers are scored."""
+    """How a model answers. All of it is without meaning where recorded answers are scored."""
 
-    answers: FileRef | None = None
-    """Recorded answers, scored in place of the model's: a file, or a folder that has one named after each model.
-    Formats: the benchmark's own, or `events.jsonl` of an earlier step."""
-    recorded_as: str = ""
-    """What recordings call the model; if empty, its name in the plan."""
     template: str = ""
     """How chats are written: one of fschat's conversation templates, or the tokenizer's chat template if empty."""
     batch: int = 8
@@ -32,7 +31,24 @@ class AnsweringConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReasoningConfig(AnsweringConfig):
+class AnsweredConfig(AnsweringConfig):
+    answers: FileRef | None = None
+    """Recorded answers, scored in place of the model's: a file, or a folder that has one named after each model.
+    Formats: the benchmark's own, or `events.jsonl` of an earlier step."""
+    recorded_as: str = ""
+    """What recordings call the model; if empty, its name in the plan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningQuestionsConfig(AnsweringConfig):
+    task: Literal["gsm8k", "crux"]
+    data: FileRef
+    """The questions, JSON lines as published: `question` and `answer` (GSM8K), `code`, `input`, `output` (CRUXEval)."""
+    prompt: FileRef | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningConfig(AnsweredConfig):
     task: Literal["gsm8k", "crux"]
     data: FileRef | None = None
     """The questions, JSON lines as published: `question` and `answer` (GSM8K), `code`, `input`, `output` (CRUXEval).
@@ -46,9 +62,19 @@ class ReasoningConfig(AnsweringConfig):
         if self.data is None and self.answers is None:
             raise ValueError(f"data is missing: the file of the questions of {self.task}")
 
+    def questions(self) -> Choice | None:
+        return None if self.answers else Choice("questions", "reasoning", _part(ReasoningQuestionsConfig, self))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MtBenchConfig(AnsweringConfig):
+class MtBenchQuestionsConfig(AnsweringConfig):
+    data: FileRef
+    """FastChat's question.jsonl."""
+    new_tokens: int = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MtBenchConfig(AnsweredConfig):
     data: FileRef
     """A folder with FastChat's question.jsonl, judge_prompts.jsonl and reference_answer/."""
     judge: Annotated[Choice, ChoiceOf("judge")] | None = None
@@ -63,9 +89,22 @@ class MtBenchConfig(AnsweringConfig):
         AnsweringConfig.__post_init__(self)
         check_judged(self.judge, self.judgments)
 
+    def questions(self) -> Choice | None:
+        if self.answers or self.judgments:
+            return None
+        # Of the folder the questions alone: other words for the judge have nothing answered again.
+        config = _part(MtBenchQuestionsConfig, self, data=f"{self.data}/question.jsonl")
+        return Choice("questions", "mt-bench", config)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AlpacaEvalConfig(AnsweringConfig):
+class AlpacaEvalQuestionsConfig(AnsweringConfig):
+    data: FileRef
+    """The instructions: AlpacaEval's JSON of model outputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlpacaEvalConfig(AnsweredConfig):
     data: FileRef
     """The instructions with the answers of the system to beat, in the order of the leaderboard: AlpacaEval's JSON of
     model outputs."""
@@ -86,8 +125,18 @@ class AlpacaEvalConfig(AnsweringConfig):
         AnsweringConfig.__post_init__(self)
         check_judged(self.judge, self.judgments)
 
+    def questions(self) -> Choice | None:
+        if self.answers or self.judgments:
+            return None
+        return Choice("questions", "alpaca-eval", _part(AlpacaEvalQuestionsConfig, self))
+
 
 def check_judged(judge: Choice | None, judgments: str | None) -> None:
     """Raises ValueError unless one of both says where judgments come from."""
     if (judge is None) == (judgments is None):
         raise ValueError("one of `judge` and `judgments` must be given: who judges, or what was recorded")
+
+
+def _part(part: type, config: Any, **changed: Any) -> Any:
+    """Those of a config's options that another one has."""
+    return part(**{item.name: getattr(config, item.name) for item in fields(part)} | changed)

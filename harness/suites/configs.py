@@ -28,14 +28,15 @@ class LmEvalConfig:
     """A system message, or text in front of everything without a chat template."""
     twins: bool = False
     """Multiple-choice tasks are also asked to write their answers, which are matched with the choices."""
-    batch: int = 16
+    batch: int = 0
+    """Rows of a batch; 0: as many as keep the device busy, fewer once memory has run out."""
     limit: int = 0
     """Items per task; 0 takes all."""
 
     def __post_init__(self) -> None:
         if not self.tasks and not self.preset:
             raise ValueError("tasks is empty; name at least one, or a preset")
-        _at_least(self, batch=1, limit=0)
+        _at_least(self, batch=0, limit=0)
         if self.shots is not None:
             _at_least(self, shots=0)
 
@@ -147,13 +148,13 @@ class RecallConfig:
     shown: str = "They said: {span}."
     again: str = "They said:"
     """What asks for a copy. Empty: the copy follows at once, whatever `depths` says."""
-    batch: int = 8
-    """Items answered side by side."""
+    batch: int = 0
+    """Items answered side by side; 0: as many as keep the device busy, fewer once memory has run out."""
     seed: int = 0
     """Of the items, which are the same for every model and seed of a plan."""
 
     def __post_init__(self) -> None:
-        _at_least(self, lengths=8, depths=0, items=1, choices=2, entries=2, span=2, batch=1)
+        _at_least(self, lengths=8, depths=0, items=1, choices=2, entries=2, span=2, batch=0)
         if max(self.depths) > 1:
             raise ValueError(f"depths is {list(self.depths)}; they are from 0 to 1")
         for name in ("entry", "question", "shown"):

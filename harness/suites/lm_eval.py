@@ -6,6 +6,7 @@ that was done stays done: a killed step goes on with the next one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -16,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
+from numpy.typing import NDArray
 
 from ..interfaces import Bench, Emit, MambabenchError
+from ..statistics import bootstrap_se
 from ..store import write_text
 from .configs import LmEvalConfig
 from .lm_eval_model import StepperLM
@@ -31,6 +35,12 @@ log = logging.getLogger("mambabench")
 WEIGHTED = {"word_perplexity": "nll_per_word", "byte_perplexity": "nll_per_byte"}
 """lm-eval's metrics whose items are (log-likelihood in nat, weight), and what we call them. Its `bits_per_byte` is made
 of the same items as `byte_perplexity`."""
+PASSAGES = ("passage", "article", "paragraph", "story", "context")
+"""Fields of an item that hold a text. Items that share it are not independent of each other, and are one cluster."""
+DRAWS, MOST_DRAWN = 100, 1_000_000
+"""Samples of items that errors of aggregates come from, and items in all of them."""
+SE = "s.e."
+"""The arm of a fact that is another one's standard error."""
 HASH = 16
 """Hexadecimal digits that are kept of a SHA-256."""
 LOWER = ("gap", "no_answer")
@@ -42,8 +52,8 @@ class LmEval:
         self.config = config
 
     def run(self, bench: Bench) -> None:
-        random.seed(bench.seed)
-        np.random.seed(bench.seed)
+        random.seed(DEFAULT_RANDOM_SEED + bench.seed)
+        np.random.seed(DEFAULT_OTHER_SEED + bench.seed)
         # Before the model: data that cannot be had are known at once.
         tasks = list(self._tasks(bench))
         for _, _, name, task in tasks:
@@ -82,7 +92,8 @@ class LmEval:
         """Evaluates a task and its twin."""
         shots = task.get_config("num_fewshot") if asked.shots is None else asked.shots
         task.set_config(key="num_fewshot", value=shots or 0)
-        task.set_fewshot_seed(seed=seed)
+        # At seed 0 examples are those of lm-eval's command line.
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED + seed)
         # What `simple_evaluate` does with a model that it is handed; it would also list the installed packages in a
         # subprocess for each task.
         results = evaluate(
@@ -103,7 +114,7 @@ class LmEval:
             records.append({"kind": kind, **fields})
 
         emit_samples(name, samples, task, emit, asked.metrics)
-        emit_aggregates(name, results["results"][name], task, emit, asked.metrics)
+        emit_aggregates(name, results["results"][name], samples, task, emit, asked.metrics)
         if self.config.twins:
             self._twin(asked, name, samples, task, model, emit)
         return records
@@ -117,13 +128,13 @@ class LmEval:
             return
         answers = dict(zip(requests, model.generate_until(list(requests.values())), strict=True))
         metric = asked.metrics[0] if asked.metrics else "acc"
-        for item, sample in _items(samples):
+        for about, sample in _items(samples):
             choices = task.doc_to_choice(sample["doc"])
             answer = answers[sample["doc_id"]]
-            emit("response", task=name, item=item, filter="twin", responses=[answer])
+            emit("response", task=name, item=about["item"], filter="twin", responses=[answer])
             for of, value in twin_metrics(sample, answer, choices, metric).items():
                 better = "lower" if of in LOWER else "higher"
-                emit("sample", task=name, item=item, metric=of, value=value, better=better, **_hashes(sample))
+                emit("sample", task=name, **about, metric=of, value=value, better=better)
 
 
 def emit_samples(
@@ -134,10 +145,11 @@ def emit_samples(
     filters = {sample["filter"] for sample in samples}
     means = _means(task)
     higher = task.higher_is_better()
-    for item, sample in _items(samples):
+    for of_item, sample in _items(samples):
+        about = {"task": name, **of_item}
         suffix = f" ({sample['filter']})" if len(filters) > 1 else ""
-        emit("response", task=name, item=item, filter=sample["filter"], responses=_plain(sample["filtered_resps"]))
-        about = {"task": name, "item": item, **_hashes(sample)}
+        responses = _plain(sample["filtered_resps"])
+        emit("response", task=name, item=about["item"], filter=sample["filter"], responses=responses)
         for metric in sample["metrics"]:
             if only and metric not in only:
                 continue
@@ -151,29 +163,63 @@ def emit_samples(
                 emit("sample", **about, metric=metric + suffix, value=float(sample[metric]), better=better)
 
 
-def emit_aggregates(name: str, result: Mapping[str, Any], task: Any, emit: Emit, only: Sequence[str] = ()) -> None:
-    """Emits the metrics that are no mean over items as facts, as lm-eval aggregates them."""
+def emit_aggregates(
+    name: str,
+    result: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    task: Any,
+    emit: Emit,
+    only: Sequence[str] = (),
+) -> None:
+    """Emits the metrics that are no mean over items as facts with standard errors, as lm-eval aggregates them."""
     means = _means(task)
     for key, value in result.items():
         metric, _, of = key.partition(",")
         if not of or metric.endswith("_stderr") or metric in (*means, *WEIGHTED, "perplexity", "bits_per_byte"):
             continue
         if (not only or metric in only) and isinstance(value, float | int | np.number) and math.isfinite(value):
-            suffix = "" if of == "none" else f" ({of})"
-            emit("fact", name=f"{name}: {metric}{suffix}", value=float(value))
+            called = f"{name}: {metric}" + ("" if of == "none" else f" ({of})")
+            emit("fact", name=called, value=float(value))
+            mine = [sample for sample in samples if sample["filter"] == of and metric in sample["metrics"]]
+            if math.isfinite(error := _error(metric, mine, task)):
+                emit("fact", name=called, value=error, arm=SE)
 
 
-def _items(samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Samples with names for their items: the hash of the content, numbered where it is there more than once."""
+def _error(metric: str, samples: Sequence[Mapping[str, Any]], task: Any) -> float:
+    """By bootstrap over clusters; nan for fewer than two of them."""
+    aggregate, values = task.aggregation()[metric], [sample[metric] for sample in samples]
+    clusters = [about.get("cluster", about["item"]) for about, _ in _items(samples)]
+    draws = max(2, min(DRAWS, MOST_DRAWN // max(len(values), 1)))
+
+    def statistic(places: NDArray[np.intp]) -> float:
+        try:
+            return float(aggregate([values[place] for place in places]))
+        except (ArithmeticError, ValueError):
+            # Of these items it is not defined.
+            return math.nan
+
+    return bootstrap_se(statistic, clusters, draws)
+
+
+def _items(samples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, str], Mapping[str, Any]]]:
+    """Samples with what is told of their items: a name, which is the hash of the content, numbered where it is there
+    more than once, the hashes of prompt and target, and the cluster of those that share a text with others."""
     seen: Counter[tuple[str, str]] = Counter()
+    texts = Counter(text for text, of in {(_text(sample["doc"]), sample["doc_hash"]) for sample in samples} if text)
     for sample in samples:
         occurrence = seen[sample["filter"], sample["doc_hash"]]
         seen[sample["filter"], sample["doc_hash"]] += 1
-        yield sample["doc_hash"][:HASH] + (f"#{occurrence}" if occurrence else ""), sample
+        about = {"item": sample["doc_hash"][:HASH] + (f"#{occurrence}" if occurrence else "")}
+        about |= {name: sample[name][:HASH] for name in ("prompt_hash", "target_hash")}
+        if texts[text := _text(sample["doc"])] > 1:
+            about["cluster"] = hashlib.sha256(text.encode()).hexdigest()[:HASH]
+        yield about, sample
 
 
-def _hashes(sample: Mapping[str, Any]) -> dict[str, str]:
-    return {name: sample[name][:HASH] for name in ("prompt_hash", "target_hash")}
+def _text(doc: Any) -> str:
+    """The text that an item is about; empty where it has none of its own."""
+    fields = (doc.get(name) for name in PASSAGES) if isinstance(doc, Mapping) else ()
+    return next((text for text in fields if isinstance(text, str) and text), "")
 
 
 def _means(task: Any) -> set[str]:

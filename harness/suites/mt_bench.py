@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..documents import Message
-from ..interfaces import Bench, MambabenchError
-from ..judges import Request, ask, check
-from .answering import (
+from ..answering import (
     Answerer,
     Question,
+    answers_file,
     answers_of,
     item_of,
     read_records,
@@ -25,7 +23,10 @@ from .answering import (
     recorded_name,
     with_fields,
 )
-from .chat_configs import MtBenchConfig
+from ..documents import Message
+from ..interfaces import Bench, MambabenchError, Review
+from ..judges import Request, ask
+from .chat_configs import MtBenchConfig, MtBenchQuestionsConfig
 
 TASK = "mt_bench"
 WHERE = "they are in FastChat's repository: fastchat/llm_judge/data"
@@ -69,42 +70,16 @@ class Folder(NamedTuple):
     prompts: dict[str, Prompt]
 
 
-class MtBench:
-    def __init__(self, config: MtBenchConfig) -> None:
+class MtBenchQuestions:
+    """Has a model answer in two turns; the second sees the first with its answer."""
+
+    def __init__(self, config: MtBenchQuestionsConfig) -> None:
         self.config = config
 
-    def run(self, bench: Bench) -> None:
-        config, model = self.config, recorded_name(bench, self.config)
-        folder = read_folder(bench.data[config.data], config.reference)
-        questions = folder.questions[: config.limit or None]
-        ratings: dict[str, float | None]
-        if config.judgments:
-            file = recorded(bench.data[config.judgments], model)
-            texts = read_judgments(file, model)
-            left = [name for question in questions for name in _names(question) if name not in texts]
-            if left:
-                raise MambabenchError(f"{file}: {len(left)} judgments of {model!r} are missing, the first of {left[0]}")
-            ratings = {name: _rating_or_none(text) for name, text in texts.items()}
-        else:
-            assert config.judge is not None
-            check(config.judge, bench)
-            answers = self._answers(bench, questions)
-            verdicts = ask(config.judge, requests(questions, answers, folder.prompts), bench)
-            ratings = {verdict.id: verdict.value if verdict.state == "ok" else None for verdict in verdicts}
-        emit_scores(bench, questions, ratings)
-
-    def _answers(self, bench: Bench, questions: Sequence[Asked]) -> dict[str, str]:
-        """Texts by `name`; the second turn sees the first with its answer."""
-        config, model = self.config, recorded_name(bench, self.config)
-        if config.answers:
-            file = recorded(bench.data[config.answers], model)
-            answers = read_answers(file)
-            left = [name for question in questions for name in _names(question) if name not in answers]
-            if left:
-                raise MambabenchError(f"{file}: {len(left)} answers are missing, the first to {left[0]}")
-            return answers
-        answerer = Answerer(bench, config, TASK)
-        answers = {}
+    def answer(self, bench: Bench) -> None:
+        questions = read_questions(bench.data[self.config.data])[: self.config.limit or None]
+        answerer = Answerer(bench, self.config, TASK)
+        answers: dict[str, str] = {}
         for turn in (1, 2):
             answers |= answerer.answer(
                 [
@@ -118,7 +93,36 @@ class MtBench:
                 ]
             )
         answerer.emit_facts()
-        return answers
+
+
+class MtBench:
+    def __init__(self, config: MtBenchConfig) -> None:
+        self.config = config
+
+    def judge(self, review: Review) -> None:
+        config, model = self.config, recorded_name(review, self.config)
+        folder = read_folder(review.data[config.data], config.reference)
+        questions = folder.questions[: config.limit or None]
+        ratings: dict[str, float | None]
+        if config.judgments:
+            file = recorded(review.data[config.judgments], model)
+            texts = complete(read_judgments(file, model), questions, file, f"judgments of {model!r}")
+            ratings = {name: _rating_or_none(text) for name, text in texts.items()}
+        else:
+            assert config.judge is not None
+            file = answers_file(review, config)
+            answers = complete(read_answers(file), questions, file, "answers")
+            verdicts = ask(config.judge, requests(questions, answers, folder.prompts), review)
+            ratings = {verdict.id: verdict.value if verdict.state == "ok" else None for verdict in verdicts}
+        emit_scores(review, questions, ratings)
+
+
+def complete(texts: dict[str, str], questions: Sequence[Asked], file: Path, what: str) -> dict[str, str]:
+    """The texts by `name`. Raises `MambabenchError` where there is none for a turn of a question."""
+    left = [each for question in questions for each in _names(question) if each not in texts]
+    if left:
+        raise MambabenchError(f"{file}: {len(left)} {what} are missing, the first of {left[0]}")
+    return texts
 
 
 def name(number: int, turn: int) -> str:
@@ -170,7 +174,7 @@ def rate(text: str) -> float:
     return rating
 
 
-def emit_scores(bench: Bench, questions: Sequence[Asked], ratings: Mapping[str, float | None]) -> None:
+def emit_scores(review: Review, questions: Sequence[Asked], ratings: Mapping[str, float | None]) -> None:
     """Emits ratings: all together, those of each turn and of each category. The turns of a question are one cluster."""
     turns = [(question, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
     metrics = ["score", "turn 1", "turn 2", *dict.fromkeys(question.category for question in questions)]
@@ -178,14 +182,25 @@ def emit_scores(bench: Bench, questions: Sequence[Asked], ratings: Mapping[str, 
         for question, turn in turns:
             rating = ratings[name(question.number, turn)]
             if rating is not None and metric in ("score", f"turn {turn}", question.category):
-                emit_sample(bench, question, turn, metric=metric, value=rating, unit="points")
+                emit_sample(review, question, turn, metric=metric, value=rating, unit="points")
     for question, turn in turns:
         missing = float(ratings[name(question.number, turn)] is None)
-        emit_sample(bench, question, turn, metric="no_verdict", value=missing, better="lower")
+        emit_sample(review, question, turn, metric="no_verdict", value=missing, better="lower")
 
 
-def emit_sample(bench: Bench, question: Asked, turn: int, **fields: Any) -> None:
-    bench.emit("sample", task=TASK, item=question.item(turn), cluster=question.item(1), **fields)
+def emit_sample(review: Review, question: Asked, turn: int, **fields: Any) -> None:
+    review.emit("sample", task=TASK, item=question.item(turn), cluster=question.item(1), **fields)
+
+
+def read_questions(file: Path) -> list[Asked]:
+    """Questions without their references."""
+    questions = []
+    for record in read_records(file, ("question_id", "category", "turns")):
+        number, turns = record["question_id"], tuple(record["turns"])
+        if not 1 <= len(turns) <= 2:
+            raise MambabenchError(f"{file}: question {number} has {len(turns)} turns, not 1 or 2")
+        questions.append(Asked(number, record["category"], turns, ()))
+    return questions
 
 
 def read_folder(folder: Path, reference: str) -> Folder:
@@ -197,22 +212,17 @@ def read_folder(folder: Path, reference: str) -> Folder:
         record["name"]: Prompt(record["system_prompt"], record["prompt_template"])
         for record in read_records(folder / "judge_prompts.jsonl", ("name", "system_prompt", "prompt_template"))
     }
-    records = read_records(folder / "question.jsonl", ("question_id", "category", "turns"))
-    known: Mapping[str, str] = {}
-    if any(record["category"] in REFERENCED for record in records):
+    questions = read_questions(folder / "question.jsonl")
+    if any(question.category in REFERENCED for question in questions):
         file = folder / "reference_answer" / f"{reference}.jsonl"
         if not file.is_file():
             raise MambabenchError(f"{file}: no such file; the judge needs reference answers for math; {WHERE}/mt_bench")
         known = read_answers(file)
-    questions = []
-    for record in records:
-        number, turns = record["question_id"], tuple(record["turns"])
-        if not 1 <= len(turns) <= 2:
-            raise MambabenchError(f"{folder / 'question.jsonl'}: question {number} has {len(turns)} turns, not 1 or 2")
-        shown = [name(number, turn + 1) for turn in range(len(turns))] if record["category"] in REFERENCED else []
-        if left := [each for each in shown if each not in known]:
-            raise MambabenchError(f"{folder / 'reference_answer'}: {reference}.jsonl has no answer to {left[0]}")
-        questions.append(Asked(number, record["category"], turns, tuple(known[each] for each in shown)))
+        for place, question in enumerate(questions):
+            shown = _names(question) if question.category in REFERENCED else []
+            if left := [each for each in shown if each not in known]:
+                raise MambabenchError(f"{file.parent}: {file.name} has no answer to {left[0]}")
+            questions[place] = replace(question, references=tuple(known[each] for each in shown))
     wanted = {"single" + kind + "-v1" + turn for kind in ("", "-math") for turn in ("", "-multi-turn")}
     if lacking := sorted(wanted - prompts.keys()):
         raise MambabenchError(f"{folder / 'judge_prompts.jsonl'}: lacks the prompt {lacking[0]!r}; {WHERE}")

@@ -29,21 +29,37 @@ class SharedPrefix:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def prefill(self, ids: Tensor, lengths: Tensor, state: Any, start: Tensor | None = None) -> Tensor:
-        """ids int64 [B, L] right-padded, lengths int32 [B] -> logits [B, V], as `Stepper.prefill`."""
-        live = lengths.nonzero().squeeze(1)
-        shared = common(ids[live], int(lengths[live].min())) if start is None and len(live) > 1 else 0
+    def prefill(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        state: Any,
+        start: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """ids int64 [B, L] right-padded, lengths int32 [B] -> logits [B, V], as `Stepper.prefill`. The lengths are told
+        to a model that takes them."""
+        counts = lengths.tolist() if counts is None else counts
+        live = [row for row, count in enumerate(counts) if count]
+        alike = start is None and len(live) > 1
+        shared = common(ids[live], min(counts[row] for row in live)) if alike else 0
         if shared < LEAST:
-            return self._model.prefill(ids, lengths, state, start)
-        first, rows = live[0], torch.arange(len(ids), device=ids.device)
-        alone = torch.zeros_like(lengths)
-        alone[first] = shared
-        self._model.prefill(ids[:, :shared], alone, state)
+            return self._run(ids, lengths, counts, state, start)
+        first, rows = live[0], torch.arange(len(ids))
         rows[live] = first
-        self._model.take(state, rows)
+        alone = [shared if row == first else 0 for row in range(len(ids))]
+        self._run(ids[:, :shared], torch.tensor(alone, dtype=torch.int32).to(ids.device), alone, state)
+        self._model.take(state, rows.to(ids.device))
         self.saved += shared * (len(live) - 1)
+        left = [max(count - shared, 0) for count in counts]
         begins = torch.where(lengths > 0, shared, 0).to(torch.int32)
-        return self._model.prefill(ids[:, shared:], lengths - begins, state, begins)
+        return self._run(ids[:, shared:], lengths - begins, left, state, begins)
+
+    def _run(
+        self, ids: Tensor, lengths: Tensor, counts: Sequence[int], state: Any, start: Tensor | None = None
+    ) -> Tensor:
+        told: dict[str, Any] = {"counts": counts} if "counts" in self._model.traits else {}
+        return self._model.prefill(ids, lengths, state, start, **told)
 
 
 def common(ids: Tensor, shortest: int) -> int:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..answering import Answerer, Question, answers_file, answers_of, item_of, read_records
 from ..documents import Message
-from ..interfaces import Bench, MambabenchError
-from .answering import Answerer, Question, answers_of, item_of, read_records, recorded, recorded_name
-from .chat_configs import ReasoningConfig
+from ..interfaces import Bench, MambabenchError, Review
+from .chat_configs import ReasoningConfig, ReasoningQuestionsConfig
 from .extraction import find_answer, same_number, same_text, same_text_revised
 
 REPLY = (
@@ -50,30 +50,37 @@ class Problem:
     """What is asked; nothing of a problem whose answer is recorded."""
 
 
+class ReasoningQuestions:
+    """Has a model answer in a chat."""
+
+    def __init__(self, config: ReasoningQuestionsConfig) -> None:
+        self.config = config
+
+    def answer(self, bench: Bench) -> None:
+        config = self.config
+        wording = read_wording(bench.data[config.prompt], config.task) if config.prompt else ""
+        problems = read_problems(bench.data[config.data], config.task, wording)[: config.limit or None]
+        answerer = Answerer(bench, config, config.task)
+        answerer.answer([Question(id=each.id, messages=(Message("user", each.prompt),)) for each in problems])
+        answerer.emit_facts()
+
+
 class Reasoning:
     def __init__(self, config: ReasoningConfig) -> None:
         self.config = config
 
-    def run(self, bench: Bench) -> None:
+    def judge(self, review: Review) -> None:
+        """Scores by rule: answers are matched, and nobody is asked."""
         config = self.config
-        wording = read_wording(bench.data[config.prompt], config.task) if config.prompt else ""
-        problems = read_problems(bench.data[config.data], config.task, wording) if config.data else None
+        problems = read_problems(review.data[config.data], config.task) if config.data else None
+        problems, answers, left = read_answers(answers_file(review, config), problems)
         if config.answers:
-            file = recorded(bench.data[config.answers], recorded_name(bench, config))
-            problems, answers, left = read_answers(file, problems)
-            bench.emit("fact", name="questions without a recorded answer", value=left, unit="questions")
-        assert problems is not None
-        problems = problems[: config.limit or None]
-        if not config.answers:
-            answerer = Answerer(bench, config, config.task)
-            asked = [Question(id=problem.id, messages=(Message("user", problem.prompt),)) for problem in problems]
-            answers = answerer.answer(asked)
-            answerer.emit_facts()
-        for problem in problems:
+            review.emit("fact", name="questions without a recorded answer", value=left, unit="questions")
+        for problem in problems[: config.limit or None]:
             for metric, value in score(config.task, answers[problem.id], problem.gold).items():
                 better = "higher" if metric.startswith("exact_match") else "lower"
                 item = item_of(problem.id, problem.question)
-                bench.emit("sample", task=config.task, item=item, metric=metric, value=float(value), better=better)
+                review.emit("sample", task=config.task, item=item, metric=metric, value=float(value), better=better)
 
 
 def score(task: str, text: str, gold: str) -> dict[str, bool]:

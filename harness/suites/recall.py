@@ -6,13 +6,15 @@ item is asked in both forms.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ..interfaces import Bench, Decoder, Limits, Prompt, Stepper, silent
 from ..plugins import decoder_or_plain
+from .batches import Batches
 from .configs import RecallConfig
+from .likelihoods import Likelihoods
 from .recall_items import AFTER, Item, make_items, matches
-from .texts import check_room, pad
+from .texts import check_room
 
 CHOICE, GENERATE = "choice", "generate"
 
@@ -28,12 +30,14 @@ class Recall:
     def run(self, bench: Bench) -> None:
         model = bench.subject.load()
         check_room("recall", model, max(self.config.lengths))
-        decoder = decoder_or_plain(bench.subject.decoder)
+        decoder = decoder_or_plain(bench.subject.decoder, model.device)
         bench.emit("progress", done=0, total=0, unit="questions")
         items = list(make_items(self.config, model.tokenizer))
-        done = 0
-        for chosen in self._batches(items):
-            right = choose(model, chosen)
+        likelihoods, done = Likelihoods(model, self.config.batch), 0
+
+        def ask(chosen: Sequence[Item]) -> None:
+            nonlocal done
+            right = choose(likelihoods, chosen)
             texts = write(model, decoder, chosen)
             for item, best, text in zip(chosen, right, texts, strict=True):
                 shared = {
@@ -51,24 +55,13 @@ class Recall:
             done += len(chosen)
             bench.emit("progress", done=done, total=len(items), unit="questions")
 
-    def _batches(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Items of similar length side by side, the longest first, so that memory runs out at once or never."""
-        ordered = sorted(items, key=lambda item: -len(item.ids))
-        for first in range(0, len(ordered), self.config.batch):
-            yield ordered[first : first + self.config.batch]
+        Batches(model, self.config.batch).run(items, lambda item: len(item.ids), ask)
 
 
-def choose(model: Stepper, items: Sequence[Item]) -> list[bool]:
+def choose(likelihoods: Likelihoods, items: Sequence[Item]) -> list[bool]:
     """Whether the first choice of each item is the likeliest; a tie is none."""
-    values: list[list[float]] = [[] for _ in items]
-    # One choice of every item at a time: as many rows as items, whatever the number of choices.
-    for place in range(max(len(item.choice_ids) for item in items)):
-        rows = [row for row, item in enumerate(items) if place < len(item.choice_ids)]
-        texts = [(*items[row].ids, *items[row].choice_ids[place]) for row in rows]
-        scores = model.score(*pad(texts, model.device))
-        for number, row in enumerate(rows):
-            part = scores.logprob[number, len(items[row].ids) - 1 : len(texts[number]) - 1]
-            values[row].append(float(part.double().sum()))
+    sums = iter(likelihoods.of([(item.ids, choice) for item in items for choice in item.choice_ids]))
+    values = [[next(sums)[0] for _ in item.choices] for item in items]
     return [of[0] > max(of[1:]) for of in values]
 
 

@@ -19,7 +19,7 @@ from .recall_words import FILLER
 
 AFTER = 2
 """Tokens that are left behind an answer, so that it is seen where it ends."""
-PUNCTUATION = ".,;:!?|\"'"
+PUNCTUATION = ".,;:!?|\"'”’…"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,13 @@ from ..support import chosen
 from . import fused, reference
 from .reference import selective_scan_loop, step_sizes
 
-__all__ = ["selective_scan", "selective_scan_loop", "step_sizes"]
+__all__ = ["selective_scan", "selective_scan_loop", "serves", "step_sizes"]
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a kernel runs scans from the beginning on x's device and in its dtype; else PyTorch goes token by token.
+    Says nothing of more than 256 states a channel."""
+    return bool(fused.supports(x))
 
 
 def selective_scan(

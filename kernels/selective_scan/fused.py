@@ -22,14 +22,14 @@ FORGET = 2.0**40
 has."""
 
 
-def supports(x: Tensor, A: Tensor, state: Tensor | None = None) -> Support:
-    """Whether `selective_scan` can serve these of its inputs; the others may be any."""
+def supports(x: Tensor, A: Tensor | None = None, state: Tensor | None = None) -> Support:
+    """Whether `selective_scan` can serve these of its inputs; the others may be any, as may those left out."""
     support = served(x, (torch.bfloat16, torch.float32))
     if not support:
         return support
     if state is not None:
         return Support.no("the kernel begins with an empty state")
-    if A.shape[1] > 256:
+    if A is not None and A.shape[1] > 256:
         return Support.no(f"the kernel has up to 256 states a channel, not {A.shape[1]}")
     return installed(MODULE)
 

@@ -1,11 +1,14 @@
 """A tiny random Llama with a tokenizer, and hybrids of it."""
 
+import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from mambabench.backends import graphs
 from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
 from mambabench.backends.plugin import Mamba2HybridConfig, TeacherConfig
 from safetensors.torch import save_file
@@ -82,6 +85,30 @@ def artifact(request: pytest.FixtureRequest, llama: Path, half: Path, tmp_path_f
     else:
         Mamba2HybridBackend(Mamba2HybridConfig(chunk=8)).convert(half, [], out, seed=0)
     return out
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of ids of every start of a recorded call, by the stand-in."""
+    found: list[torch.Size] = []
+
+    def record(self, work, ids, start):
+        self.count += 1
+        # As with a graph: nothing runs yet, nobody's handle is held, and whoever has the memory later is served too.
+        given = inspect.getclosurevars(work).nonlocals
+        model, state, settle = given["self"], replace(given["state"]), given.get("settle")
+        rows = ids.shape if settle is not None else ids.shape[:1]
+        logits = torch.zeros(*rows, model.vocab_size, dtype=state.exact)
+
+        def replay() -> None:
+            found.append(ids.shape)
+            ran = model._read(ids, start, state) if settle is None else model._run(ids, start, state, settle)
+            logits.copy_(ran)
+
+        return replay, logits
+
+    monkeypatch.setattr(graphs.Recorder, "record", record)
+    return found
 
 
 @pytest.fixture

@@ -108,10 +108,10 @@ def break_untouched(model: HybridStepper) -> None:
     whole = model.prefill
 
     @torch.inference_mode()
-    def prefill(ids, lengths, state, start=None):
+    def prefill(ids, lengths, state, start=None, counts=None):
         for layer in mamba_layers(state):
             layer.state[lengths == 0] *= 0.99
-        return whole(ids, lengths, state, start)
+        return whole(ids, lengths, state, start, counts)
 
     model.prefill = prefill
 

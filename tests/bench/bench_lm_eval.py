@@ -1,32 +1,40 @@
-"""Holds the LM evaluation harness on our models against its own `HFLM`, on local tasks: likelihoods, accuracies, time.
+"""Holds the LM evaluation harness on our models against its own `HFLM`, on local tasks: figures of items, and speed.
 
-    python tests/bench/bench_lm_eval.py MODEL DATA [--tasks arc_easy lambada …] [--limit N] [--batch 16]
-        [--peer-batch 16 …] [--device cpu] [--dtype float32] [--json FILE]
+    python tests/bench/bench_lm_eval.py MODEL DATA [--tasks arc_easy lambada …] [--limit N] [--batch 0 256 …]
+        [--peer-batch 1 16 256 …] [--batches N] [--look 8] [--device cpu] [--dtype float32] [--json FILE]
 
 MODEL is a folder with a Llama, DATA one with ARC, PIQA, OpenBookQA, WinoGrande and LAMBADA as .jsonl.xz. Both classes
-are handed to `simple_evaluate` as objects, with the same tasks. Time is that within the classes, so without what
-lm-eval does before and after; of several batch sizes of `HFLM` the fastest counts.
+are handed to `simple_evaluate` as objects, with the same tasks. Time is that within the classes, tokenizing included,
+so without what lm-eval does before and after. Of several batch sizes the one with most items a second counts, for
+likelihoods and for written texts; a small one is timed on the first items of each task, `--batches` batches of them.
+Before it is timed, a class runs all items once, ours at each batch size, which is when it compiles and records.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import lzma
+import operator
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from mambabench.backends.hybrid import TeacherBackend
 from mambabench.backends.plugin import TeacherConfig
+from mambabench.decoders.plugin import StandardConfig
 from mambabench.decoders.standard import StandardDecoder
+from mambabench.harness.documents import Encoder
 from mambabench.harness.interfaces import silent
 from mambabench.harness.suites.lm_eval_model import StepperLM
 
@@ -40,6 +48,9 @@ FILES = {
     "lambada": "lambada_openai",
     "lambada_generate": "lambada_openai",
 }
+KINDS = ("loglikelihood", "generate_until")
+LEAST = 16
+"""Items of a task that are timed at least."""
 LONGEST = 1000
 """Characters of an item of PIQA: HFLM stops at an answer that is longer than the model's context."""
 CHOICE = {
@@ -98,34 +109,53 @@ def write_tasks(data: Path, folder: Path, names: Sequence[str], limit: int = 0) 
 
 
 class Spent(NamedTuple):
-    """Seconds within a model class, on the clock and of the processor: on a shared machine these tell more."""
+    """What one task took of a model class. `+` adds tasks."""
 
     wall: float
+    """Seconds."""
     processor: float
+    """Seconds: on a shared machine these tell more."""
+    items: int
+    tokens: int
+    """Of likelihoods: those of contexts and continuations; of written texts: theirs."""
+
+    def __add__(self, other: Any) -> Spent:
+        return Spent(*map(operator.add, self, other))
+
+    def __str__(self) -> str:
+        speed = f"{self.items / self.wall:8.0f} items/s  {self.tokens / self.wall:9.0f} tokens/s"
+        return f"{self.items:6} items in {self.wall:6.2f} s (processor {self.processor:6.2f})  {speed}"
 
 
-def measure(lm: Any, folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Spent]]:
-    """lm-eval's results of each task, and what the model class took."""
-    spent = Spent(0.0, 0.0)
+def answer(lm: Any, requests: Sequence[Instance]) -> tuple[Any, Spent]:
+    """What the model class says of requests of one kind, and what that took."""
+    began = time.perf_counter(), time.process_time()
+    found = getattr(type(lm), requests[0].request_type)(lm, requests)
+    wall, processor = time.perf_counter() - began[0], time.process_time() - began[1]
+    texts = [said if isinstance(said, str) else "".join(of.args) for said, of in zip(found, requests, strict=True)]
+    tokens = sum(map(len, Encoder(lm.tokenizer)(texts)))
+    return found, Spent(wall, processor, len({request.doc_id for request in requests}), tokens)
 
-    def timed(call: Any) -> Any:
-        def run(requests: Any, **options: Any) -> Any:
-            nonlocal spent
-            began = time.perf_counter(), time.process_time()
-            found = call(requests, **options)
-            spent = Spent(time.perf_counter() - began[0], time.process_time() - began[1])
+
+def measure(lm: Any, folder: Path, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Spent], dict[str, Any]]:
+    """lm-eval's results of each task, what the model class took, and what it was asked."""
+    results, spent, asked = {}, {}, {}
+    for name in names:
+        seen: list[tuple[Any, Spent]] = []
+
+        def ask(requests: Any, seen: list[tuple[Any, Spent]] = seen) -> Any:
+            found, took = answer(lm, requests)
+            seen.append((requests, took))
             return found
 
-        return run
-
-    for method in ("loglikelihood", "generate_until"):
-        setattr(lm, method, timed(getattr(type(lm), method).__get__(lm)))
-    results, seconds = {}, {}
-    for name in names:
+        for kind in KINDS:
+            setattr(lm, kind, ask)
         manager = TaskManager(include_path=str(folder), include_defaults=False)
-        results[name] = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0)
-        seconds[name] = spent
-    return results, seconds
+        # It asks for the installed packages in a subprocess.
+        with mock.patch("lm_eval.evaluator.add_env_info"):
+            results[name] = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0)
+        ((asked[name], spent[name]),) = seen
+    return results, spent, asked
 
 
 def compare(own: dict[str, Any], peer: dict[str, Any], name: str) -> dict[str, Any]:
@@ -153,8 +183,20 @@ def compare(own: dict[str, Any], peer: dict[str, Any], name: str) -> dict[str, A
     }
 
 
-def stepper_lm(model: Path, device: str, dtype: str, batch: int) -> StepperLM:
-    return StepperLM(TeacherBackend(TeacherConfig()).load(model, device, dtype), StandardDecoder(), batch, 0, silent)
+def stepper_lm(model: Path, device: str, dtype: str, batch: int, look: int = 1) -> StepperLM:
+    decoder = StandardDecoder(StandardConfig(look=look))
+    return StepperLM(TeacherBackend(TeacherConfig()).load(model, device, dtype), decoder, batch, 0, silent)
+
+
+def kind_of(name: str) -> str:
+    return FORMS.get(name, CHOICE)["output_type"].replace("multiple_choice", "loglikelihood")
+
+
+def fastest(spent: Mapping[int, Mapping[str, Spent]], names: Sequence[str]) -> tuple[int, Spent]:
+    """The batch size with most items a second, and what these tasks took with it."""
+    sums = {batch: functools.reduce(operator.add, (of[name] for name in names)) for batch, of in spent.items()}
+    best = max(sums, key=lambda batch: sums[batch].items / sums[batch].wall)
+    return best, sums[best]
 
 
 def main() -> None:
@@ -162,39 +204,54 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--tasks", nargs="+", default=list(FILES), choices=list(FILES))
-    parser.add_argument("--limit", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--peer-batch", type=int, nargs="+", default=[16])
+    parser.add_argument("--limit", type=int, default=0, help="items of each task")
+    parser.add_argument("--batch", type=int, nargs="+", default=[0], help="ours; 0: as many as it takes")
+    parser.add_argument("--peer-batch", type=int, nargs="+", default=[16], help="of HFLM")
+    parser.add_argument("--batches", type=int, default=0, help="time so many batches of each size; 0: all items")
+    parser.add_argument("--look", type=int, default=8, help="rounds after which our host looks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.disable(logging.WARNING)
-    found = {}
+    classes: dict[str, dict[int, dict[str, Spent]]] = {"own": {}, "HFLM": {}}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_tasks(given.data, folder, given.tasks, given.limit)
-        lm = stepper_lm(given.model, given.device, given.dtype, given.batch)
-        peer = HFLM(pretrained=str(given.model), batch_size=16, device=given.device, dtype=given.dtype)
-        for name in given.tasks:
-            own, own_s = measure(lm, folder, [name])
-            peers = {}
-            for peer.batch_size_per_gpu in given.peer_batch:
-                peers[peer.batch_size] = measure(peer, folder, [name])
-            batch = min(peers, key=lambda of: peers[of][1][name].wall)
-            result = compare(own[name], peers[batch][0][name], name)
-            spent = {"own": own_s[name]._asdict(), "HFLM": peers[batch][1][name]._asdict(), "HFLM batch": batch}
-            found[name] = {**result, **spent}
-            figures = "  ".join(
-                f"{metric} {left:.4f} {right:.4f}" for metric, (left, right) in result["metrics"].items()
-            )
-            apart = f"{result.get('largest difference', result.get('other texts')):.2g}"
-            times = "  ".join(
-                f"{of.wall:.1f} s (processor {of.processor:.1f})" for of in (own_s[name], peers[batch][1][name])
-            )
-            times += f" at batch {batch}"
-            print(f"{name:17} {result['items']:5} items  apart {apart:8} {times}  own, HFLM: {figures}", flush=True)
+        own, begun, asked = measure(stepper_lm(given.model, given.device, given.dtype, 0), folder, given.tasks)
+        sizes = {"device": given.device, "dtype": given.dtype, "batch_size": max(given.peer_batch)}
+        peer = HFLM(pretrained=str(given.model), **sizes)
+        peers, _, _ = measure(peer, folder, given.tasks)
+    found: dict[str, Any] = {"spent": classes, "begun": begun, "tasks": {}}
+    for name in given.tasks:
+        compared = found["tasks"][name] = compare(own[name], peers[name], name)
+        apart = f"{compared.get('largest difference', compared.get('other texts')):.2g}"
+        figures = "  ".join(f"{metric} {left:.4f} {right:.4f}" for metric, (left, right) in compared["metrics"].items())
+        print(f"{name:17} {compared['items']:5} items  apart {apart:8} own, HFLM: {figures}", flush=True)
+
+    def time_class(label: str, lm: Any, batch: int) -> None:
+        least = max(LEAST, given.batches * batch) if given.batches and batch else 0
+        for name, requests in asked.items():
+            few = [request for request in requests if not least or request.doc_id < least]
+            spent = classes[label].setdefault(batch, {})[name] = answer(lm, few)[1]
+            print(f"{label:4} batch {batch or 'auto':>4} {name:17} {spent}", flush=True)
+
+    for batch in given.batch:
+        lm = stepper_lm(given.model, given.device, given.dtype, batch, given.look)
+        for requests in asked.values():
+            answer(lm, requests)
+        time_class("own", lm, batch)
+    for peer.batch_size_per_gpu in sorted(given.peer_batch, reverse=True):
+        time_class("HFLM", peer, peer.batch_size_per_gpu)
+    for kind in KINDS:
+        if names := [name for name in given.tasks if kind_of(name) == kind]:
+            best_of = {label: fastest(of, names) for label, of in classes.items()}
+            for label, (batch, spent) in best_of.items():
+                print(f"{kind:14} {label:4} best batch {batch or 'auto':>4}  {spent}")
+            own_speed, peer_speed = (spent.items / spent.wall for _, spent in best_of.values())
+            found[kind] = {"ratio": own_speed / peer_speed, **{label: of[0] for label, of in best_of.items()}}
+            print(f"{kind:14} own / HFLM {own_speed / peer_speed:.2f}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

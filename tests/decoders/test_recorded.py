@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mambabench.backends import graphs
+from mambabench.backends.stepper import HybridStepper
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.plugin import LayersConfig, StandardConfig
 from mambabench.decoders.results import Results
@@ -46,6 +47,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return start
 
     monkeypatch.setattr(graphs.Recorder, "capture", capture)
+    monkeypatch.setattr(graphs.Graphs, "read", lambda _, work, ids, lengths: work(ids, lengths))
     for module in ("backends.stepper", "decoders.play", "decoders.stepping"):
         monkeypatch.setattr(f"mambabench.{module}.BLOCK", 16)
     return found
@@ -102,6 +104,38 @@ def test_a_round_is_recorded_once_for_all_requests(starts, name):
     assert set(starts) == {0}
     ask(decoder, model, temperature=0.6)
     assert model.facts()["graphs"] == (2, "")
+
+
+@pytest.mark.parametrize("name", ["plain", "layers"])
+def test_models_are_told_the_lengths_of_prompts(name, monkeypatch):
+    """So that a draft's prompt is on its way while the target's is still being read."""
+    found, run = [], HybridStepper.prefill
+
+    def prefill(self, ids, lengths, state, start=None, counts=None):
+        found.append((counts, lengths.tolist()))
+        return run(self, ids, lengths, state, start, counts)
+
+    monkeypatch.setattr(HybridStepper, "prefill", prefill)
+    prompts = [Prompt((1, 2, 3, 2)), Prompt((2, 1))]
+    decoders()[name]().generate(PLAIN, prompts, Limits(new_tokens=3), silent)
+    assert found == [([4, 2], [4, 2]), ([3, 1], [3, 1])][: 1 + (name == "layers")]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_does_not_wait_before_a_drafts_prompt():
+    model, decoder = hybrid(MIXERS, "cuda"), decoders()["layers"]()
+    prompts, limits = [Prompt((1, 2, 3, 2) * 9), Prompt((2, 1, 1))], Limits(new_tokens=9)
+    wanted = [decoder.generate(model, prompts, limits, silent) for _ in range(3)]
+    rounds = decoder.rounds(model, prompts, limits)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rounds.prefill()
+        rounds.open_draft()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert rounds.first() is not None
+    assert wanted[0] == wanted[1] == wanted[2]
 
 
 @pytest.mark.parametrize("name", decoders())

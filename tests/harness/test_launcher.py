@@ -318,6 +318,15 @@ def test_no_more_children_than_jobs(launch: Make, tmp_path: Path) -> None:
     assert ended(start(launcher, "tell", tmp_path / "two")) == 4
 
 
+def test_a_step_that_waits_for_a_judge_takes_no_place_of_one_that_computes(launch: Make, tmp_path: Path) -> None:
+    launcher = launch(gpus=(0,))
+    light = start(launcher, "hang", tmp_path / "a", Needs(light=True))
+    command = [sys.executable, "-m", "program", "tell", str(tmp_path / "x")]
+    assert launcher.start(command, Needs(light=True), {}, tmp_path / "x.log") is None
+    assert ended(start(launcher, "tell", tmp_path / "b", Needs(gpus=1))) == 4
+    light.kill()
+
+
 def test_a_step_alone_waits_for_the_others_and_they_for_it(launch: Make, tmp_path: Path) -> None:
     one, two = launch(jobs=4), launch(jobs=4)
     until(lambda: one._awaited() and two._awaited())

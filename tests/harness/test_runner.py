@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,7 +224,7 @@ def test_lacking_requirements_and_too_many_gpus_are_unsupported(go: Go) -> None:
     lacking.lacking = ("mamba-ssm>=2.2 (not installed)",)
     summary = go(lacking, act("b", needs=Needs(gpus=1)))
     assert summary.counts == {"unsupported": 2}
-    assert summary.outcomes["a"].reason == "not installed as required: mamba-ssm>=2.2 (not installed)"
+    assert summary.outcomes["a"].reason == "needs mamba-ssm>=2.2 (not installed)"
     assert summary.outcomes["b"].reason == "needs 1 GPU, this run has none (see --gpus)"
 
 
@@ -236,6 +237,19 @@ def test_a_damaged_step_is_done_anew(go: Go, store: Store, tmp_path: Path, damag
     assert go(step).counts == {"ok": 1}
     assert store.state("a") == "ok"
     assert len(traced(tmp_path / "trace")) == 2
+
+
+def test_an_artifact_that_is_gone_is_made_anew_only_for_a_step_that_has_yet_to_use_it(go: Go, store: Store) -> None:
+    first, second, third = act("a"), act("b", after="a"), act("c", after="b")
+    assert go(first, second, third).ran == ["a", "b", "c"]
+    for key in ("a", "b"):
+        shutil.rmtree(store.artifact(key))
+    again = go(first, second, third)
+    assert (again.ran, again.counts) == ([], {"ok": 3})
+    assert go(first, second, third, act("d", after="b")).ran == ["a", "b", "d"]
+    # What nothing uses was made for its own sake.
+    shutil.rmtree(store.artifact("c"))
+    assert go(first, second, third).ran == ["c"]
 
 
 def test_a_child_that_died_between_its_outcome_and_the_rename_did_its_step(go: Go, store: Store) -> None:

@@ -187,6 +187,18 @@ def test_a_bootstrap_finds_the_error_of_a_mean():
     assert (found.low, found.high) == pytest.approx(closed.interval(0.95), abs=0.25 * closed.se)
 
 
+def test_a_quick_bootstrap_finds_the_error_of_a_mean_of_clusters_and_leaves_out_what_is_not_defined():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(300), 4)
+    value = rng.normal(size=300)[clusters] + 0.1 * rng.normal(size=1200)
+    exact = st.ratio(value, np.ones(1200), clusters).se
+    found = st.bootstrap_se(lambda i: float(value[i].mean()), clusters, times=400)
+    assert found == pytest.approx(exact, rel=0.12)
+    assert found > 1.7 * st.bootstrap_se(lambda i: float(value[i].mean()), range(1200), times=400)
+    assert math.isnan(st.bootstrap_se(lambda i: math.nan, range(9)))
+    assert math.isnan(st.bootstrap_se(lambda i: 1.0, ["a", "a"]))
+
+
 def test_bootstrapped_intervals_of_a_median_cover_it_as_often_as_they_say():
     """Three values to a cluster, skewed, around a median of 1."""
     rng = np.random.default_rng(11)

@@ -248,3 +248,91 @@ def test_several_gpus_train_a_stage_that_can_use_them_under_the_same_key(planner
     assert [(each["half/align"].gpus, each["half/align"].ranks) for each in needs] == [(0, 1), (1, 1)]
     assert [each["half/-/score"].gpus for each in needs] == [0, 1]
     assert not changed(planner, text, "limits.train_gpus=2")
+
+
+CHAT = """
+[suites.chat]
+use = "toy-answered"
+data = "text.txt"
+judge = { use = "toy-judge", name = "one" }
+"""
+
+
+def chat_steps(planner, plan_text, *overrides, gpus=0):
+    plan = planner.read(plan_text.replace("[[skip]]", f"{CHAT}[[skip]]"), *overrides)
+    steps = expand(plan, planner.registry, Fingerprints(planner.folder / "cache.json"), planner.machine, gpus=gpus)
+    keys = keys_by_label(steps)
+    return [steps.steps[keys[f"half/plain/chat{part}@seed0"]] for part in ("/answer", "")]
+
+
+def test_judging_is_a_step_over_answers_that_needs_neither_the_model_nor_a_gpu(planner, plan_text):
+    answer, judge = chat_steps(planner, plan_text, gpus=1)
+    assert (answer.kind, judge.kind) == ("answer", "judge")
+    assert judge.all_inputs == {answer.key}
+    assert answer.inputs.keys() == {"subject"}
+    assert (answer.needs.gpus, answer.needs.light, judge.needs.gpus, judge.needs.light) == (1, False, 0, True)
+    assert judge.record["subject"] == answer.inputs["subject"]
+    assert judge.record["backend"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "answered_anew"),
+    [('suites.chat.judge={ use = "toy-judge", name = "two" }', False), ("suites.chat.limit=3", True)],
+)
+def test_another_judge_has_only_the_judging_done_anew(planner, plan_text, override, answered_anew):
+    before, after = chat_steps(planner, plan_text), chat_steps(planner, plan_text, override)
+    assert (before[0].key != after[0].key) is answered_anew
+    assert before[1].key != after[1].key
+
+
+def test_recorded_answers_are_judged_without_a_model_and_for_each_model_of_that_name(planner, plan_text):
+    text = plan_text.replace("[[skip]]", f"{CHAT}recorded = true\n[[skip]]")
+    steps = planner.steps(text)
+    keys = keys_by_label(steps)
+    half, other = (keys[f"{model}/plain/chat@seed0"] for model in ("half", "other"))
+    assert half != other
+    assert not steps.steps[half].all_inputs
+    assert not any(step.kind == "answer" for step in steps)
+    # They are no seed's: nothing says that the weights of one gave them.
+    assert keys["half/plain/chat@seed1"] == half
+    assert "subject" not in steps.steps[half].record
+
+
+def test_the_code_that_reads_recorded_answers_decides_what_they_score(planner, plan_text, monkeypatch):
+    text = plan_text.replace("[[skip]]", f"{CHAT}recorded = true\n[[skip]]")
+    edited = ""
+
+    def key():
+        monkeypatch.setattr(
+            Fingerprints, "code", lambda self, modules: str([each for each in modules if each == edited])
+        )
+        return keys_by_label(planner.steps(text))["half/plain/chat@seed0"]
+
+    before = key()
+    edited = "mambabench.kernels"
+    assert key() == before
+    edited = "mambabench.harness.answering"
+    assert key() != before
+
+
+def test_options_that_are_called_like_methods_of_configs_are_options(planner, plan_text):
+    steps = planner.steps(plan_text.replace("[[skip]]", '[suites.quiz]\nuse = "toy-quiz"\n[[skip]]'))
+    step = steps.steps[keys_by_label(steps)["half/-/quiz@seed0"]]
+    assert (step.kind, step.wants) == ("measure", ())
+
+
+def test_a_file_that_a_suite_needs_and_is_missing_stops_that_suite_alone(planner, plan_text):
+    answer, judge = chat_steps(planner, plan_text, "suites.chat.data=gone.txt")
+    for step in (answer, judge):
+        assert step.obstacle == f"suites.chat.data: there is no file {planner.folder / 'gone.txt'}"
+    answer, judge = chat_steps(planner, plan_text, 'suites.chat.judge={ use = "toy-judge", name = "away" }')
+    assert (answer.obstacle, judge.obstacle, answer.wants) == ("", "", ())
+    assert judge.wants == ("the judge is not at home",)
+
+
+def test_suites_that_miss_different_files_are_told_apart(planner, plan_text):
+    text = plan_text.replace("[[skip]]", f"{CHAT}{CHAT.replace('chat', 'talk')}[[skip]]")
+    steps = planner.steps(text, "suites.chat.data=one.txt", "suites.talk.data=two.txt")
+    for name, suite in (("one", "chat"), ("two", "talk")):
+        step = steps.steps[keys_by_label(steps)[f"half/plain/{suite}@seed0"]]
+        assert step.obstacle == f"suites.{suite}.data: there is no file {planner.folder / name}.txt"

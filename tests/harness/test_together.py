@@ -44,6 +44,7 @@ def gone(pids: list[int]) -> bool:
     [
         ("finish", "ok", ""),
         ("linger_in_rank_1", "ok", ""),
+        ("owe_in_rank_1", "ok", ""),
         ("fail_before_rename", "ok", ""),
         ("fail_after_rename", "ok", ""),
         ("fail_in_rank_1", "error", "rank 1: ValueError: a bug in one rank"),

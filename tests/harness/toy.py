@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from mambabench import Choice, ChoiceOf, Component, DataRef, ModelRef, hookimpl
+from mambabench import Choice, ChoiceOf, Component, DataRef, FileRef, ModelRef, hookimpl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,39 @@ class ToySuite:
     items: int = 10
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyQuiz:
+    questions: int = 10
+    lacks: str = "nothing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyQuestions:
+    data: FileRef
+    limit: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyJudge:
+    name: str
+
+    def lacks(self) -> str:
+        return "the judge is not at home" if self.name == "away" else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyAnswered:
+    data: FileRef
+    limit: int = 0
+    recorded: bool = False
+    judge: Annotated[Choice, ChoiceOf("judge")]
+
+    def questions(self) -> Choice | None:
+        return (
+            None if self.recorded else Choice("questions", "toy-asks", ToyQuestions(data=self.data, limit=self.limit))
+        )
+
+
 def make(config: object) -> object:
     return config
 
@@ -86,6 +119,10 @@ COMPONENTS = [
     component("suite", "toy-generate", ToySuite, "generate"),
     component("suite", "toy-pair", ToySuite, "pair"),
     component("suite", "toy-speed", ToySuite, "pair", "alone"),
+    component("suite", "toy-quiz", ToyQuiz, "score"),
+    component("suite", "toy-answered", ToyAnswered, "generate"),
+    component("questions", "toy-asks", ToyQuestions),
+    component("judge", "toy-judge", ToyJudge),
     component("suite", "toy-needy", ToySuite, "score", requires=("no-such-package>=1",)),
 ]
 

@@ -1,9 +1,11 @@
 """The whole way of a chat benchmark: a model answers, a judge behind HTTP grades, everything that can fail does, and
-the run is killed with `kill -9` on the way; then what was recorded is scored again without judge and model."""
+the run is killed with `kill -9` on the way; then what was recorded is scored again without judge and model, and another
+judge is asked about the same answers."""
 
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from mambabench.harness.interfaces import Artifact, Bench, Choice, Subject
+from mambabench.harness.interfaces import Choice, Review
 from mambabench.harness.judges.configs import RecordedConfig
 from mambabench.harness.judges.kept import recorded
 from mambabench.harness.suites.chat_configs import MtBenchConfig
@@ -42,8 +44,8 @@ new_tokens = 12
 judge = {judge}
 """
 ENDPOINT = (
-    '{{ use = "openai", model = "rule", base_url = "{url}", key_env = "A_JUDGES_KEY", backoff = 0.01, timeout = 2.0, '
-    "concurrency = 4, retries = 8, asks_again = 1, requests_per_minute = 6000 }}"
+    '{{ use = "openai", model = "{model}", base_url = "{url}", key_env = "A_JUDGES_KEY", backoff = 0.01, '
+    "timeout = 2.0, concurrency = 4, retries = 8, asks_again = 1, requests_per_minute = 6000 }}"
 )
 PROMPTS = {
     "single-v1": "Q: {question}\nA: {answer}",
@@ -137,7 +139,7 @@ def test_a_killed_run_against_a_failing_judge_loses_nothing_and_asks_nothing_twi
     server = serve(faults=faults, answer=answer, retry_after="0.1", hold_after=KEPT_BACK)
     plan, store = tmp_path / "plan.toml", tmp_path / "store"
     text = PLAN.replace('"teacher"', f'"{folder / "teacher"}"').replace('"bench"', f'"{folder / "bench"}"')
-    plan.write_text(text.replace("{judge}", ENDPOINT.format(url=server.url)))
+    plan.write_text(text.replace("{judge}", ENDPOINT.format(url=server.url, model="rule")))
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "A_JUDGES_KEY": SECRET}
 
     run = subprocess.Popen(command(plan, store), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -173,20 +175,55 @@ def test_a_killed_run_against_a_failing_judge_loses_nothing_and_asks_nothing_twi
 
     # Scored again from the records alone: the endpoint is gone, and there is no model.
     server.close()
-    (kept,) = (file for file in (store / "steps").glob("*/events.jsonl") if '"judgment"' in file.read_text())
-    config = MtBenchConfig(data="bench", answers="kept", judge=Choice("judge", "recorded", RecordedConfig(path="kept")))
-    assert rescored(config, {"bench": folder / "bench", "kept": kept}, tmp_path) == values
+    files = list((store / "steps").glob("*/events.jsonl"))
+    data = {"bench": folder / "bench"}
+    for kind in ("answer", "judgment"):
+        (data[kind],) = (file for file in files if f'"kind":"{kind}"' in file.read_text())
+    judge = Choice("judge", "recorded", RecordedConfig(path="judgment"))
+    assert rescored(MtBenchConfig(data="bench", answers="answer", judge=judge), data, tmp_path) == values
 
 
 def rescored(config: MtBenchConfig, data: Mapping[str, Path], scratch: Path) -> dict[tuple[str, str], float]:
-    """Values by item and metric, of a model that cannot be loaded."""
+    """Values by item and metric."""
     found = {}
 
     def emit(kind: str, /, **fields: Any) -> None:
         if kind == "sample":
             found[fields["item"], fields["metric"]] = fields["value"]
 
-    nowhere: Any = object()
-    subject = Subject(Artifact("teacher", scratch / "nowhere", nowhere), "plain", None, "cpu", "float32")
-    MtBench(config).run(Bench(subject=subject, reference=None, data=data, seed=0, scratch=scratch, emit=emit))
+    MtBench(config).judge(Review(model="teacher", answers=None, data=data, seed=0, scratch=scratch, emit=emit))
     return found
+
+
+@pytest.mark.slow
+def test_another_judge_is_asked_about_the_answers_that_are_stored(
+    folder: Path, serve: Any, endpoint: Any, tmp_path: Path
+) -> None:
+    server, plan, store = serve(answer=endpoint.graded), tmp_path / "plan.toml", tmp_path / "store"
+    text = PLAN.replace('"teacher"', f'"{folder / "teacher"}"').replace('"bench"', f'"{tmp_path / "bench"}"')
+    shutil.copytree(folder / "bench", tmp_path / "bench")
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "A_JUDGES_KEY": SECRET}
+
+    def run(model: str) -> str:
+        plan.write_text(text.replace("{judge}", ENDPOINT.format(url=server.url, model=model)))
+        done = subprocess.run(command(plan, store), env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "3 ok; 3 ran now" in run("rule")
+    answers = events(store, "answer")
+    # What steps keep for each other may be deleted, and models may.
+    shutil.rmtree(store / "cache")
+    (artifact,) = (store / "steps").glob("*/artifact")
+    shutil.rmtree(artifact)
+    assert "3 ok; 1 ran now" in run("another")
+    # Other words for the judge are another judging, too.
+    prompts = tmp_path / "bench" / "judge_prompts.jsonl"
+    prompts.write_text(prompts.read_text().replace("Be fair.", "Be strict."))
+    assert "3 ok; 1 ran now" in run("another")
+    assert not artifact.exists()
+    assert events(store, "answer") == answers
+    assert len(server.seen) == 3 * 2 * QUESTIONS
+    steps = [json.loads(file.read_text()) for file in (store / "steps").glob("*/step.json")]
+    assert sorted(step["kind"] for step in steps) == ["answer", "convert", "judge", "judge", "judge"]
+    assert {step["needs"]["gpus"] for step in steps if step["kind"] == "judge"} == {0}

@@ -270,9 +270,10 @@ def test_on_a_gpu_it_is_as_near_to_fp64_as_separate_kernels(width, lines, rows, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
-def test_on_a_gpu_every_form_is_right_and_rows_do_not_depend_on_each_other(early) -> None:
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_on_a_gpu_every_form_is_right_and_rows_do_not_depend_on_each_other(bias, early) -> None:
     forms = importlib.import_module(fused.MODULE)
-    into, stream, out, x, before = drawn(16, 2560, 4096, torch.bfloat16, "cuda", gated=True)
+    into, stream, out, x, before = drawn(16, 2560, 4096, torch.bfloat16, "cuda", gated=True, bias=bias)
     exact, _ = reference.project(doubled(into), doubled(stream), torch.float64)
     every = (*forms.FORMS, *forms.APART)
 

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from mambabench.harness.keys import Fingerprints
+from mambabench.harness.plan import read_plan
+from mambabench.harness.plugins import registry
+from mambabench.harness.steps import expand
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plans" / "chat.toml"
 PUBLISHED = {
@@ -74,9 +78,10 @@ def test_a_win_rate_is_no_accuracy_and_a_model_without_answers_scores_nothing(ro
 
 
 @pytest.mark.slow
-def test_steps_that_differ_in_the_judge_share_answers(mambabench, shared, tmp_path):
+def test_suites_that_differ_in_the_judge_share_answers_and_need_it_for_judging_alone(mambabench, shared, tmp_path):
     suite = (
-        '{{ use = "mt-bench", data = "{data}", judge = {{ use = "openai", model = "{model}", key_env = "NO_KEY" }} }}'
+        '{{ use = "mt-bench", data = "{data}", template = "zero_shot", limit = 1, new_tokens = 4, '
+        'judge = {{ use = "openai", model = "{model}", key_env = "NO_KEY" }} }}'
     )
     data = shared / "data" / "chat" / "mt_bench"
     suites = [f"{name} = {suite.format(data=data, model=name)}" for name in ("one", "two")]
@@ -85,8 +90,43 @@ def test_steps_that_differ_in_the_judge_share_answers(mambabench, shared, tmp_pa
         f'schema = 1\nname = "judges"\nteacher.path = "{shared}/models/stories-260k"\n'
         'decoders.plain.use = "standard"\n[suites]\n' + "\n".join(suites) + "\n"
     )
+    told = mambabench("plan", plan, NO_KEY="").stdout
+    assert told.count("to run; the judge 'one' needs its key in the environment variable NO_KEY") == 1
     done = mambabench("run", plan, "--store", tmp_path / "store", NO_KEY="")
-    assert "needs its key in the environment variable NO_KEY" in done.stdout + done.stderr
+    assert "the judge 'two' needs its key in the environment variable NO_KEY" in done.stdout + done.stderr
+    assert "4 steps: 2 ok, 2 unsupported" in done.stdout
     steps = [json.loads(file.read_text()) for file in (tmp_path / "store" / "partial").glob("*/step.json")]
-    assert len(steps) == 2
-    assert len({step["answers"] for step in steps}) == 1
+    assert [step["kind"] for step in steps] == ["judge", "judge"]
+    assert len({step["inputs"]["answers"] for step in steps}) == 1
+
+
+def test_the_code_that_scores_answers_decides_nothing_of_those_that_are_kept(tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    for file in ("teacher/config.json", "gsm.jsonl"):
+        (tmp_path / file).write_text("{}")
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'teacher.path = "teacher"\ndecoders.plain.use = "standard"\n'
+        '[suites.gsm]\nuse = "reasoning"\ntask = "gsm8k"\ndata = "gsm.jsonl"\n'
+    )
+    edited = [""]
+    monkeypatch.setattr(
+        Fingerprints, "code", lambda self, modules: str([f"{each}{each in edited}" for each in modules])
+    )
+
+    def answer():
+        loaded = registry()
+        steps = expand(read_plan(plan, loaded), loaded, Fingerprints(tmp_path / "cache"), {})
+        return next(step for step in steps if step.kind == "answer")
+
+    before = answer()
+    for module, kept in (
+        ("mambabench.harness.suites.reasoning", True),
+        ("mambabench.harness.answering", False),
+        ("mambabench.decoders.standard", False),
+        ("mambabench.kernels", False),
+    ):
+        edited[:] = [module]
+        after = answer()
+        assert after.key != before.key
+        assert (after.record["answers"] == before.record["answers"]) is kept

@@ -1,12 +1,13 @@
 """The plans for one GPU: accepted as they stand, and run whole on a tiny stand-in of their teacher."""
 
+import json
 import lzma
 from pathlib import Path
 
 import pytest
 import torch
 from mambabench.distillers.plugin import TinyConfig
-from mambabench.distillers.tiny.language import tokenizer
+from mambabench.distillers.tiny.language import OF_PART, WORDS, tokenizer
 from mambabench.distillers.tiny.source import Tiny
 from mambabench.harness.documents import read_documents
 from mambabench.harness.interfaces import Job, silent
@@ -186,3 +187,38 @@ def test_each_stage_of_the_chain_has_a_row(tables, given):
     found = tables("chain", *given, *SMALL, *SMALL_PAIRS)
     assert [row["model"] for row in found["quality"]] == ["teacher", "aligned", "tuned", "preferred"]
     assert all(row["pairs-val prefers_chosen %"] for row in found["quality"])
+
+
+@pytest.mark.slow
+def test_what_hybrids_still_look_up_is_shown_in_both_forms(tables, given, tmp_path):
+    passages = tmp_path / "hub" / "EleutherAI" / "lambada_openai"
+    passages.mkdir(parents=True)
+    text = "the small sailor sees the miller . the baker wants a boat . the baker sees the small sailor"
+    (passages / "test.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    small = (
+        "seeds=[0]",
+        "stages.hybrid.tokens=900",
+        "stages.hybrid.context=64",
+        "stages.hybrid.batch=2",
+        "suites.perplexity.context=64",
+        f"suites.twins.local={passages.parents[1]}",
+        "suites.recall.items=2",
+        "suites.recall.lengths=[48]",
+        f"suites.recall.keys={json.dumps(OF_PART[True])}",
+        f"suites.recall.values={json.dumps(WORDS['things'])}",
+        f"suites.recall.words={json.dumps(WORDS['places'])}",
+        'suites.recall.filler=["the miller sees a boat .", "the small baker wants a lamp ."]',
+        'suites.recall.entry="{key} {value}"',
+        'suites.recall.question="ask {key}"',
+        'suites.recall.closing=" ."',
+        'suites.recall.shown="copy {span} |"',
+        'suites.recall.again="copy"',
+    )
+    found = tables("recall", *given, *small)
+    models = ["teacher", "all", "half", "quarter", "none"]
+    assert [row["model"] for row in found["recall"]] == 3 * models
+    for row in found["recall"]:
+        assert row["chosen %"]
+        assert row["written %"]
+    twins = {(row["model"], row["metric"]) for row in found["differences"] if row["task"] == "lambada_words"}
+    assert {(model, metric) for model in models[1:] for metric in ("acc", "generated", "gap")} <= twins

@@ -188,3 +188,34 @@ def test_the_command_prints_what_a_plan_needs(mambabench, folder, tmp_path):
     assert lines[0].split() == ["step", "tokens", "GiB", "a", "GPU", "GPU-hours", "data"]
     assert any(line.startswith("mamba2-50/tune@seed0") and "20,000 M" in line for line in lines)
     assert "GPU-hours in all. Estimated for H200" in lines[-1]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_table_of_quality_has_a_suite(expanded, name):
+    plan, steps = expanded(PAPER / f"{name}.toml")
+    suites = {suite.name for suite in plan.suites.values()}
+    assert {"lm-eval", "mt-bench", "alpaca-eval", "perplexity"} <= suites
+    presets = {getattr(suite.config, "preset", None) for suite in plan.suites.values()}
+    assert {"paper-zero-shot", "paper-few-shot", "paper-generation"} <= presets
+    assert ("recall" in suites) is name.startswith("llama3.")
+    judged = [step for step in steps if step.kind == "judge"]
+    assert len(judged) == 2 * (1 + len([model for model in plan.models if model != "llama-70b"]))
+
+
+def test_what_a_plan_lacks_on_this_machine_is_listed(mambabench, folder, tmp_path):
+    questions = tmp_path / "mt_bench"
+    questions.mkdir()
+    (questions / "question.jsonl").write_text("")
+    told = mambabench(
+        *("plan", PAPER / "llama3-8b.toml", "--set", f"teacher.path={folder}"),
+        *("--set", f"suites.mt-bench.data={questions}"),
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path),
+        OPENAI_API_KEY="",
+    )
+    assert told.returncode == 0, told.stderr
+    missing = [line for line in told.stdout.splitlines() if line.startswith("missing: ")]
+    assert len(missing) == 2
+    assert "judge 'gpt-4' needs its key in the environment variable OPENAI_API_KEY" in missing[0]
+    assert "suites.alpaca-eval.data: there is no file" in missing[1]
+    assert "gpt4_1106_preview.json (" in missing[1]

@@ -119,6 +119,18 @@ def test_a_row_of_two_checkpoints_is_marked(stores, tmp_path, frames_of):
     assert frames_of(builder.write())["quality"]["check"].tolist() == ["seed 0: several checkpoints in one row"]
 
 
+def test_recorded_answers_are_no_second_checkpoint(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store", seeds=(0, 1))
+    builder.model("teacher", teacher=True)
+    builder.model("half", keep=0.5)
+    for model, seed in (("teacher", 0), ("half", 0), ("half", 1)):
+        rows = stores.samples(np.random.default_rng(seed), "lookup")
+        builder.step(f"{model}/-/tasks@seed{seed}", records={"sample": rows})
+        rows = stores.samples(np.random.default_rng(2), "chat")
+        builder.step(f"{model}/plain/chat@seed{seed}", "judge", {"sample": rows}, key=f"of-{model}", subject=None)
+    assert "check" not in frames_of(builder.write())["quality"]
+
+
 def test_sound_results_have_no_check_column(make, frames_of):
     for name, frame in frames_of(make()).items():
         assert "check" not in frame, name

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mambabench.harness.interfaces import Artifact, Bench, Decoder, Subject
+from mambabench.harness.interfaces import Artifact, Bench, Decoder, Review, Subject
 from mambabench.harness.mockmodel import MockStepper, MockTokenizer
+from mambabench.harness.plugins import build
 
 
 class ChatTokenizer(MockTokenizer):
@@ -48,12 +50,11 @@ class Chats:
         self.backend = ChatBackend(make)
         self.records: list[dict[str, Any]] = []
 
+    def emit(self, kind: str, /, **fields: Any) -> None:
+        self.records.append({"kind": kind, **fields})
+
     def bench(self, kept_as: str = "", **data: Path) -> Bench:
         """`data` by what stands in the suite's config; `kept_as` names what is kept for other steps."""
-
-        def emit(kind: str, /, **fields: Any) -> None:
-            self.records.append({"kind": kind, **fields})
-
         artifact: Any = Artifact("mock", self.folder, self.backend)
         return Bench(
             subject=Subject(artifact, "plain", self.decoder, "cpu", "float32"),
@@ -61,10 +62,35 @@ class Chats:
             data=data,
             seed=0,
             scratch=self.folder / "scratch",
-            emit=emit,
+            emit=self.emit,
             cache=self.folder / "cache",
             answers=kept_as,
         )
+
+    def review(self, **data: Path) -> Review:
+        """Of the answers that are on record."""
+        file = self.folder / "answered" / "events.jsonl"
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text("".join(json.dumps(record) + "\n" for record in self.of("answer")))
+        return Review(
+            model="mock",
+            answers=file,
+            data=data,
+            seed=0,
+            scratch=self.folder / "scratch",
+            emit=self.emit,
+            cache=self.folder / "cache",
+        )
+
+    def play(self, suite: Any, kept_as: str = "", **data: Path) -> None:
+        """Both steps of a suite: the model answers, unless answers are recorded, and they are judged."""
+        asked = suite.config.questions()
+        if asked is not None:
+            inside = (
+                {asked.config.data: data["data"] / Path(asked.config.data).name} if "/" in asked.config.data else {}
+            )
+            build(asked).answer(self.bench(kept_as, **data, **inside))
+        suite.judge(self.review(**data))
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.records if record["kind"] == kind]

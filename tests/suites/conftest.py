@@ -86,5 +86,5 @@ def chatting(loaded: Callable[[Path], ModuleType]) -> ModuleType:
 
 @pytest.fixture
 def chats(chatting: ModuleType, tmp_path: Path) -> Any:
-    """Runs suites that have a model answer: `suite.run(chats.bench(data=file))`, then `chats.of("sample")`."""
+    """Runs suites that have a model answer: `chats.play(suite, data=file)`, then `chats.of("sample")`."""
     return chatting.Chats(tmp_path)

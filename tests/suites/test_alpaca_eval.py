@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("alpaca_eval")
 
+from mambabench.harness.answering import read_records
 from mambabench.harness.interfaces import Choice, MambabenchError, Unsupported
 from mambabench.harness.judges import Reply, Verdict
 from mambabench.harness.suites import alpaca_eval
 from mambabench.harness.suites.alpaca_eval import AlpacaEval, Evaluator, read_annotations, read_outputs, read_rows
-from mambabench.harness.suites.answering import read_records
 from mambabench.harness.suites.chat_configs import AlpacaEvalConfig
 
 SYSTEMS = ("OpenHermes-2.5-Mistral-7B", "gemma-2b-it")
@@ -62,7 +62,6 @@ def judge(monkeypatch):
             return [verdict(request, replies.get(request.id, reply(0.25, 0.75))) for request in requests]
 
         monkeypatch.setattr(alpaca_eval, "ask", ask)
-        monkeypatch.setattr(alpaca_eval, "check", lambda judge, bench: None)
         return asked
 
     return answered
@@ -87,7 +86,7 @@ def test_recorded_annotations_give_the_published_rows(recorded, gamed, chats, sy
         "judgments": recorded / system / "annotations.json.xz",
         "gamed": gamed,
     }
-    AlpacaEval(config).run(chats.bench(**files))
+    chats.play(AlpacaEval(config), **files)
     row = pd.read_csv(recorded / "leaderboard_rows.csv", index_col=0).loc[system]
     wins, controlled = figures(chats, "win_rate"), figures(chats, "lc_win_rate")
     assert len(wins) == len(controlled) == row["n_total"] == 805
@@ -140,7 +139,7 @@ def test_an_order_of_its_own_does_not_move_difficulties(recorded, gamed, chats, 
     for judgments in (recorded / "gemma-2b-it" / "annotations.json.xz", tmp_path / "turned.json"):
         chats.records.clear()
         data = recorded / "reference_gpt4_1106_preview.json.xz"
-        AlpacaEval(config).run(chats.bench(data=data, judgments=judgments, gamed=gamed))
+        chats.play(AlpacaEval(config), data=data, judgments=judgments, gamed=gamed)
         means.append(chats.mean("lc_win_rate"))
     assert means[0] == means[1]
 
@@ -155,17 +154,17 @@ def test_difficulties_come_from_a_file_of_their_own_if_there_is_one(recorded, ga
         "gamed": tmp_path / "spoilt.csv",
         "difficulty": recorded / "instruction_difficulty_recovered.csv",
     }
-    AlpacaEval(config).run(chats.bench(**files))
+    chats.play(AlpacaEval(config), **files)
     assert figures(chats, "lc_win_rate").mean() == pytest.approx(5.437453620377121, abs=0.2)
     files["difficulty"] = gamed
     with pytest.raises(MambabenchError, match="has one figure for each row"):
-        AlpacaEval(config).run(chats.bench(**files))
+        chats.play(AlpacaEval(config), **files)
 
 
 def test_the_judge_sees_both_answers_in_an_order_that_is_undone(chats, reference, judge):
     asked = judge({})
     config = AlpacaEvalConfig(data="data", judge=JUDGE, length_controlled=False, new_tokens=6)
-    AlpacaEval(config).run(chats.bench(data=reference))
+    chats.play(AlpacaEval(config), data=reference)
     answers = {answer["id"]: answer["text"] for answer in chats.of("answer")}
     orders = set()
     wins = [record["value"] for record in chats.of("sample") if record["metric"] == "win_rate"]
@@ -186,7 +185,7 @@ def test_equal_answers_are_a_draw_that_nobody_is_asked_about(chats, reference, j
     outputs = [{**row, "output": row["output"] if place < 2 else "other"} for place, row in enumerate(ROWS)]
     (tmp_path / "outputs.json").write_text(json.dumps(outputs))
     config = AlpacaEvalConfig(data="data", answers="answers", judge=JUDGE, length_controlled=False)
-    AlpacaEval(config).run(chats.bench(data=reference, answers=tmp_path / "outputs.json"))
+    chats.play(AlpacaEval(config), data=reference, answers=tmp_path / "outputs.json")
     assert set(asked) == {f"alpaca-{place}" for place in range(2, 6)}
     assert list(figures(chats, "win_rate"))[:2] == [50, 50]
     assert chats.backend.loaded == 0
@@ -199,25 +198,25 @@ def test_no_verdict_is_no_loss_and_moves_no_other_row(chats, recorded, gamed, ju
     config = AlpacaEvalConfig(data="data", answers="answers", judge=JUDGE, gamed="gamed")
     answers = recorded / "gemma-2b-it" / "model_outputs.json.xz"
     judge(silent)
-    AlpacaEval(config).run(chats.bench(data=tmp_path / "few.json", answers=answers, gamed=gamed))
+    chats.play(AlpacaEval(config), data=tmp_path / "few.json", answers=answers, gamed=gamed)
     assert chats.mean("no_verdict") == 2 / 40
     assert len(figures(chats, "win_rate")) == 38
     assert len(figures(chats, "lc_win_rate")) == 40
     judge({row: Reply(text="neither") for row in (f"alpaca-{place}" for place in range(40))})
     with pytest.raises(MambabenchError, match="no verdict on any of 40 answers"):
-        AlpacaEval(config).run(chats.bench(data=tmp_path / "few.json", answers=answers, gamed=gamed))
+        chats.play(AlpacaEval(config), data=tmp_path / "few.json", answers=answers, gamed=gamed)
 
 
-def test_a_missing_file_of_the_hub_is_told_before_anything_is_generated(chats, reference, monkeypatch, judge):
-    judge({})
+def test_a_missing_file_of_the_hub_is_told_before_anybody_is_asked(chats, reference, monkeypatch, judge):
+    asked = judge({})
 
     def offline(**options):
         raise OSError("offline mode is enabled")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(Unsupported, match=r"df_gamed\.csv of tatsu-lab/alpaca_eval cannot be had .*`gamed`"):
-        AlpacaEval(AlpacaEvalConfig(data="data", judge=JUDGE)).run(chats.bench(data=reference))
-    assert chats.backend.loaded == 0
+        chats.play(AlpacaEval(AlpacaEvalConfig(data="data", judge=JUDGE)), data=reference)
+    assert not asked
 
 
 def test_files_that_do_not_belong_together_are_named(chats, reference, tmp_path):
@@ -226,10 +225,10 @@ def test_files_that_do_not_belong_together_are_named(chats, reference, tmp_path)
     config = AlpacaEvalConfig(data="data", judgments="judgments", length_controlled=False)
     file.write_text(json.dumps([record]))
     with pytest.raises(MambabenchError, match="5 of 6 judgments are missing, the first of item 0"):
-        AlpacaEval(config).run(chats.bench(data=reference, judgments=file))
+        chats.play(AlpacaEval(config), data=reference, judgments=file)
     file.write_text(json.dumps([{**record, "instruction": row["instruction"]} for row in ROWS]))
     with pytest.raises(MambabenchError, match="item 0 was judged against another answer"):
-        AlpacaEval(config).run(chats.bench(data=reference, judgments=file))
+        chats.play(AlpacaEval(config), data=reference, judgments=file)
     with pytest.raises(MambabenchError, match="'gpt5' is none of alpaca-eval's evaluators"):
         Evaluator("gpt5")
     with pytest.raises(MambabenchError, match="needs more than one prompt"):

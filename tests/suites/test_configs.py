@@ -3,7 +3,7 @@ from mambabench.harness.config import ConfigError, Structurer
 from mambabench.harness.plugins import registry
 
 LEAST = {
-    "lm-eval": {"batch": 1, "limit": 0},
+    "lm-eval": {"batch": 0, "limit": 0},
     "perplexity": {"context": 2, "batch": 1, "limit": 0},
     "losslessness": {"prompts": 1, "prompt_tokens": 1, "new_tokens": 1, "batch": [1]},
     "speed": {"batch": [1], "prompt_tokens": 1, "lengths": [1], "batch_tokens": 0, "new_tokens": 2, "pairs": 1}

@@ -14,7 +14,7 @@ from mambabench.decoders.standard import StandardDecoder
 from mambabench.harness.config import Structurer
 from mambabench.harness.interfaces import silent
 from mambabench.harness.plugins import build, registry
-from mambabench.harness.suites import lm_eval_model
+from mambabench.harness.suites import likelihoods
 from mambabench.harness.suites.lm_eval_model import StepperLM
 
 STORY = "Once upon a time there was a little girl named Lily. She liked to play with her dog in the park. "
@@ -81,19 +81,20 @@ def test_texts_are_those_of_lm_eval(ours: StepperLM, theirs: HFLM) -> None:
     assert len(set(map(len, got))) > 4
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_hybrid_continues_shared_contexts_as_it_scores_whole_texts(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = build(Structurer(registry()).choice("backend", {"use": "mamba2-hybrid", "chunk": 16}))
     backend.convert(shared / "models" / "stories-260k", [1, 3], tmp_path / "hybrid", 0)
-    lm = StepperLM(backend.load(tmp_path / "hybrid", "cpu", "float32"), StandardDecoder(), 8, 0, silent)
+    lm = StepperLM(backend.load(tmp_path / "hybrid", device, "float32"), StandardDecoder(), 8, 0, silent)
     ends = (" dog", " dog and a cat", " She was happy.", " It was a big red ball that Tim had lost in the park.")
     asked = requests(
         "loglikelihood", [(STORY * times + name, end) for times in (4, 5) for name in NAMES for end in ends]
     )
     together = lm.loglikelihood(asked, disable_tqdm=True)
     assert lm.model.saved > 300
-    monkeypatch.setattr(lm_eval_model, "WORTH", float("inf"))
+    monkeypatch.setattr(likelihoods, "WORTH", float("inf"))
     whole = lm.loglikelihood(asked, disable_tqdm=True)
     assert [value for value, _ in together] == pytest.approx([value for value, _ in whole], abs=1e-3)
     assert [greedy for _, greedy in together] == [greedy for _, greedy in whole]

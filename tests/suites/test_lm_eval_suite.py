@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import datasets
-from mambabench.harness.interfaces import MambabenchError, Unsupported
+from lm_eval import simple_evaluate
+from mambabench.harness.interfaces import MambabenchError, Unsupported, silent
 from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites import lm_eval as suite_module
 from mambabench.harness.suites import lm_eval_tasks
@@ -76,10 +77,21 @@ def test_items_have_hashes_and_what_the_model_said(measure, folder):
 
 def test_metrics_that_are_no_means_are_facts_as_lm_eval_makes_them(measure, folder):
     records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text")), data=folder)
-    (fact,) = [record for record in records if record["kind"] == "fact"]
-    assert fact["name"] == "one: mcc"
+    fact, error = [record for record in records if record["kind"] == "fact"]
+    assert fact["name"] == error["name"] == "one: mcc"
     assert -1 <= fact["value"] <= 1
+    assert error["arm"] == suite_module.SE
+    assert 0 < error["value"] < 1
     assert not samples(records, metric="mcc")
+
+
+def test_items_that_share_a_text_are_one_cluster(measure, folder):
+    items = [{**item, "passage": f"On {place // 3}."} for place, item in enumerate(ITEMS[:7])]
+    (folder / "items" / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text", twins=True)), data=folder)
+    for metric in ("acc", "generated"):
+        clusters = [row.get("cluster", row["item"]) for row in samples(records, metric=metric)]
+        assert [clusters.count(cluster) for cluster in clusters] == [3] * 6 + [1]
 
 
 def test_the_tasks_of_a_group_with_one_mean_are_counted_as_the_group(measure, folder):
@@ -191,6 +203,19 @@ def test_a_preset_keeps_its_metrics_and_numbers_of_examples(measure, folder, mon
     zero, two = (samples(records, task=name) for name in ("one", "two"))
     assert [row["target_hash"] for row in zero] == [row["target_hash"] for row in two]
     assert all(left["prompt_hash"] != right["prompt_hash"] for left, right in zip(zero, two, strict=True))
+
+
+def test_examples_in_front_are_those_that_lm_eval_draws_itself(measure, folder, tmp_path):
+    text = (
+        (folder / "one.yaml").read_text().replace("task: one", 'task: one\nfewshot_split: test\nfewshot_delimiter: ""')
+    )
+    (folder / "one.yaml").write_text(text)
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text", shots=3)), data=folder)
+    ours = [row["prompt_hash"] for row in samples(records, metric="acc")]
+    (task,) = (task for _, _, task in lm_eval_tasks.load_tasks(["one"], folder, tmp_path))
+    model = StepperLM(MockStepper(seed=3), None, 4, 0, silent)
+    theirs = simple_evaluate(model, tasks=[task], num_fewshot=3, bootstrap_iters=0)["samples"]["one"]
+    assert ours == [sample["prompt_hash"][: suite_module.HASH] for sample in theirs]
 
 
 class Chatting:

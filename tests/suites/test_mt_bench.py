@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from mambabench.harness.answering import read_records, write
 from mambabench.harness.interfaces import Choice, MambabenchError, Unsupported
 from mambabench.harness.judges import Reply, Verdict
 from mambabench.harness.suites import mt_bench
-from mambabench.harness.suites.answering import read_records, write
 from mambabench.harness.suites.chat_configs import MtBenchConfig
 from mambabench.harness.suites.mt_bench import Message, MtBench, rate, read_answers, read_folder, requests
 
@@ -56,7 +56,6 @@ def judge(monkeypatch):
             return [verdict(request, texts.get(request.id, "Fine. Rating: [[5]]")) for request in requests]
 
         monkeypatch.setattr(mt_bench, "ask", ask)
-        monkeypatch.setattr(mt_bench, "check", lambda judge, bench: None)
         return asked
 
     return answered
@@ -73,7 +72,7 @@ def verdict(request, text):
 def test_recorded_judgments_give_the_published_averages(shared, chats, model):
     folder = shared / "data" / "chat" / "mt_bench"
     suite = MtBench(MtBenchConfig(data="data", judgments="judgments", recorded_as=model))
-    suite.run(chats.bench(data=folder, judgments=folder / "gpt-4_single.two_models.jsonl"))
+    chats.play(suite, data=folder, judgments=folder / "gpt-4_single.two_models.jsonl")
     assert (chats.mean("turn 1"), chats.mean("turn 2")) == RECORDED[model]
     assert chats.mean("score") == pytest.approx(sum(RECORDED[model]) / 2, abs=1e-9)
     categories = {record["metric"] for record in chats.of("sample")} - {"score", "turn 1", "turn 2", "no_verdict"}
@@ -96,7 +95,7 @@ def test_the_judge_is_asked_in_the_recorded_words_and_its_ratings_are_read_as_re
 
 def test_the_second_turn_is_answered_and_judged_with_the_first(chats, folder, judge):
     asked = judge({})
-    MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)).run(chats.bench(data=folder))
+    chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
     answers = {answer["id"]: answer["text"] for answer in chats.of("answer")}
     assert list(answers) == ["1/turn 1", "2/turn 1", "3/turn 1", "1/turn 2", "2/turn 2"]
     first, second = answers["2/turn 1"], answers["2/turn 2"]
@@ -109,18 +108,26 @@ def test_the_second_turn_is_answered_and_judged_with_the_first(chats, folder, ju
     assert "Write {a} line." in asked["1/turn 1"].messages[-1].content
 
 
-def test_another_judge_has_nothing_answered_again(chats, folder, judge):
+def test_words_for_the_judge_decide_nothing_of_the_answers():
+    configs = [MtBenchConfig(data="data", judge=JUDGE, reference=name).questions().config for name in ("gpt-4", "me")]
+    assert configs[0] == configs[1]
+    assert configs[0].data == "data/question.jsonl"
+    for recorded in ({"judgments": "file"}, {"judge": JUDGE, "answers": "file"}):
+        assert MtBenchConfig(data="data", **recorded).questions() is None
+
+
+def test_the_same_questions_are_answered_once(chats, folder, judge):
     suite = MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6))
     judge({})
-    suite.run(chats.bench(data=folder, kept_as="of this model"))
+    chats.play(suite, data=folder, kept_as="of this model")
     answers, scores = chats.of("answer"), chats.of("sample")
     chats.records.clear()
     judge({"1/turn 1": "[[9]]"})
-    suite.run(chats.bench(data=folder, kept_as="of this model"))
+    chats.play(suite, data=folder, kept_as="of this model")
     assert chats.of("answer") == answers
     assert chats.of("sample") != scores
     assert chats.backend.loaded == 1
-    suite.run(chats.bench(data=folder, kept_as="of another model"))
+    chats.play(suite, data=folder, kept_as="of another model")
     assert chats.backend.loaded == 2
 
 
@@ -131,7 +138,7 @@ def test_creative_answers_are_drawn_and_exact_ones_are_not(folder):
 
 def test_a_verdict_without_a_rating_is_counted_and_no_score(chats, folder, judge):
     judge({"1/turn 1": "I cannot say.", "1/turn 2": "[[11]]", "2/turn 1": "Rating: [[9]]", "2/turn 2": "[8] is fair"})
-    MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)).run(chats.bench(data=folder))
+    chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
     assert chats.mean("score") == (9 + 8 + 5) / 3
     assert chats.mean("turn 2") == 8
     assert chats.mean("no_verdict") == 2 / 5
@@ -140,7 +147,7 @@ def test_a_verdict_without_a_rating_is_counted_and_no_score(chats, folder, judge
 
 def test_turns_of_a_question_are_one_cluster(chats, folder, judge):
     judge({})
-    MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)).run(chats.bench(data=folder))
+    chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
     scores = [record for record in chats.of("sample") if record["metric"] == "score"]
     assert len({record["item"] for record in scores}) == 5
     assert len({record["cluster"] for record in scores}) == 3
@@ -151,13 +158,15 @@ def test_what_is_missing_is_said_at_once(chats, folder, tmp_path, judge):
     judge({})
     suite = MtBench(MtBenchConfig(data="data", judge=JUDGE))
     with pytest.raises(MambabenchError, match=r"has no question\.jsonl, which MT-Bench needs; .*FastChat"):
-        suite.run(chats.bench(data=tmp_path))
+        suite.judge(chats.review(data=tmp_path))
     with pytest.raises(MambabenchError, match=r"gpt-5\.jsonl: no such file"):
-        MtBench(MtBenchConfig(data="data", judge=JUDGE, reference="gpt-5")).run(chats.bench(data=folder))
+        MtBench(MtBenchConfig(data="data", judge=JUDGE, reference="gpt-5")).judge(chats.review(data=folder))
     (folder / "reference_answer" / "gpt-4.jsonl").write_text("")
     with pytest.raises(MambabenchError, match=r"gpt-4\.jsonl has no answer to 2/turn 1"):
-        suite.run(chats.bench(data=folder))
-    assert chats.backend.loaded == 0
+        suite.judge(chats.review(data=folder))
+    (folder / "reference_answer" / "gpt-4.jsonl").write_text('{"question_id": 2, "choices": [{"turns": ["2", "3"]}]}')
+    with pytest.raises(MambabenchError, match=r"events\.jsonl: 5 answers are missing, the first of 1/turn 1"):
+        suite.judge(chats.review(data=folder))
 
 
 def test_judgments_of_another_model_are_not_taken(chats, folder):
@@ -170,12 +179,12 @@ def test_judgments_of_another_model_are_not_taken(chats, folder):
     file.write_text("".join(json.dumps(record) + "\n" for record in records[:-1]))
     suite = MtBench(MtBenchConfig(data="data", judgments="judgments"))
     with pytest.raises(MambabenchError, match="has judgments of one, two; the model is called 'mock'"):
-        suite.run(chats.bench(data=folder, judgments=file))
+        chats.play(suite, data=folder, judgments=file)
     suite = MtBench(MtBenchConfig(data="data", judgments="judgments", recorded_as="two"))
     with pytest.raises(MambabenchError, match="1 judgments of 'two' are missing, the first of 3/turn 1"):
-        suite.run(chats.bench(data=folder, judgments=file))
+        chats.play(suite, data=folder, judgments=file)
     with pytest.raises(Unsupported, match="nothing was recorded of 'mock'"):
-        MtBench(MtBenchConfig(data="data", judgments="judgments")).run(chats.bench(data=folder, judgments=folder))
+        chats.play(MtBench(MtBenchConfig(data="data", judgments="judgments")), data=folder, judgments=folder)
 
 
 def test_one_source_of_judgments_is_named():

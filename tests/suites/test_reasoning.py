@@ -4,8 +4,8 @@ import json
 import os
 
 import pytest
+from mambabench.harness.answering import read_records
 from mambabench.harness.interfaces import MambabenchError
-from mambabench.harness.suites.answering import read_records
 from mambabench.harness.suites.chat_configs import ReasoningConfig
 from mambabench.harness.suites.extraction import find_answer, first_object, same_number
 from mambabench.harness.suites.reasoning import PLACES, Reasoning, read_problems, read_wording, score
@@ -34,7 +34,7 @@ def questions(tmp_path):
 @pytest.mark.parametrize(("task", "run", "accuracy", "no_answer"), RUNS)
 def test_recorded_runs_score_as_they_did(shared, chats, task, run, accuracy, no_answer):
     file = shared / "data" / "zeroeval" / f"{run}.json.xz"
-    Reasoning(ReasoningConfig(task=task, answers="run")).run(chats.bench(run=file))
+    chats.play(Reasoning(ReasoningConfig(task=task, answers="run")), run=file)
     assert round(100 * chats.mean("exact_match"), 2) == accuracy
     assert round(100 * chats.mean("no_answer"), 2) == no_answer
     assert chats.mean("malformed") >= chats.mean("no_answer")
@@ -116,7 +116,7 @@ def test_answers_are_looked_for_in_ever_looser_forms(text, value, well_formed):
 
 def test_a_model_answers_every_question_and_its_answers_can_be_scored_again(chats, questions):
     config = {"task": "gsm8k", "data": "questions", "new_tokens": 5, "batch": 2}
-    Reasoning(ReasoningConfig(**config)).run(chats.bench(questions=questions))
+    chats.play(Reasoning(ReasoningConfig(**config)), questions=questions)
     samples, answers = chats.of("sample"), chats.of("answer")
     assert [answer["id"] for answer in answers] == [f"gsm8k-main-test-#{place}" for place in range(3)]
     assert chats.mean("no_answer") == chats.mean("malformed") == 1
@@ -124,20 +124,20 @@ def test_a_model_answers_every_question_and_its_answers_can_be_scored_again(chat
     recording = questions.with_name("events.jsonl")
     recording.write_text("".join(json.dumps(record) + "\n" for record in chats.records))
     chats.records.clear()
-    Reasoning(ReasoningConfig(**config, answers="recording")).run(chats.bench(questions=questions, recording=recording))
+    chats.play(Reasoning(ReasoningConfig(**config, answers="recording")), questions=questions, recording=recording)
     assert chats.of("sample") == samples
     assert chats.backend.loaded == 1
 
 
 def test_what_was_answered_before_a_kill_is_not_answered_again(chats, questions):
     suite = Reasoning(ReasoningConfig(task="gsm8k", data="questions", new_tokens=5, batch=1))
-    suite.run(chats.bench(questions=questions))
+    chats.play(suite, questions=questions)
     before = chats.of("answer")
     (kept,) = (chats.folder / "scratch").glob("*.jsonl")
     lines = kept.read_bytes().splitlines(keepends=True)
     kept.write_bytes(b"".join([lines[0].replace(b'"text": "', b'"text": "kept'), lines[1], lines[2][:9]]))
     chats.records.clear()
-    suite.run(chats.bench(questions=questions))
+    chats.play(suite, questions=questions)
     after = chats.of("answer")
     changed = [old["id"] for old, new in zip(before, after, strict=True) if old != new]
     assert len(changed) == 1
@@ -151,11 +151,13 @@ def test_a_question_that_fills_the_context_has_no_answer_and_is_counted(chats, c
     long = {"question": "why? " * 200, "answer": "#### 1"}
     questions.write_text(questions.read_text() + json.dumps(long) + "\n")
     chats.backend.make = Short
-    Reasoning(ReasoningConfig(task="gsm8k", data="questions", new_tokens=5)).run(chats.bench(questions=questions))
+    chats.play(Reasoning(ReasoningConfig(task="gsm8k", data="questions", new_tokens=5)), questions=questions)
     finishes = [answer["finish"] for answer in chats.of("answer")]
     assert finishes[-1] == "no room"
     facts = {fact["name"]: fact["value"] for fact in chats.of("fact")}
+    tokens = facts.pop("tokens of answers")
     assert facts == {"answers": 4, "answers cut short": 4 - finishes.count("stop")}
+    assert tokens == sum(answer["tokens"] for answer in chats.of("answer"))
     assert len({sample["item"] for sample in chats.of("sample")}) == 4
 
 
@@ -171,6 +173,6 @@ def test_bad_files_are_named(chats, questions, tmp_path):
             read_problems(wrong, "gsm8k")
     wrong.write_text('[{"id": "a", "output": []}]')
     with pytest.raises(MambabenchError, match=f"{wrong}: item 0 is neither an answer by ZeroEval"):
-        Reasoning(ReasoningConfig(task="gsm8k", answers="wrong")).run(chats.bench(wrong=wrong))
+        chats.play(Reasoning(ReasoningConfig(task="gsm8k", answers="wrong")), wrong=wrong)
     with pytest.raises(ValueError, match="data is missing"):
         ReasoningConfig(task="crux")

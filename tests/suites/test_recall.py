@@ -11,6 +11,7 @@ from mambabench.distillers.tiny import language
 from mambabench.harness.interfaces import Limits, MambabenchError, Unsupported
 from mambabench.harness.mockmodel import MockStepper
 from mambabench.harness.suites.configs import RecallConfig
+from mambabench.harness.suites.likelihoods import Likelihoods
 from mambabench.harness.suites.recall import Recall, choose, write
 from mambabench.harness.suites.recall_items import make_items, matches
 
@@ -145,7 +146,7 @@ def test_both_forms_are_those_of_the_definition():
     model = letters()
     config = RecallConfig(kinds=("needle", "multi-key"), lengths=(180, 240), items=2)
     items = list(make_items(config, model.tokenizer))
-    right, texts = choose(model, items), write(model, StandardDecoder(), items)
+    right, texts = choose(Likelihoods(model, 0), items), write(model, StandardDecoder(), items)
     assert any(right)
     assert not all(right)
     for item, found, text in zip(items, right, texts, strict=True):
@@ -192,6 +193,7 @@ def test_a_model_of_noise_is_at_chance(measure):
 def test_answers_are_matched_by_words():
     assert matches("fox owl elk . the", "fox owl elk")
     assert matches("  4152\n", "4152")
+    assert matches(" Arthur Harding!” she said", "Arthur Harding")
     assert not matches("fox elk owl", "fox owl elk")
     assert not matches("", "4152")
 

@@ -1,7 +1,7 @@
 """How suites have a model answer questions: chats become prompts, and answers are kept before the next batch begins.
 
-An answer is a record, so a store has what was scored, and another step can score it again. What a model wrote is data:
-it is matched, parsed as JSON and shown to judges, never executed.
+An answer is a record of the step in which the model answers. Other steps score it, without the model. What a model
+wrote is data: it is matched, parsed as JSON and shown to judges, never executed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..documents import Message
-from ..events import counted
-from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Unsupported, silent
-from ..keys import digest
-from ..locks import Lock
-from ..plugins import decoder_or_plain
-from .chat_configs import AnsweringConfig
+from .documents import Message
+from .events import EVENTS, counted
+from .interfaces import Bench, Limits, MambabenchError, Prompt, Review, Stepper, Unsupported, silent
+from .keys import digest
+from .locks import Lock
+from .plugins import decoder_or_plain
 
-EVENTS = "events.jsonl"
+if TYPE_CHECKING:
+    from .suites.chat_configs import AnsweredConfig, AnsweringConfig
+
 SUFFIXES = (".jsonl", ".json", ".jsonl.xz", ".json.xz")
 FOLDER = "answers"
 NO_ROOM = "no room"
@@ -54,7 +55,7 @@ class Written(NamedTuple):
 
 class Answerer:
     """Answers questions with the subject's decoder; loads the model when the first one is to be answered. Answers are
-    kept in the store's cache, so that neither a killed step nor one with another judge has them written again."""
+    kept in the store's cache, so that neither a killed step nor one with more questions has them written again."""
 
     def __init__(self, bench: Bench, config: AnsweringConfig, task: str) -> None:
         self.bench, self.config, self.task = bench, config, task
@@ -62,7 +63,8 @@ class Answerer:
         folder = bench.cache / FOLDER if bench.cache and bench.answers else bench.scratch
         self._file = folder / f"{digest([bench.answers, task, config.template, config.new_tokens])}.jsonl"
         self._kept: dict[str, dict[str, Any]] = {}
-        self.ends: Counter[str] = Counter()
+        self._ends: Counter[str] = Counter()
+        self._tokens = 0
 
     def answer(self, questions: Sequence[Question]) -> dict[str, str]:
         """The answers' texts by the questions' ids."""
@@ -76,7 +78,8 @@ class Answerer:
         for question in questions:
             answer = self._kept[question.key]
             self.bench.emit("answer", task=self.task, id=question.id, **answer)
-            self.ends[answer["finish"]] += 1
+            self._ends[answer["finish"]] += 1
+            self._tokens += answer["tokens"]
         return {question.id: self._kept[question.key]["text"] for question in questions}
 
     def _answer(self, questions: Sequence[Question]) -> None:
@@ -91,11 +94,14 @@ class Answerer:
         self.bench.emit("progress", done=done, total=len(questions), unit="answers")
 
     def emit_facts(self) -> None:
-        """Tells how many answers there are and how many the limit of tokens, or of the model's context, cut short."""
-        self.bench.emit("fact", name="answers", value=sum(self.ends.values()), unit="answers")
-        self.bench.emit(
-            "fact", name="answers cut short", value=self.ends["length"] + self.ends[NO_ROOM], unit="answers"
-        )
+        """Tells how many answers there are, how many the limit of tokens, or of the model's context, cut short, and
+        how long they are."""
+        for name, value, unit in (
+            ("answers", self._ends.total(), "answers"),
+            ("answers cut short", self._ends["length"] + self._ends[NO_ROOM], "answers"),
+            ("tokens of answers", self._tokens, "tokens"),
+        ):
+            self.bench.emit("fact", name=name, value=value, unit=unit)
 
     @property
     def model(self) -> Stepper:
@@ -123,7 +129,7 @@ class Answerer:
 
     def _write(self, batch: Sequence[tuple[Question, Written]], limits: Limits) -> None:
         if limits.new_tokens:
-            decoder = decoder_or_plain(self.bench.subject.decoder)
+            decoder = decoder_or_plain(self.bench.subject.decoder, self.model.device)
             prompts = [Prompt(written.ids, _stream(question.id)) for question, written in batch]
             given = decoder.generate(self.model, prompts, limits, silent)
             answers: list[tuple[str, str, int]] = [
@@ -209,9 +215,17 @@ def read_records(file: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
     return with_fields(records, file, names)
 
 
-def recorded_name(bench: Bench, config: AnsweringConfig) -> str:
+def recorded_name(review: Review, config: AnsweredConfig) -> str:
     """What recordings call the model."""
-    return config.recorded_as or bench.subject.artifact.name
+    return config.recorded_as or review.model
+
+
+def answers_file(review: Review, config: AnsweredConfig) -> Path:
+    """Where the answers are: recorded ones, or the records of the step in which the model gave them."""
+    if config.answers:
+        return recorded(review.data[config.answers], recorded_name(review, config))
+    assert review.answers is not None
+    return review.answers
 
 
 def recorded(path: Path, model: str) -> Path:
