@@ -25,6 +25,13 @@ TOKENS = {
     "chain": {16_000_000},
     "two": {8_000_000},
 }
+WRITTEN = {
+    "ladder": {"data/written": 128 * 1023},
+    "ablations": {"data/written": 128 * 1023, "data/pairs": 4096 * 64},
+    "chain": {"data/written": 128 * 1023, "data/pairs": 4096 * 64},
+    "two": {},
+}
+"""Tokens that the teacher writes."""
 LAYERS = 8
 SMALL = (
     "seeds=[0]",
@@ -96,9 +103,7 @@ def test_plans_are_accepted_with_their_tokens(given, tmp_path, name):
     assert {step.kind for step in steps} == {"data", "select", "convert", "train", "measure"}
     assert not any(step.lacking for step in steps)
     written = {need.label: need.tokens for need in needs(plan, steps) if need.label.startswith("data/")}
-    assert written["data/written"] == 128 * 1023
-    if name != "ladder":
-        assert written["data/pairs"] == 4096 * 64
+    assert WRITTEN[name].items() <= written.items()
 
 
 def test_each_hybrid_has_a_draft_that_learns_from_it(given, tmp_path):
