@@ -256,7 +256,7 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a process that was forked, without what its parent would do at its own end."""
+    """Ends a process at once, without what its imports, or the process that it was forked from, would do at the end."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -330,7 +330,7 @@ def threads() -> int:
     return psutil.Process().num_threads()
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> NoReturn:
     requests, replies, parent = (int(value) for value in argv)
     for end in (requests, replies):
         os.set_inheritable(end, False)
@@ -338,9 +338,10 @@ def main(argv: Sequence[str]) -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     Server(socket.socket(fileno=requests), replies, parent).serve()
-    return 0
+    # What is imported takes its time to be taken down, long after the run may have been killed.
+    leave(0)
 
 
 if __name__ == "__main__":
     # Under its own name, so that children do not import it a second time.
-    sys.exit(importlib.import_module(__spec__.name).main(sys.argv[1:]))
+    importlib.import_module(__spec__.name).main(sys.argv[1:])

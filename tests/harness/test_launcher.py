@@ -288,6 +288,17 @@ def test_a_server_that_is_still_importing_dies_with_the_run(tmp_path: Path) -> N
     until(lambda: not alive(server), 2.0)
 
 
+def test_a_server_does_nothing_of_what_its_imports_would_do_at_the_end(launch: Make, tmp_path: Path) -> None:
+    lasting = "import atexit, time; atexit.register(time.sleep, 60)"
+    (tmp_path / "modules" / "lasting.py").write_text(lasting)
+    launcher = launch("lasting")
+    until(lambda: launcher._awaited())
+    assert launcher._server is not None
+    process = launcher._server.process
+    launcher.close()
+    assert process.returncode == 0
+
+
 def test_children_die_with_a_server_that_was_killed_and_the_next_start_gets_a_new_one(
     launch: Make, tmp_path: Path
 ) -> None:
