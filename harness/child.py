@@ -328,8 +328,8 @@ class Work:
 
     def _data(self) -> dict[str, Path]:
         return {
-            name: self.store.artifact(found["step"]) if "step" in found else Path(found["file"])
-            for name, found in self.step.get("data", {}).items()
+            name: self.store.artifact(data["step"]) / data.get("inside", "") if "step" in data else Path(data["file"])
+            for name, data in self.step.get("data", {}).items()
         }
 
     def _models(self) -> dict[str, Artifact]:

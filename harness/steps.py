@@ -184,18 +184,8 @@ class _Expander:
         spec, seed = self.plan.teacher, self.plan.seeds[0]
         made: Made | None = None
         if spec.path is not None:
-            mark = self.fingerprints.path(Path(spec.path))
-            made = Made(
-                self._add(
-                    "convert",
-                    spec.backend,
-                    Cell(label=f"{TEACHER}/convert", key="", kind="convert", model=TEACHER),
-                    backend=spec.backend,
-                    extra={"path": spec.path},
-                    salt={"folder": mark},
-                ),
-                spec.backend,
-            )
+            cell = Cell(label=f"{TEACHER}/convert", key="", kind="convert", model=TEACHER)
+            made = self._folder(spec.path, spec.backend, cell)
         for stage in spec.train:
             made = self._train(TEACHER, stage, seed, made, spec.backend)
         assert made is not None, "the plan reader asks for a path or stages"
@@ -210,7 +200,8 @@ class _Expander:
         model: Model = self.plan.models[name]
         made: Made | None = None
         if model.path:
-            made = self._folder(name, seed, model)
+            cell = Cell(label=f"{name}/convert@seed{seed}", key="", kind="convert", model=name, seed=seed)
+            made = self._folder(model.path, model.backend, cell)
         elif model.selector:
             made = self._converted(name, seed, model)
         for stage in model.train:
@@ -220,15 +211,10 @@ class _Expander:
         self.chains[name, seed] = made
         return made
 
-    def _folder(self, name: str, seed: int, model: Model) -> Made:
+    def _folder(self, path: str, backend: Choice, cell: Cell) -> Made:
         """A model that is a folder of weights: the same for every seed."""
-        assert model.path is not None
-        cell = Cell(label=f"{name}/convert@seed{seed}", key="", kind="convert", model=name, seed=seed)
-        mark = self.fingerprints.path(Path(model.path))
-        key = self._add(
-            "convert", model.backend, cell, backend=model.backend, extra={"path": model.path}, salt={"folder": mark}
-        )
-        return Made(key, model.backend)
+        salt = {"folder": self.fingerprints.path(Path(path))}
+        return Made(self._add("convert", backend, cell, backend=backend, extra={"path": path}, salt=salt), backend)
 
     def _converted(self, name: str, seed: int, model: Model) -> Made:
         """A model made of another one, by a selection of its layers."""
@@ -303,14 +289,19 @@ class _Expander:
         return {"step": key}
 
     def _file(self, name: str, where: str, kind: str) -> dict[str, Any]:
-        """A FileRef, for step.json: an entry of `[data]`, or else a file or folder. What a suite needs may be missing:
-        the rest of the plan runs without it."""
-        if name in self.plan.data:
-            return self._data(name, where)
+        """A FileRef, for step.json: an entry of `[data]` or what is inside its folder, or else a file or folder. What a
+        suite needs may be missing: the rest of the plan runs without it."""
+        head, _, inside = name.partition("/")
+        entry = self.plan.data.get(head)
+        if entry and entry.source:
+            found = self._data(head, where)
+            return {**found, "inside": inside.lstrip("/")} if inside else found
         file = (self.plan.file.parent / Path(name).expanduser()).resolve()
+        if entry and entry.file:
+            file = entry.file / inside.lstrip("/")
         if file.exists():
             return {"file": str(file), "fingerprint": self.fingerprints.path(file)}
-        why = f"there is no file {file}, and no data {name!r}"
+        why = f"there is no file {file}" + ("" if entry or "/" in name else f", and no data {name!r}")
         if kind not in CODE:
             raise ConfigError(where, why)
         return {"file": str(file), "fingerprint": "", "absent": f"{where}: {why}"}
@@ -335,11 +326,8 @@ class _Expander:
             raise ConfigError("decoders", f"the suite {suite!r} needs a decoder and the plan has none")
         first = decoders[0]
         if "generate" in traits:
-            for name in decoders:
-                if (
-                    name == first
-                    or "lossless" not in self.registry.find("decoder", self.plan.decoders[name].name).traits
-                ):
+            for name, of in self.plan.decoders.items():
+                if name == first or "lossless" not in self.registry.find("decoder", of.name).traits:
                     self._measure(model, seed, suite, name, None)
             return
         made = self.teacher if model == TEACHER else self.chains[model, seed]
@@ -430,7 +418,8 @@ class _Expander:
                     made = self._model(name, at, cell.seed or 0)
                     found = models[name] = {"step": made.key, "backend": self._record(made.backend)}
                     parts.append(made.backend)
-                marks.setdefault(path, []).append(found.get("step") or found["fingerprint"] or found["absent"])
+                mark = "/".join(found[part] for part in ("step", "inside") if part in found)
+                marks.setdefault(path, []).append(mark or found["fingerprint"] or found["absent"])
             resolved = {path: found[0] if len(found) == 1 else found for path, found in marks.items()}
             decides[role] = self._decides(component, resolved)
         if backend is not None:

@@ -324,7 +324,8 @@ def test_options_that_are_called_like_methods_of_configs_are_options(planner, pl
 def test_a_file_that_a_suite_needs_and_is_missing_stops_that_suite_alone(planner, plan_text):
     answer, judge = chat_steps(planner, plan_text, "suites.chat.data=gone.txt")
     for step in (answer, judge):
-        assert step.obstacle == f"suites.chat.data: there is no file {planner.folder / 'gone.txt'}"
+        missing = f"there is no file {planner.folder / 'gone.txt'}, and no data 'gone.txt'"
+        assert step.obstacle == f"suites.chat.data: {missing}"
     answer, judge = chat_steps(planner, plan_text, 'suites.chat.judge={ use = "toy-judge", name = "away" }')
     assert (answer.obstacle, judge.obstacle, answer.wants) == ("", "", ())
     assert judge.wants == ("the judge is not at home",)
@@ -335,4 +336,26 @@ def test_suites_that_miss_different_files_are_told_apart(planner, plan_text):
     steps = planner.steps(text, "suites.chat.data=one.txt", "suites.talk.data=two.txt")
     for name, suite in (("one", "chat"), ("two", "talk")):
         step = steps.steps[keys_by_label(steps)[f"half/plain/{suite}@seed0"]]
-        assert step.obstacle == f"suites.{suite}.data: there is no file {planner.folder / name}.txt"
+        missing = f"there is no file {planner.folder / name}.txt, and no data '{name}.txt'"
+        assert step.obstacle == f"suites.{suite}.data: {missing}"
+
+
+def test_a_suite_takes_what_is_inside_of_data_that_is_made_or_given(planner, plan_text):
+    def read(data):
+        answer, _ = chat_steps(planner, plan_text, f"suites.chat.data={data}", "data.chat=chats")
+        return answer.key, answer.record["data"][data], answer.obstacle
+
+    (planner.folder / "chats").mkdir()
+    (planner.folder / "chats" / "asked.txt").write_text("how?")
+    made = planner.steps(plan_text)
+    source = keys_by_label(made)["data/text"]
+    assert read("text")[1:] == ({"step": source}, "")
+    assert read("text/asked.txt")[1:] == ({"step": source, "inside": "asked.txt"}, "")
+    keys = {read(data)[0] for data in ("text", "text/asked.txt", "text/others.txt", "chat/asked.txt")}
+    assert len(keys) == 4
+    assert read("text//asked.txt")[0] == read("text/asked.txt")[0]
+    _, given, obstacle = read("chat/asked.txt")
+    assert (given["file"], obstacle) == (str(planner.folder / "chats" / "asked.txt"), "")
+    assert given["fingerprint"] == read("chats/asked.txt")[1]["fingerprint"]
+    missing = f"suites.chat.data: there is no file {planner.folder / 'chats' / 'gone.txt'}"
+    assert read("chat/gone.txt")[2] == missing
