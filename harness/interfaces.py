@@ -63,12 +63,12 @@ class Component:
     config: type
     """A frozen dataclass. Plans are checked against it; unknown keys are errors. Fields annotated `DataRef` or
     `ModelRef` name an entry of the plan's `[data]` or `[models]` and become inputs of the step, as do files and folders
-    in fields annotated `FileRef`, seen from the plan's folder, unless an entry of `[data]` has that name, or
-    that of its first part; fields annotated `Annotated[Choice, ChoiceOf(kind)]` name a component of another kind. Where the result depends on
-    something else outside of the plan, a method `fingerprint()` returns a text that stands for it in keys. Where it is
-    plain beforehand that something of this machine is missing, a method `lacks()` says what, else "". A suite that
-    scores answers has a method `questions()`: the `Choice` of kind `questions` that has a model answer in a step of its
-    own, or None for recorded answers."""
+    in fields annotated `FileRef`, seen from the plan's folder, unless an entry of `[data]` has that name, or that of
+    its first part; fields annotated `Annotated[Choice, ChoiceOf(kind)]` name a component of another kind. Where the
+    result depends on something else outside of the plan, a method `fingerprint()` returns a text that stands for it in
+    keys. Where it is plain beforehand that something of this machine is missing, a method `lacks()` says what, else "".
+    A suite that scores answers has a method `questions()`: the `Choice` of kind `questions` that has a model answer in
+    a step of its own, or None for recorded answers."""
     revision: int = 1
     """Raised when results made by older versions stop being comparable."""
     api: int = API
