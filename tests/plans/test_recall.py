@@ -1,9 +1,12 @@
 """The plan of recall from end to end, small: every model asked in both forms beside its teacher, and the figure."""
 
 import csv
+import tomllib
 from pathlib import Path
 
 import pytest
+from mambabench.distillers.tiny.language import OF_PART, WORDS
+from mambabench.distillers.tiny.writer import noted
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plans" / "recall.toml"
 SMALL = (
@@ -14,6 +17,17 @@ SMALL = (
     "suites.recall.items=2",
     "suites.recall.lengths=[40]",
 )
+
+
+def test_what_is_asked_is_written_as_the_teacher_learnt_it_and_about_names_that_it_did_not():
+    asked = tomllib.loads(EXAMPLE.read_text())["suites"]["recall"]
+    facts = list(zip(asked["keys"], asked["values"], strict=True))
+    book = asked["separator"].join(asked["entry"].format(key=key, value=value) for key, value in facts)
+    assert asked["opening"] + book + asked["closing"] == " ".join(noted([word for fact in facts for word in fact]))
+    assert set(asked["values"]) <= set(WORDS["things"])
+    for names in (asked["keys"], asked["words"]):
+        assert set(names) <= set(OF_PART[True])
+        assert all(len({name[part] for name in names}) == len(names) for part in (slice(2), slice(2, None)))
 
 
 @pytest.mark.slow

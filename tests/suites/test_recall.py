@@ -23,7 +23,7 @@ TINY = {
     "values": tuple(language.WORDS["things"]),
     "words": tuple(language.OF_PART[True][-12:]),
     "filler": ("zima sees a grey boat .", "famu wants a small lamp ."),
-    "entry": "{key} {value}",
+    "entry": "{key} {value} {key} {value}",
     "opening": "note ",
     "separator": " , ",
     "closing": " .",
