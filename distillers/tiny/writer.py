@@ -4,7 +4,7 @@
     ask miru salt .                                          a question, answered from the facts
     copy balo kuzi temu | balo kuzi temu .                   names and their copy
     add 27 + 48 is 75 .                                      a sum
-    story balo the miller goes to the river . … where is balo ? river .
+    story balo the miller goes to the river . … where is balo | river .
     [INST] last of balo kuzi temu [/INST] temu</s>           an instruction whose answer can be checked
 
 Names, and numbers that are added, are of one part alone: training or held out.
