@@ -4,6 +4,8 @@ A step runs in a *place*: an actor that holds what Ray gave it on one machine of
 `LocalLauncher` there, so that a step is started, leased, measured and ended as it would be at home. A place serves one
 step after the other, as long as there are some with the same needs, and imports what they share only once. Steps read
 and write the store themselves: it must lie in a folder that all machines share, under one path, and be able to lock.
+
+Light steps stay at home: they compute next to nothing, and the key of a judge is there and is to be told to nobody.
 """
 
 from __future__ import annotations
@@ -106,8 +108,8 @@ class Rented:
         self.known = actor.host.remote()
         """Comes true when Ray has found room."""
         self.host = ""
-        self.wanted = time.monotonic()
-        """When a step last asked for it."""
+        self.asked = self.wanted = time.monotonic()
+        """When it was asked of Ray, and when a step last asked for it."""
 
     def ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
         """Calls a method and waits for its answer. What it raises of ours is raised here."""
@@ -169,6 +171,8 @@ class RayLauncher:
         # Which GPUs a place gets is Ray's to say.
         self._environment.pop("CUDA_VISIBLE_DEVICES", None)
         self._modules: list[str] = []
+        self._home: LocalLauncher | None = None
+        """Where light steps run, once there was one."""
         self._code = code()
         self._asked: dict[Size, Rented] = {}
         """Places that Ray looks for, at most one of each size."""
@@ -182,13 +186,15 @@ class RayLauncher:
         """Has places import `modules` when they are made."""
         self._modules = sorted({*self._modules, *modules})
 
-    def start(self, command: Sequence[str], needs: Needs, env: Mapping[str, str], log: Path) -> Away | None:
+    def start(self, command: Sequence[str], needs: Needs, env: Mapping[str, str], log: Path) -> Away | Child | None:
         """Starts `python -m MODULE …` on some machine; None while there is no room or the machine must stay quiet.
 
         Raises Unsupported where no machine of the cluster can ever give what the step needs.
         """
         self.waiting = ""
         self._give_back(IDLE_S)
+        if needs.light:
+            return self._start_at_home(command, needs, env, log)
         if self.config.jobs and len(self._busy) >= self.config.jobs:
             return None
         place = self._place(self._size(needs))
@@ -206,6 +212,14 @@ class RayLauncher:
         self._busy.append(place)
         return Away(self, place)
 
+    def _start_at_home(self, command: Sequence[str], needs: Needs, env: Mapping[str, str], log: Path) -> Child | None:
+        if self._home is None:
+            self._home = LocalLauncher(LocalConfig(jobs=self.config.jobs, threads=self._local.threads))
+            self._home.prepare(self._modules)
+        child = self._home.start(command, needs, env, log)
+        self.waiting = self._home.waiting
+        return child
+
     def free(self, place: Rented, *, lost: bool) -> None:
         """Takes a place back from its step."""
         if place in self._busy:
@@ -216,6 +230,8 @@ class RayLauncher:
 
     def close(self) -> None:
         """Ends every child and leaves the cluster."""
+        if self._home is not None:
+            self._home.close()
         if ray.is_initialized():
             closed = [place.actor.close.remote() for place in (*self._idle, *self._busy)]
             ray.wait(closed, num_returns=len(closed), timeout=KILL_S)
@@ -244,8 +260,9 @@ class RayLauncher:
             actor = made.remote(self._modules, self._local)
             self._asked[size] = Rented(size, actor)
         asked = self._asked[size]
+        asked.wanted = time.monotonic()
         if not ray.wait([asked.known], timeout=0)[0]:
-            if not self._busy and time.monotonic() - asked.wanted > IDLE_S:
+            if not self._busy and asked.wanted - asked.asked > IDLE_S:
                 self.waiting = f"Ray has no room for {size} yet"
             return None
         del self._asked[size]
@@ -258,7 +275,7 @@ class RayLauncher:
         if host.code != self._code:
             asked.give_back()
             raise MambabenchError(f"{host.name}: runs mambabench {_named(host.code)}, this is {_named(self._code)}")
-        asked.host, asked.wanted = host.name, time.monotonic()
+        asked.host = host.name
         self._idle.append(asked)
         return asked
 
@@ -268,11 +285,15 @@ class RayLauncher:
             raise Unsupported(f"needs {size} on one machine, and no machine of the Ray cluster has as much")
 
     def _give_back(self, unwanted_s: float) -> None:
-        """Gives back the places that no step has asked for in some time."""
-        for place in list(self._idle):
-            if time.monotonic() - place.wanted > unwanted_s:
-                self._idle.remove(place)
-                place.give_back()
+        """Gives back the places that no step has asked for in some time, and those that Ray is still to find for none:
+        what such a step was to do may be done by another run."""
+        now = time.monotonic()
+        for place in [each for each in self._idle if now - each.wanted > unwanted_s]:
+            self._idle.remove(place)
+            place.give_back()
+        for size, place in [(size, each) for size, each in self._asked.items() if now - each.wanted > IDLE_S]:
+            del self._asked[size]
+            place.give_back()
 
 
 def connect() -> None:

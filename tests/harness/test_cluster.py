@@ -185,6 +185,34 @@ def test_places_of_several_sizes_are_kept_until_they_have_imported(launch, ended
     assert [child.code for child in children.values()] == [4, 4, 4]
 
 
+def test_a_place_that_no_step_waits_for_any_more_takes_nothing_of_the_cluster(
+    launch, start, ended, processes, tmp_path, monkeypatch
+):
+    from mambabench.harness.launchers import cluster
+
+    monkeypatch.setattr(cluster, "IDLE_S", 1.0)
+    launcher = launch()
+    command = [sys.executable, "-P", "-m", "program", "tell", str(tmp_path / "out")]
+    assert launcher.start(command, Needs(gpus=2), {}, tmp_path / "out.log") is None
+    [asked] = launcher._asked.values()
+    processes.until(lambda: ray.wait([asked.known], timeout=0)[0])
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1))) == 4
+
+
+def test_a_step_that_waits_for_a_judge_runs_at_home_with_its_key(launch, start, ended, family, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "a key")
+    launcher = launch(jobs=1)
+    busy = start(launcher, "hang", tmp_path / "busy")
+    judging = start(launcher, "hang", tmp_path / "judging", Needs(light=True))
+    process = psutil.Process(family(tmp_path / "judging")[0])
+    assert not any("raylet" in each.name() for each in process.parents())
+    assert process.environ()["SECRET"] == "a key"
+    assert launcher.start([], Needs(light=True), {}, tmp_path / "more.log") is None
+    judging.kill()
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(light=True))) == 4
+    busy.kill()
+
+
 def test_kill_and_close_end_all_that_a_child_started(launch, start, family, processes, tmp_path):
     launcher = launch()
     one, two = (start(launcher, "hang", tmp_path / name) for name in ("one", "two"))
