@@ -10,7 +10,7 @@ import yaml
 from mambabench.distillers.tiny.instructions import KINDS, read_chat, solve
 from mambabench.distillers.tiny.judge import share_right
 from mambabench.distillers.tiny.language import NAMES, OF_PART, VOCABULARY, WORDS, held_out, tokenizer, tokens_in
-from mambabench.distillers.tiny.writer import CHOICES, CONTEXT, TASKS, Item, Writer
+from mambabench.distillers.tiny.writer import CHOICES, CONTEXT, TASKS, Writer
 from mambabench.harness.documents import encode_document, read_documents, read_preferences
 
 NAME, SUM = re.compile(r"[a-z]{4}"), re.compile(r"(\d\d) \+ (\d\d)|larger of (\d\d) (\d\d)")
@@ -221,11 +221,13 @@ def test_the_tokenizer_that_is_written_is_the_one_that_is_made(write_tiny):
     assert (words.bos_token_id, words.eos_token_id) == (tokenizer().bos_token_id, tokenizer().eos_token_id)
 
 
-def test_items_are_of_their_writers_alone():
-    for make in TASKS.values():
-        items = [make(Writer("tasks", index, 0)) for index in range(20)]
-        assert len(set(items)) == 20
-        assert all(isinstance(item, Item) for item in items)
+def test_an_item_depends_on_its_task_number_and_seed_alone(write_tiny):
+    few, many, others = (write_tiny(part="tasks", items=items, seed=seed) for items, seed in ((5, 0), (20, 0), (5, 1)))
+    for name in TASKS:
+        rows = [lines(folder / f"{name}.jsonl") for folder in (few, many, others)]
+        assert rows[0] == rows[1][:5]
+        assert rows[0] != rows[2]
+        assert len({row["context"] for row in rows[1]}) == 20
 
 
 def test_the_plug_in_describes_its_components_without_torch():
