@@ -22,7 +22,7 @@ from typing import Any
 from .config import Structurer, restore
 from .environment import code, machine, versions
 from .events import EVENTS, Muted, Recorder
-from .forkserver import ATTEMPT, CODE, LEASED, SHARE, THREADS, watch
+from .forkserver import ATTEMPT, BEGAN, CODE, LEASED, SHARE, THREADS, watch
 from .interfaces import (
     CHECKPOINT_S,
     DTYPES,
@@ -133,9 +133,8 @@ class Attempt:
     """
 
     def __init__(self) -> None:
-        now = time.time()
-        self.leased = float(os.environ.get(LEASED) or now)
-        self._began = time.monotonic() - max(0.0, now - self.leased)
+        self.leased = float(os.environ.get(LEASED) or time.time())
+        self._began = float(os.environ.get(BEGAN) or time.monotonic())
         self.number = int(os.environ.get(ATTEMPT) or 1)
         self.rss = _peak_rss()
         self.code: dict[str, Any] = json.loads(os.environ[CODE]) if os.environ.get(CODE) else code()

@@ -30,11 +30,12 @@ import psutil
 from .locks import Lock
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-SERVER, LEASED, ATTEMPT, THREADS, CODE, SHARE = (
-    f"MAMBABENCH_{name}" for name in ("SERVER", "LEASED", "ATTEMPT", "THREADS", "CODE", "SHARE")
+SERVER, LEASED, BEGAN, ATTEMPT, THREADS, CODE, SHARE = (
+    f"MAMBABENCH_{name}" for name in ("SERVER", "LEASED", "BEGAN", "ATTEMPT", "THREADS", "CODE", "SHARE")
 )
-"""Variables of a child: process of the server, Unix time of the lease, number of the attempt, threads,
-`environment.code()` as JSON from before the imports, and how many steps may be on its GPU, where that is not one."""
+"""Variables of a child: process of the server, Unix time at which the run started the step, time of the lease on the
+monotonic clock of its own machine, number of the attempt, threads, `environment.code()` as JSON from before the
+imports, and how many steps may be on its GPU, where that is not one."""
 
 POLL_S = 0.2
 MOST_DESCRIPTORS = 64

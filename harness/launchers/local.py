@@ -231,6 +231,7 @@ class LocalLauncher:
         threads = str(self.threads)
         devices = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))}
         surroundings = {**env, **devices, "OMP_NUM_THREADS": threads, forkserver.THREADS: threads}
+        surroundings[forkserver.BEGAN] = repr(time.monotonic())
         if lease.share > 1:
             surroundings[forkserver.SHARE] = str(lease.share)
         return server.start(command, surroundings, log, lease, needs.light)

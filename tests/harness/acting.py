@@ -97,6 +97,12 @@ class Act:
     def kill(self, job) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def kill_beside_family(self, job) -> None:
+        """Dies once another step, with the same trace, has its `family`."""
+        while Path(self.config.trace).read_text().count("\n") < 3:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def segv(self, job) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 
