@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("ray", reason="ray is not installed here")
 
 HERE = Path(__file__).parent
-QUALITY = ("quality", "losslessness", "acceptance", "differences")
 STORE = {"object_store_memory": 80 * 2**20}
 
 
@@ -25,14 +24,10 @@ def cluster(tmp_path, monkeypatch):
     made.shutdown()
 
 
-def tables(store, mambabench):
-    assert mambabench("report", store, "--to", "csv").returncode == 0
-    return {name: (store / "report" / "csv" / f"{name}.csv").read_text() for name in QUALITY}
-
-
 @pytest.mark.slow
 def test_a_plan_that_loses_a_machine_has_the_numbers_of_a_local_run(cluster, loaded, mambabench, tmp_path):
-    tiny, processes = loaded(HERE / "test_tiny.py"), loaded(HERE.parent / "processes.py")
+    files = (HERE / "test_tiny.py", HERE.parent / "processes.py", HERE.parent / "killing.py")
+    tiny, processes, killing = map(loaded, files)
     lost = cluster.add_node(num_cpus=1, **STORE)
     cluster.add_node(num_cpus=1, **STORE)
     raylet = lost.all_processes["raylet"][0].process.pid
@@ -53,4 +48,4 @@ def test_a_plan_that_loses_a_machine_has_the_numbers_of_a_local_run(cluster, loa
     processes.gone_soon(victims)
     here = tmp_path / "here"
     assert mambabench(*tiny.words(here)).returncode == 0
-    assert tables(away, mambabench) == tables(here, mambabench)
+    assert killing.quality(away) == killing.quality(here)
