@@ -301,7 +301,7 @@ class _Expander:
             file = entry.file / inside.lstrip("/")
         if file.exists():
             return {"file": str(file), "fingerprint": self.fingerprints.path(file)}
-        why = f"there is no file {file}" + ("" if entry or "/" in name else f", and no data {name!r}")
+        why = f"there is no file {file}" + ("" if "/" in name or file.suffix else f", and no data {name!r}")
         if kind not in CODE:
             raise ConfigError(where, why)
         return {"file": str(file), "fingerprint": "", "absent": f"{where}: {why}"}

@@ -324,8 +324,9 @@ def test_options_that_are_called_like_methods_of_configs_are_options(planner, pl
 def test_a_file_that_a_suite_needs_and_is_missing_stops_that_suite_alone(planner, plan_text):
     answer, judge = chat_steps(planner, plan_text, "suites.chat.data=gone.txt")
     for step in (answer, judge):
-        missing = f"there is no file {planner.folder / 'gone.txt'}, and no data 'gone.txt'"
-        assert step.obstacle == f"suites.chat.data: {missing}"
+        assert step.obstacle == f"suites.chat.data: there is no file {planner.folder / 'gone.txt'}"
+    answer, _ = chat_steps(planner, plan_text, "suites.chat.data=gone")
+    assert answer.obstacle == f"suites.chat.data: there is no file {planner.folder / 'gone'}, and no data 'gone'"
     answer, judge = chat_steps(planner, plan_text, 'suites.chat.judge={ use = "toy-judge", name = "away" }')
     assert (answer.obstacle, judge.obstacle, answer.wants) == ("", "", ())
     assert judge.wants == ("the judge is not at home",)
@@ -336,8 +337,7 @@ def test_suites_that_miss_different_files_are_told_apart(planner, plan_text):
     steps = planner.steps(text, "suites.chat.data=one.txt", "suites.talk.data=two.txt")
     for name, suite in (("one", "chat"), ("two", "talk")):
         step = steps.steps[keys_by_label(steps)[f"half/plain/{suite}@seed0"]]
-        missing = f"there is no file {planner.folder / name}.txt, and no data '{name}.txt'"
-        assert step.obstacle == f"suites.{suite}.data: {missing}"
+        assert step.obstacle == f"suites.{suite}.data: there is no file {planner.folder / name}.txt"
 
 
 def test_a_suite_takes_what_is_inside_of_data_that_is_made_or_given(planner, plan_text):
