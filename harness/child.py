@@ -305,7 +305,7 @@ class Work:
         answers = self.step["inputs"].get("answers")
         return Review(
             model=self.step["model"],
-            answers=self.store.finished(answers) / EVENTS if answers else None,
+            answers=self.store.records(answers, EVENTS) if answers else None,
             data=self._data(),
             seed=self.seed,
             scratch=self.folder / "scratch",

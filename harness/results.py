@@ -161,7 +161,8 @@ class Results:
 
     def events(self, store: str, key: str) -> Iterator[dict[str, Any]]:
         """All records of a finished step, those of attempts that did not end well too."""
-        return events(self._opened[store].finished(key) / EVENTS)
+        file = self._opened[store].records(key, EVENTS)
+        return events(file) if file else iter(())
 
     def folder(self, store: str) -> Path:
         """Where a store of `cells` lies."""

@@ -248,7 +248,8 @@ class Store:
                 artifact.rmdir()
             files = sync_tree(partial, leave_out="scratch")
             finished.parent.mkdir(parents=True, exist_ok=True)
-            hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in partial.glob("*.parquet")}
+            records = [*partial.glob("events.jsonl"), *partial.glob("*.parquet")]
+            hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in records}
         write_json(partial / "outcome.json", {**record, "files": files, "sha256": hashes})
         self._move(key)
 

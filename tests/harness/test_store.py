@@ -53,6 +53,16 @@ def test_a_failure_keeps_its_state_and_reason_until_the_next_attempt(store: Stor
     assert store.state("k") == "absent"
 
 
+def test_events_whose_bytes_changed_are_no_records_any_more(store: Store) -> None:
+    file = whole(store) / "events.jsonl"
+    assert store.records("k", "events.jsonl") == file
+    # Read on its own, this would be taken for a line that a kill cut short.
+    file.write_text('{"kind":"fact"]\n')
+    assert store.state("k") == "ok"
+    with pytest.raises(MambabenchError, match=r"events\.jsonl: damaged; delete the folder"):
+        store.records("k", "events.jsonl")
+
+
 @pytest.mark.parametrize(
     "text", ["", '{"state": "o', "[]", '{"state": "fine"}', '{"state": "ok"}', '{"state": "error"}']
 )
