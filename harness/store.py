@@ -138,7 +138,7 @@ class Store:
         with disk_errors(file, "read"):
             found = hashlib.sha256(file.read_bytes()).hexdigest()
         if told not in (None, found):
-            raise MambabenchError(f"{file}: damaged; delete the folder {file.parent}, and the next run does it again")
+            raise MambabenchError(f"{file}: damaged; delete the folder {file.parent}, and `run --retry` does it again")
         return file
 
     def keys(self) -> tuple[str, ...]:
