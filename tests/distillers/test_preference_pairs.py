@@ -78,7 +78,7 @@ def test_books_show_only_their_beginning_to_be_continued(teacher):
     from mambabench.distillers.pseudo_labels import beginning
 
     words = teacher.backend.tokenizer(teacher.path)
-    text = "ask anna tea . " * 3000
+    text = "ask coal tea . " * 3000
     expected = [words.bos_token_id, *words.encode(text, add_special_tokens=False)][:9]
     assert beginning(Document(text), words, 9) == expected
     assert TORN not in words.decode(expected)

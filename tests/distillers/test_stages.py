@@ -227,7 +227,7 @@ def test_pairs_are_collated_chosen_first_with_their_prompts_masked(pairs, teache
 def test_pairs_without_an_answer_in_the_context_are_counted_or_refused(pairs, teacher, tmp_path):
     words = teacher.backend.tokenizer(teacher.path)
     file = tmp_path / "pairs.jsonl"
-    short = {"prompt": "ask anna ", "chosen": "tea .", "rejected": "salt ."}
+    short = {"prompt": "ask coal ", "chosen": "tea .", "rejected": "salt ."}
     file.write_text(json.dumps(short) + "\n" + json.dumps({**short, "prompt": "a " * 20}) + "\n")
     data = read_pairs(file, words, 8)
     assert (len(data), data.dropped) == (1, 1)

@@ -93,9 +93,9 @@ def test_packing_wastes_little(lengths):
 def test_documents_begin_and_end_with_their_tokens(tmp_path, teacher):
     words = teacher.backend.tokenizer(teacher.path)
     file = tmp_path / "text.jsonl"
-    file.write_text('{"text": "ask anna tea ."}\n{"text": "", "ids": [1, 5, 6, 2], "prompt": 2}\n')
+    file.write_text('{"text": "ask coal tea ."}\n{"text": "", "ids": [1, 5, 6, 2], "prompt": 2}\n')
     windows = read_windows(file, words, 16)
-    first = [words.bos_token_id, *words.encode("ask anna tea .", add_special_tokens=False), words.eos_token_id]
+    first = [words.bos_token_id, *words.encode("ask coal tea .", add_special_tokens=False), words.eos_token_id]
     assert windows.ids.tolist() == [[*first, 1, 5, 6, 2, *[0] * 6]]
     assert windows.labels.tolist() == [[IGNORED, *first[1:], IGNORED, IGNORED, 6, 2, *[IGNORED] * 6]]
     assert windows.lengths.tolist() == [10]

@@ -108,7 +108,7 @@ def test_equal_windows_are_made_once(text, teacher, tmp_path, made):
     read_windows(other, words, 96, cache)
     assert len(made) == 1
     with other.open("a") as file:
-        file.write(json.dumps({"text": "ask anna tea ."}) + "\n")
+        file.write(json.dumps({"text": "ask coal tea ."}) + "\n")
     read_windows(other, words, 96, cache)
     read_windows(text, words, 64, cache)
     assert len(made) == 3
