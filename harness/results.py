@@ -155,6 +155,17 @@ class Results:
         step = self.step(store, key)
         return step.get("subject") or step.get("inputs", {}).get("subject")
 
+    def is_excused(self, store: str, key: str) -> bool:
+        """Whether a cell is one that the plan skips, or its step cannot run here, or waits for such steps alone."""
+        state = self._opened[store].state(key) if key else "skipped"
+        if state != "blocked":
+            return state in ("skipped", "unsupported")
+        step = self.step(store, key)
+        named = [*step.get("data", {}).values(), *step.get("models", {}).values()]
+        needed = {*step.get("inputs", {}).values(), *(entry["step"] for entry in named if "step" in entry)}
+        failed = [each for each in needed if self._opened[store].status(each, artifacts=False).state != "ok"]
+        return bool(failed) and all(self.is_excused(store, each) for each in failed)
+
     def outcome(self, store: str, key: str) -> Mapping[str, Any]:
         """How a step ended (`outcome.json`, all of it)."""
         return self._opened[store].outcome(key, artifacts=False) or {}
