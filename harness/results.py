@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from .events import EVENTS, events
 from .interfaces import MambabenchError
-from .store import Store
+from .store import Store, inputs_of
 
 WHO = ("store", "label", "key", "model", "decoder", "suite", "stage", "seed")
 """The columns that every frame of records has besides its own."""
@@ -160,9 +160,7 @@ class Results:
         state = self._opened[store].state(key) if key else "skipped"
         if state != "blocked":
             return state in ("skipped", "unsupported")
-        step = self.step(store, key)
-        named = [*step.get("data", {}).values(), *step.get("models", {}).values()]
-        needed = {*step.get("inputs", {}).values(), *(entry["step"] for entry in named if "step" in entry)}
+        needed = inputs_of(self.step(store, key))
         failed = [each for each in needed if self._opened[store].status(each, artifacts=False).state != "ok"]
         return bool(failed) and all(self.is_excused(store, each) for each in failed)
 
