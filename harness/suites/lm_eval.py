@@ -22,7 +22,7 @@ from lm_eval.evaluator import evaluate
 from numpy.typing import NDArray
 
 from ..interfaces import Bench, Emit, MambabenchError
-from ..statistics import bootstrap_se
+from ..statistics import SE, bootstrap_se
 from ..store import write_text
 from .configs import LmEvalConfig
 from .lm_eval_model import StepperLM
@@ -39,8 +39,6 @@ PASSAGES = ("passage", "article", "paragraph", "story", "context")
 """Fields of an item that hold a text. Items that share it are not independent of each other, and are one cluster."""
 DRAWS, MOST_DRAWN = 100, 1_000_000
 """Samples of items that errors of aggregates come from, and items in all of them."""
-SE = "s.e."
-"""The arm of a fact that is another one's standard error."""
 HASH = 16
 """Hexadecimal digits that are kept of a SHA-256."""
 LOWER = ("gap", "no_answer")
