@@ -30,12 +30,16 @@ SETTINGS = {
 }
 
 
-def run(session: nox.Session, *command: str) -> None:
+WORKERS = ("-n", "logical", "--maxprocesses", "4", "--dist", "worksteal")
+"""Tests side by side, each worker with one thread and the memory of a model stack."""
+
+
+def run(session: nox.Session, *command: str, **settings: str) -> None:
     """Runs a command in the environment that the session `env` made."""
     scripts = session.cache_dir.parent / "env" / "bin"
     path = os.pathsep.join([str(scripts), os.environ.get("PATH", "")])
     program, *arguments = command
-    session.run(str(scripts / program), *arguments, env={**SETTINGS, "PATH": path}, external=True)
+    session.run(str(scripts / program), *arguments, env={**SETTINGS, "PATH": path, **settings}, external=True)
 
 
 @nox.session(reuse_venv=True, default=False)
@@ -63,8 +67,8 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"])
 def tests(session: nox.Session) -> None:
-    """Run all tests that need no GPU. Arguments after `--` go to pytest."""
-    run(session, "python", "-m", "pytest", *session.posargs)
+    """Run all tests that need no GPU. Arguments after `--` go to pytest; `-n 0` runs one after the other."""
+    run(session, "python", "-m", "pytest", *WORKERS, *session.posargs, OMP_NUM_THREADS="1")
 
 
 @nox.session(venv_backend="none", requires=["env"])

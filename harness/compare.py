@@ -126,7 +126,7 @@ class _Run:
         missing = [name for name, cell in sides.items() if cell is None]
         if missing:
             return f"missing in {missing[0]}"
-        if all(cell["state"] in ("skipped", "unsupported") for cell in sides.values()):
+        if all(of.is_excused(cell["store"], cell["key"]) for of, cell in ((self.base, base), (self.head, head))):
             return None
         failed = [f"{name}: {_state(cell)}" for name, cell in sides.items() if cell["state"] != "ok"]
         return "; ".join(failed)

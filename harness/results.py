@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from .events import EVENTS, events
 from .interfaces import MambabenchError
-from .store import Store
+from .store import Store, inputs_of
 
 WHO = ("store", "label", "key", "model", "decoder", "suite", "stage", "seed")
 """The columns that every frame of records has besides its own."""
@@ -154,6 +154,15 @@ class Results:
         None where answers are recorded ones."""
         step = self.step(store, key)
         return step.get("subject") or step.get("inputs", {}).get("subject")
+
+    def is_excused(self, store: str, key: str) -> bool:
+        """Whether a cell is one that the plan skips, or its step cannot run here, or waits for such steps alone."""
+        state = self._opened[store].state(key) if key else "skipped"
+        if state != "blocked":
+            return state in ("skipped", "unsupported")
+        needed = inputs_of(self.step(store, key))
+        failed = [each for each in needed if self._opened[store].status(each, artifacts=False).state != "ok"]
+        return bool(failed) and all(self.is_excused(store, each) for each in failed)
 
     def outcome(self, store: str, key: str) -> Mapping[str, Any]:
         """How a step ended (`outcome.json`, all of it)."""

@@ -219,7 +219,8 @@ class _Run:
             assert status.record is not None
             self._end(step, outcome_of(status.record, self.store.finished(key)), final=True)
             return True
-        if failed_inputs:
+        # What it lacks itself says more than that something before it lacks the same.
+        if failed_inputs and not step.obstacle:
             if all(self._state(each) == "unsupported" or each in self.summary.excused for each in failed_inputs):
                 self.summary.excused.add(key)
             by = ", ".join(self.labels.get(each, each) for each in failed_inputs)

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+SE = "s.e."
+"""The arm of a recorded fact that is another one's standard error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from .interfaces import DTYPES, Choice, MambabenchError, Needs, StepView
 from .keys import PACKAGE, Fingerprints, digest
 from .plan import Model, Plan
 from .plugins import Registry, missing, suggest
+from .store import inputs_of
 
 SCHEMA = 1
 TEACHER = "teacher"
@@ -60,8 +61,7 @@ class Step:
     @property
     def all_inputs(self) -> frozenset[str]:
         """Keys of all steps that must be done before."""
-        named = [*self.record["data"].values(), *self.record["models"].values()]
-        return frozenset(self.inputs.values()) | {entry["step"] for entry in named if "step" in entry}
+        return inputs_of(self.record)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -450,6 +450,8 @@ class _Expander:
             "models": models,
             **(extra or {}),
         }
+        lacking = [text for part in parts for text in missing(self.registry.find(part.kind, part.name).requires)]
+        lacks = [getattr(part.config, "lacks", None) for part in parts]
         # Not part of the key: a stage gives the same result, up to rounding, however many train it.
         ranks = self.plan.limits.train_gpus if kind == "train" and "ranks" in traits else 1
         self.out.steps[key] = Step(
@@ -466,15 +468,9 @@ class _Expander:
             ),
             record=record,
             modules=modules,
-            lacking=tuple(
-                dict.fromkeys(
-                    text for part in parts for text in missing(self.registry.find(part.kind, part.name).requires)
-                )
-            ),
+            lacking=tuple(dict.fromkeys(lacking)),
             absent=tuple(found["absent"] for found in data.values() if "absent" in found),
-            wants=tuple(
-                text for part in parts if callable(of := getattr(part.config, "lacks", None)) and (text := of())
-            ),
+            wants=tuple(text for of in lacks if callable(of) and (text := of())),
         )
         return key
 

@@ -278,6 +278,12 @@ class Store:
             sync_folder(partial.parent)
 
 
+def inputs_of(step: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of all steps that must be done before one, of its step.json."""
+    named = [*step.get("data", {}).values(), *step.get("models", {}).values()]
+    return frozenset(step.get("inputs", {}).values()) | {entry["step"] for entry in named if "step" in entry}
+
+
 def outcome_of(record: Mapping[str, Any], source: Path) -> Outcome:
     """Reads the fields of `Outcome` out of an outcome.json."""
     state = record.get("state")

@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 
 from ..harness.results import Results
-from ..harness.statistics import Estimate
+from ..harness.statistics import SE, Estimate
 from .options import NoOptions
-from .rows import keep_of, of_suites, suites_with, table_of
+from .rows import attention_of, of_suites, suites_with, table_of, teacher_of
 
-SUITE, SE = "lm-eval", "s.e."
+SUITE = "lm-eval"
 
 
 class Aggregates:
@@ -31,17 +31,16 @@ class Aggregates:
         facts = facts[facts["name"].str.contains(": ", regex=False)]
         if facts.empty:
             return None
-        models = results.models.set_index("model")
-        teachers = {models["store"][name]: name for name in results.teachers}
+        teachers, attention = teacher_of(results), attention_of(results)
+        order = results.models.set_index("model")["order"]
         rows: list[dict[str, Any]] = []
         for (suite, name), of in facts.groupby(["suite", "name"], sort=False):
             found = {str(model): _estimate(part) for model, part in of.groupby("model", sort=False)}
             task, _, metric = str(name).partition(": ")
-            for model in sorted(found, key=lambda each: models["order"][each]):
-                teacher = teachers.get(models["store"][model])
+            for model in sorted(found, key=order.__getitem__):
                 row = {"suite": suite, "task": task, "metric": metric, "model": model, "value": found[model]}
-                row["attention"] = "teacher" if model == teacher else keep_of(models["keep"][model])
-                rows.append({**row, "teacher's": found.get(teacher or "")})
+                row["attention"] = attention[model]
+                rows.append({**row, "teacher's": found.get(teachers.get(model, ""))})
         return table_of(rows, ["suite", "task", "metric", "model", "attention", "value", "teacher's"])
 
 

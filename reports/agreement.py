@@ -9,7 +9,7 @@ import pandas as pd
 from ..harness.results import Results
 from .options import NoOptions
 from .recovery import estimate
-from .rows import drop_empty, failures, keep_of, measuring, of_suites, suites_with, table_of
+from .rows import attention_of, drop_empty, failures, measuring, of_suites, suites_with, table_of
 
 SUITE = "agreement"
 KL, TOP = "kl_per_token", "top1_per_token"
@@ -33,7 +33,7 @@ class Agreement:
         if cells.empty:
             return None
         samples = samples_of(results)
-        keep = results.models.set_index("model")["keep"]
+        attention = attention_of(results)
         order = {model: place for place, model in enumerate(results.models["model"])}
         edges = sorted(set(samples["depth"])) if len(samples) else []
         names = {edge: _named(edges, place) for place, edge in enumerate(edges)}
@@ -42,7 +42,7 @@ class Agreement:
         for suite, task, depth, model in sorted(groups, key=lambda key: (key[0], key[1], key[2], order[key[3]])):
             group = groups[suite, task, depth, model]
             row: dict[str, Any] = {"suite": suite, "text": task, "depth": names[depth], "model": model}
-            row["attention"] = "teacher" if model in results.teachers else keep_of(keep[model])
+            row["attention"] = attention[model]
             row["KL nat"] = estimate(group[group["metric"] == KL])
             row["same token %"] = estimate(group[group["metric"] == TOP]).scaled(100)
             row["tokens"] = int(group.loc[group["metric"] == KL, "weight"].sum() / group["key"].nunique())

@@ -10,7 +10,7 @@ import pandas as pd
 from ..harness.results import Results
 from .options import NoOptions
 from .recovery import LEVEL, OtherItems, above_chance, difference, estimate
-from .rows import TRAINING, drop_empty, keep_of, of_suites, suites_with, table_of
+from .rows import TRAINING, attention_of, drop_empty, of_suites, suites_with, table_of, teacher_of
 
 
 class Differences:
@@ -32,18 +32,18 @@ class Differences:
         suites = suites_with(results, traits=("score", "generate")) - suites_with(results, use=TRAINING)
         samples = of_suites(results.samples, suites)
         models = results.models.set_index("model")
-        teachers = {models["store"][name]: name for name in results.teachers}
+        teachers, attention = teacher_of(results), attention_of(results)
         first = results.decoders[0] if results.decoders else ""
         samples = samples.assign(decoder=samples["decoder"].where(samples["decoder"] != first, ""))
         rows = []
         for (suite, task, metric), group in samples.groupby(["suite", "task", "metric"], sort=False):
             parts = dict(iter(group.groupby(["model", "decoder"], sort=False)))
             for model, decoder in sorted(parts, key=lambda who: (models["order"][who[0]], who[1])):
-                taught = parts.get((teachers.get(models["store"][model], ""), ""))
+                taught = parts.get((teachers.get(model, ""), ""))
                 if model in results.teachers or taught is None:
                     continue
                 row = {"suite": suite, "task": task, "metric": metric, "model": model, "decoder": decoder}
-                row["attention"] = keep_of(models["keep"][model])
+                row["attention"] = attention[model]
                 rows.append({**row, **_row(parts[model, decoder], taught)})
         if not rows:
             return None

@@ -12,7 +12,7 @@ from ..harness import statistics as st
 from ..harness.results import Results
 from .options import NoOptions
 from .recovery import LEVEL, OtherItems, estimate, perplexity_ratio
-from .rows import drop_empty, failures, keep_of, measuring, of_suites, suites_with, table_of
+from .rows import attention_of, drop_empty, failures, measuring, of_suites, suites_with, table_of
 
 SUITE = "divergence"
 PERPLEXITY, KL = "nll_per_token", "kl_per_token"
@@ -69,6 +69,7 @@ class Distillation:
             return None
         cells, samples, rows = measuring(results, _suites(results)), _samples(results), rows_of(results)
         models, failed = results.models.set_index("model"), failures(cells, ("model",))
+        attention = attention_of(results)
         teachers = {models["store"][row.model]: row for row in rows if row.model in results.teachers}
         tasks = list(samples.groupby(["metric", "task"], sort=False).groups)
         heads = {where: f"{where[1]} perplexity" if where[0] == PERPLEXITY else f"{where[1]} KL nat" for where in tasks}
@@ -79,7 +80,7 @@ class Distillation:
                 "stages": ", ".join(row.stages),
                 "state": failed.get((row.model,)),
             }
-            of["attention"] = "teacher" if row.model in results.teachers else keep_of(models["keep"][row.model])
+            of["attention"] = attention[row.model]
             of["layers"] = row.layers
             of["seeds"] = max((part["key"].nunique() for part in row.samples.values()), default=0)
             of |= row.took

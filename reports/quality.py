@@ -15,14 +15,15 @@ from .recovery import LEVEL, OtherItems, average, estimate, inverse, perplexity_
 from .rows import (
     TRAINING,
     WHO,
+    attention_of,
     drop_empty,
     failures,
     in_plan_order,
-    keep_of,
     measuring,
     of_suites,
     suites_with,
     table_of,
+    teacher_of,
 )
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ class Quality:
         names = _names(columns)
         averaged = _averaged(columns)
         failed = failures(cells, WHO)
-        models = results.models.set_index("model")
-        teachers = {models["store"][name]: name for name in results.teachers}
+        teachers, attention = teacher_of(results), attention_of(results)
         groups = dict(iter(samples.groupby(["model", "decoder"], sort=False)))
         rows = []
         for model, decoder in _rows(results, cells):
@@ -98,13 +98,13 @@ class Quality:
             states = {column.suite: failed.get((model, decoder, column.suite)) for column in columns}
             row = _row(parts, columns, names, states)
             notes = [states[suite] for suite in dict.fromkeys(of[0] for of in parts) if states[suite]]
-            taught = _parts(groups.get((teachers.get(models["store"][model], ""), ""), samples.iloc[:0]))
+            taught = _parts(groups.get((teachers.get(model, ""), ""), samples.iloc[:0]))
             try:
                 row |= _beside(parts, taught, columns, names, averaged, is_teacher)
             except OtherItems:
                 notes.append("not the teacher's items")
             row |= {"model": model, "decoder": decoder, "check": "; ".join(str(note) for note in notes)}
-            row["attention"] = "teacher" if is_teacher else keep_of(models["keep"][model])
+            row["attention"] = attention[model]
             row["seeds"] = max((part["key"].nunique() for part in parts.values()), default=0)
             rows.append(row)
         figures = [head for column in columns for head in (names[column], names[column] + RATIO)]

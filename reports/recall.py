@@ -13,7 +13,7 @@ from ..harness import statistics as st
 from ..harness.results import Results
 from .options import NoOptions
 from .recovery import LEVEL, OtherItems, above_chance, estimate, of_items
-from .rows import drop_empty, failures, keep_of, measuring, of_suites, suites_with, table_of
+from .rows import attention_of, drop_empty, failures, measuring, of_suites, suites_with, table_of, teacher_of
 
 SUITE = "recall"
 FORMS = {"choice": "chosen", "generate": "written"}
@@ -125,8 +125,7 @@ def _grouped(results: Results, by: Sequence[str]) -> Iterator[tuple[tuple[Any, .
     samples = samples_of(results)
     if samples.empty:
         return
-    models = results.models.set_index("model")
-    teachers = {models["store"][name]: name for name in results.teachers}
+    teachers = teacher_of(results)
     order = {kind: place for place, kind in enumerate(dict.fromkeys([*KINDS, *samples["task"]]))}
     groups = {tuple(key): group for key, group in samples.groupby(list(by), sort=True)}
     for key in sorted(groups, key=lambda key: (key[0], order[key[1]], *key[2:])):
@@ -134,9 +133,7 @@ def _grouped(results: Results, by: Sequence[str]) -> Iterator[tuple[tuple[Any, .
         yield (
             key,
             [
-                Part(
-                    model, model in results.teachers, of[model], of.get(teachers.get(models["store"][model], ""), none)
-                )
+                Part(model, model in results.teachers, of[model], of.get(teachers.get(model, ""), none))
                 for model in results.models["model"]
                 if model in of
                 for none in [of[model].iloc[:0]]
@@ -145,9 +142,8 @@ def _grouped(results: Results, by: Sequence[str]) -> Iterator[tuple[tuple[Any, .
 
 
 def _row(results: Results, part: Part, reach: bool = False) -> dict[str, Any]:
-    keep = results.models.set_index("model")["keep"]
     row: dict[str, Any] = {"model": part.model, "items": part.own["item"].nunique()}
-    row["attention"] = "teacher" if part.is_teacher else keep_of(keep[part.model])
+    row["attention"] = attention_of(results)[part.model]
     for metric, name in FORMS.items():
         own, taught = part.form(metric)
         if own.empty:

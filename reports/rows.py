@@ -103,6 +103,22 @@ def percent(share: float | None) -> float | None:
     return None if share is None or math.isnan(share) else 100 * share
 
 
+def teacher_of(results: Results) -> dict[str, str]:
+    """The teacher of each model, which is that of its store; a teacher's is itself."""
+    stores = dict(zip(results.models["model"], results.models["store"], strict=True))
+    teachers = {stores[name]: name for name in results.teachers}
+    return {name: teachers[store] for name, store in stores.items() if store in teachers}
+
+
+def attention_of(results: Results) -> dict[str, str]:
+    """What rows say of each model's attention."""
+    models = results.models
+    return {
+        name: "teacher" if teacher else keep_of(keep)
+        for name, keep, teacher in zip(models["model"], models["keep"], models["teacher"], strict=True)
+    }
+
+
 def keep_of(value: Any) -> str:
     """The attention that a model keeps, as the plan says it."""
     if value is None or value == "":

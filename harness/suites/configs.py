@@ -228,8 +228,9 @@ class SpeedConfig:
     """At least 2: with one there is no time per further token."""
     pairs: int = 8
     """Blocks per kind of request; in each, every arm answers the same prompts once."""
-    warmup: int = 1
-    """Blocks per kind of request that are run first and only timed as a whole."""
+    warmup: int = 2
+    """Blocks per kind of request that are run first and only timed as a whole. On a GPU the second one records how
+    prompts are read, which takes longer than reading them."""
     temperature: float = 0.0
     temperatures: tuple[float, ...] = ()
     """Several in place of `temperature`, each with each batch size and length."""

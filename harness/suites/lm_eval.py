@@ -22,7 +22,7 @@ from lm_eval.evaluator import evaluate
 from numpy.typing import NDArray
 
 from ..interfaces import Bench, Emit, MambabenchError
-from ..statistics import bootstrap_se
+from ..statistics import SE, bootstrap_se
 from ..store import write_text
 from .configs import LmEvalConfig
 from .lm_eval_model import StepperLM
@@ -39,8 +39,6 @@ PASSAGES = ("passage", "article", "paragraph", "story", "context")
 """Fields of an item that hold a text. Items that share it are not independent of each other, and are one cluster."""
 DRAWS, MOST_DRAWN = 100, 1_000_000
 """Samples of items that errors of aggregates come from, and items in all of them."""
-SE = "s.e."
-"""The arm of a fact that is another one's standard error."""
 HASH = 16
 """Hexadecimal digits that are kept of a SHA-256."""
 LOWER = ("gap", "no_answer")
@@ -143,7 +141,6 @@ def emit_samples(
     """Emits what the model said of each item, and a sample for each metric that is a mean over items, of those in
     `only` if there are any."""
     filters = {sample["filter"] for sample in samples}
-    means = _means(task)
     higher = task.higher_is_better()
     for of_item, sample in _items(samples):
         about = {"task": name, **of_item}
@@ -158,7 +155,7 @@ def emit_samples(
                 emit("sample", **about, metric=WEIGHTED[metric] + suffix, value=-nats, weight=weight, better="lower")
             elif metric == "perplexity":
                 emit("sample", **about, metric="nll_per_item" + suffix, value=-sample[metric], better="lower")
-            elif metric in means:
+            elif _is_mean(metric, task):
                 better = "higher" if higher.get(metric, True) else "lower"
                 emit("sample", **about, metric=metric + suffix, value=float(sample[metric]), better=better)
 
@@ -172,10 +169,11 @@ def emit_aggregates(
     only: Sequence[str] = (),
 ) -> None:
     """Emits the metrics that are no mean over items as facts with standard errors, as lm-eval aggregates them."""
-    means = _means(task)
     for key, value in result.items():
         metric, _, of = key.partition(",")
-        if not of or metric.endswith("_stderr") or metric in (*means, *WEIGHTED, "perplexity", "bits_per_byte"):
+        if not of or metric.endswith("_stderr") or metric in (*WEIGHTED, "perplexity", "bits_per_byte"):
+            continue
+        if _is_mean(metric, task):
             continue
         if (not only or metric in only) and isinstance(value, float | int | np.number) and math.isfinite(value):
             called = f"{name}: {metric}" + ("" if of == "none" else f" ({of})")
@@ -222,8 +220,10 @@ def _text(doc: Any) -> str:
     return next((text for text in fields if isinstance(text, str) and text), "")
 
 
-def _means(task: Any) -> set[str]:
-    return {metric for metric, of in task.aggregation().items() if getattr(of, "__name__", "") in ("mean", "nanmean")}
+def _is_mean(metric: str, task: Any) -> bool:
+    """Over items. Of what a task does not say how to aggregate, lm-eval takes the mean."""
+    of = task.aggregation().get(metric)
+    return of is None or getattr(of, "__name__", "") in ("mean", "nanmean")
 
 
 def _plain(responses: Any) -> Any:

@@ -19,14 +19,17 @@ from mambabench.decoders.results import Results
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.decoders.stepping import LayersDraft
+from mambabench.harness.cli.generate import WARM_UPS
 from mambabench.harness.conformance_decoders import answer_with_records, check_records
 from mambabench.harness.interfaces import Limits, Prompt, silent
 from mambabench.harness.mockmodel import MockStepper
+from mambabench.harness.suites.configs import SpeedConfig
 
 from .hybrids import hybrid
 
 MIXERS = "a2a"
 PLAIN = hybrid(MIXERS, graphs=False)
+READ = graphs.Graphs.read
 
 
 @pytest.fixture
@@ -104,6 +107,27 @@ def test_a_round_is_recorded_once_for_all_requests(starts, name):
     assert set(starts) == {0}
     ask(decoder, model, temperature=0.6)
     assert model.facts()["graphs"] == (2, "")
+
+
+@pytest.mark.parametrize("name", ["plain", "layers"])
+@pytest.mark.parametrize("warmup", [SpeedConfig(data="text").warmup, WARM_UPS])
+def test_what_is_timed_records_nothing_any_more(starts, name, warmup, monkeypatch):
+    recorded = []
+
+    def record(self, work, ids, lengths):
+        recorded.append(ids.shape)
+        # What is read is not looked at here, so that starting it again may do nothing.
+        return lambda: None, work(ids, lengths)
+
+    monkeypatch.setattr(graphs.Graphs, "read", READ)
+    monkeypatch.setattr(graphs.Recorder, "record", record)
+    model, decoder = hybrid(MIXERS, graphs=True), decoders()[name]()
+    for _ in range(warmup):
+        decoder.generate(model, [Prompt((1, 2, 3, 2))], Limits(new_tokens=12), silent)
+    before = len(recorded), model.facts()["graphs"]
+    assert before[0] == 1 + (name == "layers")
+    decoder.generate(model, [Prompt((2, 3, 1, 2))], Limits(new_tokens=12), silent)
+    assert (len(recorded), model.facts()["graphs"]) == before
 
 
 @pytest.mark.parametrize("name", ["plain", "layers"])

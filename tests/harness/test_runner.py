@@ -228,6 +228,14 @@ def test_lacking_requirements_and_too_many_gpus_are_unsupported(go: Go) -> None:
     assert summary.outcomes["b"].reason == "needs 1 GPU, this run has none (see --gpus)"
 
 
+def test_a_step_behind_one_that_lacks_the_same_says_what_is_missing(go: Go) -> None:
+    first, second = act("a"), act("b", after="a")
+    first.absent = second.absent = ("there is no file questions.jsonl",)
+    summary = go(first, second, act("c", after="b"))
+    assert summary.counts == {"unsupported": 2, "blocked": 1}
+    assert summary.outcomes["b"].reason == "there is no file questions.jsonl"
+
+
 @pytest.mark.parametrize("damage", ["outcome.json", "events.jsonl", "artifact/data.jsonl"])
 def test_a_damaged_step_is_done_anew(go: Go, store: Store, tmp_path: Path, damage: str) -> None:
     step = act("a", trace=str(tmp_path / "trace"))

@@ -85,6 +85,17 @@ def test_metrics_that_are_no_means_are_facts_as_lm_eval_makes_them(measure, fold
     assert not samples(records, metric="mcc")
 
 
+def test_a_metric_without_an_aggregation_is_a_mean_as_lm_eval_takes_it(measure, folder):
+    (folder / "extra.py").write_text(
+        "def results(doc, said):\n    return {'acc': 1.0, 'sure': max(value for value, _ in said)}\n"
+    )
+    with (folder / "one.yaml").open("a") as file:
+        file.write("process_results: !function extra.results\n")
+    records = measure(LmEval(LmEvalConfig(tasks=("one",), data="text")), data=folder)
+    assert len(samples(records, metric="sure")) == len(ITEMS)
+    assert not [record for record in records if record["kind"] == "fact"]
+
+
 def test_items_that_share_a_text_are_one_cluster(measure, folder):
     items = [{**item, "passage": f"On {place // 3}."} for place, item in enumerate(ITEMS[:7])]
     (folder / "items" / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
