@@ -20,7 +20,7 @@ train = ["teach"]
 [stages.teach]
 use = "train-teacher"
 data = "text"
-tokens = 2_000
+tokens = 3_000
 layers = 2
 hidden = 16
 intermediate = 16
@@ -34,10 +34,10 @@ schedule = "stepwise"
 context = 48
 batch = 8
 kl = 0.5
-[stages.tune]                          # less than one pass: at its end a batch has fewer windows, which ranks fill up
+[stages.tune]                          # more than one pass: one batch has windows of both
 use = "sft"
 data = "text"
-tokens = 1_400
+tokens = 5_000
 context = 48
 batch = 8
 kl = 0.5
