@@ -315,22 +315,20 @@ def test_without_a_cluster_there_is_one_line(mambabench, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def act(key: str, **config: Any) -> Step:
+def act(key: str) -> Step:
     record = {"seed": 5, "model": "", "backend": None, "teacher_backend": None, "inputs": {}, "data": {}, "models": {}}
-    component = {"kind": "source", "name": "act", "config": config}
-    record["component"] = component
+    record["component"] = {"kind": "source", "name": "act", "config": {}}
     return Step(key=key, kind="data", labels=(f"data/{key}",), needs=Needs(), record=record, modules=frozenset())
 
 
 def test_what_a_lost_machine_did_is_done_on_another(cluster, launch, processes, tmp_path):
-    lost = cluster.add_node(num_cpus=2, resources={"doomed": 2}, **STORE)
-    trace = tmp_path / "trace"
-    steps = [act(f"k{number}", trace=str(trace), seconds=1.0) for number in range(12)]
+    large = {"num_cpus": 8, **STORE}
+    lost = cluster.add_node(**large)
     raylet = lost.all_processes["raylet"][0].process.pid
     ends: list[tuple[str, str]] = []
 
-    class KillsAMachine(Silent):
-        """Kills the machine once it works on a step."""
+    class KillsTheMachine(Silent):
+        """Kills the only machine that is large enough once it works on a step, and brings another."""
 
         def __init__(self) -> None:
             self.victims: list[psutil.Process] = []
@@ -339,20 +337,18 @@ def test_what_a_lost_machine_did_is_done_on_another(cluster, launch, processes, 
             ends.append((outcome.state, outcome.reason))
 
         def started(self, key, label, attempt):
-            if self.victims:
-                return
-            at_work = [int(line.split()[1]) for line in trace.read_text().splitlines()] if trace.exists() else []
-            if any(raylet in [each.pid for each in psutil.Process(pid).parents()] for pid in processes.living(at_work)):
+            if not self.victims:
+                processes.until(lambda: processes.halt_a_step(raylet))
                 self.victims = processes.descendants(raylet)
                 cluster.remove_node(lost, allow_graceful=False)
+                self.other = cluster.add_node(**large)
 
-    progress = KillsAMachine()
-    store = Store.create(tmp_path / "store")
-    summary: Summary = run(steps, store, launch("numpy"), plugins.load([ACTING]), host=host(), progress=progress)
-    assert progress.victims
-    assert summary.counts == {"ok": 12}
-    crashes = [reason for state, reason in ends if state == "crashed"]
-    assert crashes
-    assert all("is lost to the cluster" in reason for reason in crashes)
-    assert len(summary.ran) == 12 + len(crashes)
+    progress, launcher = KillsTheMachine(), launch("numpy", threads=8)
+    steps, store = [act(f"k{number}") for number in range(3)], Store.create(tmp_path / "store")
+    summary: Summary = run(steps, store, launcher, plugins.load([ACTING]), host=host(), progress=progress)
+    assert summary.counts == {"ok": 3}
+    assert [state for state, _ in ends] == ["crashed", "ok", "ok", "ok"]
+    assert "is lost to the cluster" in ends[0][1]
+    assert len(summary.ran) == 4
     processes.gone_soon(progress.victims)
+    cluster.remove_node(progress.other)
