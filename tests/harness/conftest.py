@@ -1,12 +1,17 @@
-"""A registry with the toy components, and a plan that uses them."""
+"""A registry with the toy components, a plan that uses them, and what runs of steps need: a store and a launcher."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mambabench.harness import plugins
 from mambabench.harness.keys import Fingerprints
+from mambabench.harness.launchers.configs import LocalConfig
+from mambabench.harness.launchers.local import LocalLauncher
 from mambabench.harness.plan import Plan, read_plan
+from mambabench.harness.runner import PRELOADED
 from mambabench.harness.steps import Steps, expand
+from mambabench.harness.store import Store
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -95,3 +100,18 @@ def planner(tmp_path: Path, registry: plugins.Registry) -> Planner:
 @pytest.fixture
 def plan_text() -> str:
     return PLAN
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        made = LocalLauncher(LocalConfig(jobs=3))
+        made.prepare(PRELOADED)
+        yield made
+        made.close()

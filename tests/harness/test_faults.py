@@ -5,7 +5,7 @@ Kills, hangs, damaged steps and runs beside each other are in `test_runner`, `te
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +15,11 @@ from mambabench import MambabenchError, Needs
 from mambabench.harness import plugins, runner
 from mambabench.harness import store as store_module
 from mambabench.harness.environment import host
-from mambabench.harness.launchers.configs import LocalConfig
 from mambabench.harness.launchers.local import LocalLauncher
 from mambabench.harness.locks import Lock
 from mambabench.harness.plugins import Registry
 from mambabench.harness.progress import Silent
-from mambabench.harness.runner import PRELOADED, Summary, run
+from mambabench.harness.runner import Summary, run
 from mambabench.harness.steps import Step
 from mambabench.harness.store import Store
 
@@ -48,25 +47,9 @@ def mambabench_environment(): fail()
 """
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        made = LocalLauncher(LocalConfig(jobs=2))
-        made.prepare(PRELOADED)
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.create(tmp_path / "store")
-
-
 def act(key: str, do: str = "finish", needs: Needs = Needs(), **config: Any) -> Step:  # noqa: B008
     record = {"seed": 5, "model": "", "backend": None, "teacher_backend": None, "inputs": {}, "data": {}, "models": {}}
-    component = {"kind": "source", "name": "act", "config": {"do": do, **config}}
-    record["component"] = component
+    record["component"] = {"kind": "source", "name": "act", "config": {"do": do, **config}}
     return Step(key=key, kind="data", labels=(f"data/{key}",), needs=needs, record=record, modules=frozenset())
 
 

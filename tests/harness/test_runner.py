@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -20,13 +20,12 @@ from mambabench import Needs
 from mambabench.harness import environment, plugins
 from mambabench.harness.environment import host
 from mambabench.harness.interfaces import Outcome
-from mambabench.harness.launchers.configs import LocalConfig
 from mambabench.harness.launchers.leases import QUIET
 from mambabench.harness.launchers.local import LocalLauncher
 from mambabench.harness.locks import Lock
 from mambabench.harness.plugins import Registry
 from mambabench.harness.progress import Lines, Silent
-from mambabench.harness.runner import PRELOADED, Summary, run
+from mambabench.harness.runner import Summary, run
 from mambabench.harness.steps import Step
 from mambabench.harness.store import Store
 
@@ -36,21 +35,6 @@ ACTING = Path(__file__).with_name("acting.py")
 @pytest.fixture
 def acting() -> Registry:
     return plugins.load([ACTING])
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        made = LocalLauncher(LocalConfig(jobs=3))
-        made.prepare(PRELOADED)
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.create(tmp_path / "store")
 
 
 def record(component: dict[str, Any], **more: Any) -> dict[str, Any]:

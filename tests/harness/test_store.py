@@ -15,11 +15,6 @@ from mambabench.harness.store import SCHEMA, Store
 OK = {"state": "ok", "reason": "", "attempt": 1, "wall_s": 1.5, "started": 0.0, "detail": {"device": "cpu"}}
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.create(tmp_path / "store")
-
-
 def whole(store: Store, key: str = "k") -> Path:
     store.prepare(key, {"kind": "measure"})
     store.begin(key)
