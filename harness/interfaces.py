@@ -36,7 +36,7 @@ API = 1
 """Version of this contract. Raised only when something is removed or changes its meaning."""
 
 KINDS = (
-    *("backend", "distiller", "decoder", "draft", "selector", "source"),
+    *("backend", "teacher", "distiller", "decoder", "draft", "selector", "source"),
     *("suite", "questions", "judge", "table", "renderer", "launcher", "command"),
 )
 
@@ -59,7 +59,8 @@ class Component:
     """Unique within its kind; what `use = "…"` in a plan names."""
     target: str
     """`"package.module:factory"`. `factory(config)` makes an object of the kind's protocol, in the process that
-    uses it. For a command, the target is a click command itself and is not called."""
+    uses it. For a command, the target is a click command itself and is not called; a teacher's gives the folder of a
+    transformers model that comes with the plug-in, and imports no torch."""
     config: type
     """A frozen dataclass. Plans are checked against it; unknown keys are errors. Fields annotated `DataRef` or
     `ModelRef` name an entry of the plan's `[data]` or `[models]` and become inputs of the step, as do files and folders

@@ -15,9 +15,11 @@ from typing import Any
 
 from .config import ConfigError, Structurer, show
 from .interfaces import CHECKPOINT_S, Choice, MambabenchError
-from .plugins import Registry, suggest
+from .plugins import Registry, make, suggest
 
 SCHEMA = 1
+BUILTIN = "builtin:"
+"""Before the name of a source's part, or of a teacher, that comes with a plug-in."""
 _SECTIONS = ("schema", "name", "seeds", "teacher", "data", "stages", "models", "decoders", "suites", "skip", "limits")
 _MODEL_KEYS = ("keep", "train", "start", "path")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -209,20 +211,28 @@ class _Reader:
     def _folder(self, path: Any) -> str:
         if not isinstance(path, str):
             raise ConfigError("path", f"expected a folder in quotes, got {show(path)}")
-        folder = (self.file.parent / Path(path).expanduser()).resolve()
+        folder = self._shipped(path.removeprefix(BUILTIN)) if path.startswith(BUILTIN) else Path(path).expanduser()
+        folder = (self.file.parent / folder).resolve()
         if not folder.is_dir():
             raise ConfigError("path", f"there is no folder {folder} (and nothing is fetched from a hub)")
         if not (folder / "config.json").is_file():
             raise ConfigError("path", f"{folder} is no transformers folder: it has no config.json")
         return str(folder)
 
+    def _shipped(self, name: str) -> Path:
+        """The folder of a teacher that comes with a plug-in."""
+        try:
+            return Path(make(self.structurer.registry.find("teacher", name)))
+        except MambabenchError as error:
+            raise ConfigError("path", str(error)) from None
+
     def _data(self, name: str, value: Any) -> Data:
         if isinstance(value, Mapping):
             return Data(name=name, source=self.structurer.choice("source", value))
         if not isinstance(value, str):
             raise ConfigError("", f'expected a file, "builtin:NAME/PART" or {{ use = "…" }}, got {show(value)}')
-        if value.startswith("builtin:"):
-            source, _, part = value.removeprefix("builtin:").partition("/")
+        if value.startswith(BUILTIN):
+            source, _, part = value.removeprefix(BUILTIN).partition("/")
             return Data(
                 name=name, source=self.structurer.choice("source", {"use": source} | ({"part": part} if part else {}))
             )

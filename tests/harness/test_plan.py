@@ -85,6 +85,7 @@ def test_an_override_changes_one_key_and_the_plan_s_hash(planner, plan_text):
         ('start = "half"', 'start = "next"', "models.next.start: a circle of models: next -> next"),
         ('like = "half"', 'like = "hlaf"', "models.other.like: unknown model"),
         ('path = "teacher"', 'path = "teach"', "teacher.path: there is no folder"),
+        ('path = "teacher"', 'path = "builtin:toy"', "teacher.path: unknown teacher 'toy'"),
         ('path = "teacher"', "", "teacher: give either `path`"),
         ('path = "teacher"', 'train = ["tune"]', "stages.tune.use: 'toy-stage' trains a given model"),
         ('file = "text.txt"', 'file = "txt.txt"', "data.file: there is no file"),
@@ -164,3 +165,42 @@ def test_a_model_may_be_a_folder_of_weights_in_place_of_a_parent(planner, plan_t
     for path, message in (("3", "expected a folder in quotes, got 3"), ('"nowhere"', "there is no folder")):
         with pytest.raises(MambabenchError, match=f"models.baseline.path: {message}"):
             planner.read(text.replace('path = "teacher"\n[dec', f"path = {path}\n[dec"))
+
+
+SHIPPING = """
+from dataclasses import dataclass
+from pathlib import Path
+
+from mambabench import Component, hookimpl
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nothing:
+    pass
+
+
+def folder(config):
+    return Path(__file__).parent / "inside"
+
+
+@hookimpl
+def mambabench_components():
+    yield Component(kind="teacher", name="small", target=f"{__name__}:folder", config=Nothing)
+"""
+
+
+def test_a_teacher_may_come_with_a_plug_in(planner, plan_text, tmp_path):
+    from mambabench.harness import plugins
+
+    shipped = tmp_path / "plug-in"
+    shipped.mkdir()
+    (shipped / "shipping.py").write_text(SHIPPING)
+    planner.registry = plugins.load([*planner.registry.files, shipped / "shipping.py"])
+    text = plan_text.replace('path = "teacher"', 'path = "builtin:small"')
+    with pytest.raises(MambabenchError, match=r"teacher.path: there is no folder .*inside"):
+        planner.read(text)
+    (shipped / "inside").mkdir()
+    (shipped / "inside" / "config.json").write_text("{}")
+    assert planner.read(text).teacher.path == str(shipped / "inside")
+    converted = next(step for step in planner.steps(text) if step.record.get("path"))
+    assert converted.record["path"] == str(shipped / "inside")
