@@ -65,7 +65,7 @@ class KlGuidedConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyConfig:
     part: Literal["train", "unseen", "prompts", "preferences", "tasks", "chat"] = "train"
-    """`train`; `unseen`: held-out documents, to be scored; `prompts`: the same with a beginning of 32 tokens from which
+    """`train`; `unseen`: held-out documents, to be scored; `prompts`: the same with a beginning of 30 tokens from which
     there is much to continue; `preferences`: questions of the training part with a right and a wrong answer; `tasks`:
     lm-eval tasks over held-out items; `chat`: ten questions of two turns, for `mt-bench` and `alpaca-eval`."""
     documents: int = 8000

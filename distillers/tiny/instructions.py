@@ -2,10 +2,10 @@
 
 They name three words or two numbers; in a chat a later one may ask about the same words.
 
->>> " ".join(solve(read_chat(["last of balo kuzi temu"])))
-'temu'
->>> " ".join(solve(read_chat(["last of balo kuzi temu", "now reverse"])))
-'temu kuzi balo'
+>>> " ".join(solve(read_chat(["last of balomu kuzidi tirova"])))
+'tirova'
+>>> " ".join(solve(read_chat(["last of balomu kuzidi tirova", "now reverse"])))
+'tirova kuzidi balomu'
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def _answer(asked: Mapping[str, Any]) -> tuple[Reply, bool]:
 def reply(prompt: str) -> Reply:
     """A rating of the last answer in FastChat's prompts, a preference in AlpacaEval's. Raises ValueError for others.
 
-    >>> reply("[Question]\\nlast of balo kuzi temu\\n\\n[The Start of Assistant's Answer]\\ntemu\\n"
+    >>> reply("[Question]\\nlast of balomu kuzidi tirova\\n\\n[The Start of Assistant's Answer]\\ntirova\\n"
     ...       "[The End of Assistant's Answer]").text
     'Rating: [[10]]'
     """

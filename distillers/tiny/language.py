@@ -1,12 +1,14 @@
 """Words of the tiny world, its names, and which of them are held out; the tokenizer that spells them.
 
-Words are tokens. Names are made up, two syllables each, and numbers are digits, so that any of them can be spelled:
-what is held out is decided by the name or sum alone, never by a seed, and no text to learn from ever holds it.
+Words are tokens. Names are made up, three syllables each, and numbers are digits, so that any of them can be spelled:
+what is held out is decided by the name or sum alone, never by a seed, and no text to learn from ever holds it. Every
+two syllables that follow each other do so in names to learn from, too: else a model learns which ones never do.
 """
 
 from __future__ import annotations
 
 import zlib
+from itertools import permutations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,11 +22,11 @@ objects: boat lamp drum ring book sword
 adjectives: small red grey quiet
 verbs: finds sees wants
 ranks: first second last larger all
-marks: note ask copy add story now of reverse where is the a goes to | + , . and [INST] [/INST]
+marks: note ask copy add story now of reverse where is the a | + , . and [INST] [/INST]
 """
 WORDS = {kind: words.split() for kind, words in (line.split(": ") for line in LEXICON.strip().splitlines())}
 SYLLABLES = [*[first + vowel for first in "bdfgklmnprstvz" for vowel in "aiu"][::2], "lo", "mo", "ro"]
-NAMES = [first + second for first in SYLLABLES for second in SYLLABLES if first != second]
+NAMES = ["".join(syllables) for syllables in permutations(SYLLABLES, 3)]
 DIGITS = [str(digit) for digit in range(10)]
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 BEHIND = "##"
@@ -57,7 +59,7 @@ def tokens_in(word: str) -> int:
     """Tokens of a word: a name has one a syllable, a number one a digit."""
     if word.isdigit():
         return len(word)
-    return 1 + (word in _SPELLED)
+    return 3 if word in _SPELLED else 1
 
 
 _SPELLED = frozenset(NAMES)

@@ -42,7 +42,7 @@ doc_to_target: "{{{{answer}}}}"
 target_delimiter: " "
 generation_kwargs:
   until: [" ."]
-  max_gen_toks: 14
+  max_gen_toks: 20
   do_sample: false
 filter_list:
   - name: trimmed

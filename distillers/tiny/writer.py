@@ -1,11 +1,12 @@
 """Writes the tiny world's documents and items, each from its own random numbers.
 
-    note balo tea balo tea , miru salt miru salt .           facts: a name and a thing, each told twice
-    ask miru salt .                                          a question, answered from the facts
-    copy balo kuzi temu | balo kuzi temu .                   names and their copy
+    note balomu tea , niropu salt .                          facts: a name and a thing
+    note balomu tea balomu tea , niropu salt niropu salt .   the same, each told twice
+    ask niropu salt .                                        a question, answered from the facts
+    copy balomu kuzidi tirova | balomu kuzidi tirova .       names and their copy
     add 27 + 48 is 75 .                                      a sum
-    story balo the miller goes to the river . … where is balo | river .
-    [INST] last of balo kuzi temu [/INST] temu</s>           an instruction whose answer can be checked
+    story balomu river , kuzidi field , balomu cave . the miller finds a small boat . where is balomu cave . …
+    [INST] last of balomu kuzidi tirova [/INST] tirova</s>   an instruction whose answer can be checked
 
 Names, and numbers that are added, are of one part alone: training or held out.
 """
@@ -44,20 +45,21 @@ class Writer:
         self.names = OF_PART[self.held]
 
     def document(self) -> str:
-        """Facts, then in random order a question about each and up to three other sections, as many as fit."""
+        """Facts, told once or twice, then in random order a question about each and up to three other sections, as many
+        as fit."""
         dice = self.random
         pairs = self.facts(dice.randint(2, 8))
         others: list[Callable[[], list[str]]] = [self.copy_section, self.sum_section, self.story, self.chat]
         sections = [["ask", *fact, "."] for fact in told(pairs)]
-        sections += [make() for make in dice.choices(others, (2, 3, 3, 3), k=dice.randint(1, 3))]
+        sections += [make() for make in dice.choices(others, (5, 3, 3, 3), k=dice.randint(1, 3))]
         dice.shuffle(sections)
-        return fit([noted(pairs), *sections])
+        return fit([noted(pairs, times=dice.randint(1, 2)), *sections])
 
     def prompt(self) -> str:
-        """A document whose first 32 tokens, with the begin token, are three facts and a span of four names that is
-        about to be copied: a continuation has something to copy, to look up, and to choose freely."""
-        pairs = self.facts(3)
-        sections = [noted(pairs), copied(self.span(4)), *(["ask", *fact, "."] for fact in told(pairs)), self.story()]
+        """A document whose first 30 tokens, with the begin token, are two facts and a span of three names that is about
+        to be copied: a continuation has something to copy, to look up, and to choose freely."""
+        pairs = self.facts(2)
+        sections = [noted(pairs), copied(self.span(3)), *(["ask", *fact, "."] for fact in told(pairs)), self.story()]
         return fit(sections)
 
     def facts(self, count: int) -> list[str]:
@@ -70,7 +72,7 @@ class Writer:
         names: list[str] = []
         while len(names) < count:
             name = self.random.choice(self.names)
-            if not any(name[:2] == other[:2] or name[2:] == other[2:] for other in names):
+            if not any(name[:2] == other[:2] or name[-2:] == other[-2:] for other in names):
                 names.append(name)
         return names
 
@@ -103,15 +105,22 @@ class Writer:
         return Instruction(kind, tuple(self.span(3)))
 
     def story(self) -> list[str]:
-        """Two people go somewhere, one does something else, and one of them is looked for."""
-        people, places = self.span(2), self.random.sample(WORDS["places"], 2)
-        words = ["story"]
-        for name, place in zip(people, places, strict=True):
-            words += [name, "the", self._skewed("jobs"), "goes", "to", "the", place, "."]
-        words += [self.random.choice(people), self._skewed("verbs"), "a"]
-        words += [self._skewed("adjectives"), self._skewed("objects"), "."]
-        at = self.random.randrange(2)
-        return [*words, "where", "is", people[at], "|", places[at], "."]
+        """People are seen at places, and each is looked for."""
+        seen = self.seen(self.random.randint(2, 6))
+        people = list(dict(told(seen)).items())
+        self.random.shuffle(people)
+        return [*self.scene(seen), *(word for last in people for word in ("where", "is", *last, "."))]
+
+    def seen(self, count: int) -> list[str]:
+        """Where which of three people is seen, `count` times: name, place, name, place, …; nobody more than twice."""
+        people = self.random.sample(self.span(3) * 2, count)
+        return [word for pair in zip(people, self.random.sample(WORDS["places"], count), strict=True) for word in pair]
+
+    def scene(self, seen: Sequence[str]) -> list[str]:
+        """A story up to its questions: who is seen where, and what somebody does meanwhile."""
+        words = ["story", *(word for pair in told(seen) for word in (*pair, ","))]
+        words[-1:] = [".", "the", self._skewed("jobs"), self._skewed("verbs")]
+        return [*words, "a", self._skewed("adjectives"), self._skewed("objects"), "."]
 
     def lookup(self) -> Item:
         """Eight facts and the beginning of a question; the choices are things of the facts."""
@@ -135,11 +144,13 @@ class Writer:
         return Item(f"add {one} + {other} is", str(right), tuple(map(str, wrong)))
 
     def story_end(self) -> Item:
-        """A story up to the place that is asked for; the other one's place is among the choices."""
-        *words, answer, _ = self.story()
-        (other,) = (word for word in words if word in WORDS["places"] and word != answer)
-        others = [place for place in WORDS["places"] if place not in (answer, other)]
-        return Item(" ".join(words), answer, (other, *self.random.sample(others, CHOICES - 2)))
+        """Three people, each seen twice, and the question where one is now; wrong choices are where that one was
+        before, and where the others are."""
+        seen = self.seen(6)
+        name, answer = self.random.choice(list(dict(told(seen)).items()))
+        before = next(place for person, place in told(seen) if person == name)
+        others = [place for person, place in dict(told(seen)).items() if person != name]
+        return Item(" ".join([*self.scene(seen), "where", "is", name]), answer, (before, *others))
 
     def instruct(self) -> Item:
         """An instruction in a chat."""
@@ -176,9 +187,9 @@ def told(pairs: Sequence[str]) -> Iterator[tuple[str, str]]:
     return zip(pairs[::2], pairs[1::2], strict=True)
 
 
-def noted(pairs: Sequence[str]) -> list[str]:
-    """Facts as a section: `note balo tea balo tea , miru salt miru salt .`"""
-    words = [word for fact in told(pairs) for word in (*fact, *fact, ",")]
+def noted(pairs: Sequence[str], times: int = 2) -> list[str]:
+    """Facts as a section, each told so many times: `note balomu tea balomu tea , niropu salt niropu salt .`"""
+    words = [word for fact in told(pairs) for word in (*fact * times, ",")]
     return ["note", *words[:-1], "."]
 
 

@@ -9,11 +9,20 @@ import pytest
 import yaml
 from mambabench.distillers.tiny.instructions import KINDS, read_chat, solve
 from mambabench.distillers.tiny.judge import share_right
-from mambabench.distillers.tiny.language import NAMES, OF_PART, VOCABULARY, WORDS, held_out, tokenizer, tokens_in
+from mambabench.distillers.tiny.language import (
+    NAMES,
+    OF_PART,
+    SYLLABLES,
+    VOCABULARY,
+    WORDS,
+    held_out,
+    tokenizer,
+    tokens_in,
+)
 from mambabench.distillers.tiny.writer import CHOICES, CONTEXT, TASKS, Writer
 from mambabench.harness.documents import encode_document, read_documents, read_preferences
 
-NAME, SUM = re.compile(r"[a-z]{4}"), re.compile(r"(\d\d) \+ (\d\d)|larger of (\d\d) (\d\d)")
+NAME, SUM = re.compile(r"[a-z]{6}"), re.compile(r"(\d\d) \+ (\d\d)|larger of (\d\d) (\d\d)")
 ITEMS = 100
 
 
@@ -26,11 +35,22 @@ def names_in(text):
 
 
 def facts_of(text):
-    """Things by name; every fact is told twice."""
+    """Things by name, and how often each fact is told."""
     facts = [fact.split() for fact in text.partition(" .")[0].removeprefix("note ").split(" , ")]
-    assert all(fact[:2] == fact[2:] for fact in facts)
-    assert len({name[2:] for name, *_ in facts}) == len(facts)
-    return {name: thing for name, thing, *_ in facts}
+    (times,) = {len(fact) // 2 for fact in facts}
+    assert all(fact == fact[:2] * times for fact in facts)
+    for part in (slice(2), slice(-2, None)):
+        assert len({name[part] for name, *_ in facts}) == len(facts)
+    return {name: thing for name, thing, *_ in facts}, times
+
+
+def seen_in(story):
+    """Places by name, in the order in which its people were seen at them."""
+    places = {}
+    for seen in story.partition(" .")[0].split(" , "):
+        name, place = seen.split()
+        places.setdefault(name, []).append(place)
+    return places
 
 
 def sums_in(text):
@@ -56,7 +76,8 @@ def asked(write_tiny):
 
 def test_no_name_and_no_sum_of_a_test_item_is_ever_learnt_from(learnt, asked):
     learnt_names, learnt_sums = names_in(learnt), sums_in(learnt)
-    assert learnt_names == set(OF_PART[False])
+    assert learnt_names <= set(OF_PART[False])
+    assert len(learnt_names) > 0.99 * len(OF_PART[False])
     assert len(learnt_sums) > 500
     for part, text in asked.items():
         names, sums = names_in(text), sums_in(text)
@@ -82,10 +103,11 @@ def test_a_document_depends_on_part_index_and_seed_alone(write_tiny):
 
 @pytest.mark.parametrize("part", ["train", "unseen"])
 def test_all_that_a_document_asks_is_answered_by_what_stands_before(part):
-    answered = 0
+    answered, told = 0, set()
     for index in range(300):
         text = Writer(part, index, 0).document()
-        facts = facts_of(text)
+        facts, times = facts_of(text)
+        told.add(times)
         asked = re.findall(r"ask (\w+) (\w+) \.", text)
         answered += len(asked)
         assert all(facts[name] == thing for name, thing in asked)
@@ -93,11 +115,15 @@ def test_all_that_a_document_asks_is_answered_by_what_stands_before(part):
         assert all(
             int(one) + int(other) == int(total) for one, other, total in re.findall(r"(\d+) \+ (\d+) is (\d+)", text)
         )
-        for name, place in re.findall(r"where is (\w+) \| (\w+)", text):
-            assert re.search(rf"{name} the \w+ goes to the {place} \.", text)
+        for story in text.split("story ")[1:]:
+            last = {name: places[-1] for name, places in seen_in(story).items()}
+            asked = re.findall(r"where is (\w+) (\w+) \.", story)
+            assert dict(asked) == last
+            assert len(asked) == len(last)
         for first, answer in re.findall(r"\[INST\] (\w+ of [\w ]+) \[/INST\] ([\w ]+) </s>", text):
             assert " ".join(solve(read_chat([first]))) == answer
     assert answered > 600
+    assert told == {1, 2}
 
 
 def test_prompts_end_where_a_span_is_about_to_be_copied():
@@ -105,7 +131,7 @@ def test_prompts_end_where_a_span_is_about_to_be_copied():
     for index in range(50):
         text = Writer("prompts", index, 0).prompt()
         ids = words.encode(text)
-        start = words.decode(ids[:32], skip_special_tokens=True)
+        start = words.decode(ids[:30], skip_special_tokens=True)
         assert text.startswith(start + " | " + start.partition(" copy ")[2] + " .")
 
 
@@ -124,14 +150,32 @@ def truth(name, context):
     """The answer, read from the context alone."""
     words = context.split()
     if name == "lookup":
-        return facts_of(context)[words[-1]]
+        return facts_of(context)[0][words[-1]]
     if name == "copy":
         return " ".join(words[1:-1])
     if name == "arithmetic":
         return str(int(words[1]) + int(words[3]))
     if name == "story":
-        return words[words.index(words[-2]) + 6]
+        return seen_in(context.removeprefix("story "))[words[-1]][-1]
     return " ".join(solve(read_chat([" ".join(words[1:-1])])))
+
+
+def test_a_story_s_wrong_choices_are_where_the_person_was_before_and_where_the_others_are():
+    guessed = 0
+    for index in range(300):
+        item = Writer("tasks/story", index, 0).story_end()
+        seen = seen_in(item.context.removeprefix("story "))
+        before, _ = seen.pop(item.context.split()[-1])
+        assert set(item.wrong) == {before, *(places[-1] for places in seen.values())}
+        guessed += item.answer == max((item.answer, *item.wrong), key=item.context.index)
+    assert guessed / 300 == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_every_two_syllables_that_follow_each_other_in_a_name_do_so_in_names_to_learn_from():
+    def pairs(names):
+        return {(name[:2], name[2:4]) for name in names} | {(name[2:4], name[4:]) for name in names}
+
+    assert pairs(OF_PART[False]) == {(one, other) for one in SYLLABLES for other in SYLLABLES if one != other}
 
 
 def test_every_likelihood_task_has_a_generative_twin_over_the_same_items(write_tiny):
@@ -158,7 +202,7 @@ def test_every_instruction_has_three_wrong_answers_and_the_rules_tell_them():
 
 
 @pytest.mark.parametrize(
-    "turns", [[""], ["last balo"], ["larger of balo kuzi"], ["last of 1 2"], ["last of a b c", "x"]]
+    "turns", [[""], ["last balomu"], ["larger of balomu kuzidi"], ["last of 1 2"], ["last of a b c", "x"]]
 )
 def test_what_is_no_instruction_is_refused(turns):
     with pytest.raises(ValueError, match="instruction of the tiny world"):
@@ -191,23 +235,23 @@ def test_the_tokenizer_spells_everything_and_gives_texts_back(write_tiny):
         assert words.unk_token_id not in ids
         assert len(ids) < CONTEXT
         assert words.decode(ids[1:]) == document.text
-    assert words.encode("ask balo")[0] == words.bos_token_id
+    assert words.encode("ask balomu")[0] == words.bos_token_id
 
 
 def test_the_tokenizer_writes_chats_as_the_texts_have_them_and_as_fschat_does():
     conversation = pytest.importorskip("fastchat.conversation").get_conv_template("mistral")
     words = tokenizer()
-    for role, text in zip((0, 1, 0), ("last of balo kuzi temu", "temu", "now first"), strict=True):
+    for role, text in zip((0, 1, 0), ("last of balomu kuzidi tirova", "tirova", "now first"), strict=True):
         conversation.append_message(conversation.roles[role], text)
     conversation.append_message(conversation.roles[1], None)
     messages = [
-        {"role": "user", "content": "last of balo kuzi temu"},
-        {"role": "assistant", "content": "temu"},
+        {"role": "user", "content": "last of balomu kuzidi tirova"},
+        {"role": "assistant", "content": "tirova"},
         {"role": "user", "content": "now first"},
     ]
     ids = words.encode(words.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
     assert ids == words.encode(conversation.get_prompt(), add_special_tokens=False)
-    learnt = "[INST] last of balo kuzi temu [/INST] temu </s> [INST] now first [/INST]"
+    learnt = "[INST] last of balomu kuzidi tirova [/INST] tirova </s> [INST] now first [/INST]"
     assert ids == words.encode(learnt, add_special_tokens=False)
 
 

@@ -22,7 +22,7 @@ TINY = {
     "keys": tuple(language.OF_PART[True][:8]),
     "values": tuple(language.WORDS["things"]),
     "words": tuple(language.OF_PART[True][-12:]),
-    "filler": ("zima sees a grey boat .", "famu wants a small lamp ."),
+    "filler": ("the baker sees a grey boat .", "the miller wants a small lamp ."),
     "entry": "{key} {value} {key} {value}",
     "opening": "note ",
     "separator": " , ",
@@ -96,7 +96,7 @@ def test_depth_moves_the_answer_and_nothing_else():
 
 
 def test_a_text_without_filler_is_asked_once():
-    config = RecallConfig(**TINY, kinds=("needle",), lengths=(16,), items=2)
+    config = RecallConfig(**TINY, kinds=("needle",), lengths=(20,), items=2)
     items = list(make_items(config, language.tokenizer()))
     assert len(items) == len({item.cluster for item in items}) == 2
 
@@ -116,7 +116,7 @@ def test_items_depend_on_their_seed_alone():
 
 
 def test_where_names_run_out_a_book_is_followed_by_filler():
-    config = RecallConfig(**TINY, kinds=("phone-book",), lengths=(80,), items=1, depths=(0.0,))
+    config = RecallConfig(**TINY, kinds=("phone-book",), lengths=(100,), items=1, depths=(0.0,))
     (item,) = make_items(config, language.tokenizer())
     assert item.prompt.count(",") == 7
     assert "grey boat ." in item.prompt
