@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ..harness.hooks import hookimpl
@@ -138,6 +138,7 @@ class TrainTeacherConfig:
         _positive(
             self, "tokens", "layers", "hidden", "heads", "kv_heads", "intermediate", "context", "batch", "lr", "clip"
         )
+        _share_of_steps(self, "warmup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +173,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "context", "batch", "accumulation", "lr", "clip")
+        _share_of_steps(self, "warmup")
         _below_one(self, "beta2")
         _not_negative(self, "slice", "weight_decay")
         if not self.train:
@@ -220,6 +222,10 @@ class DistillationConfig(StageConfig):
             raise ValueError("ce and kl are both 0; one of them must be above 0")
         if self.teacher and not self.kl:
             raise ValueError("teacher is named and kl is 0, so that nobody asks it")
+        for option in fields(self):
+            idle = option.name in ("kl_kind", "js_beta", "temperature") and not self.kl
+            if idle and getattr(self, option.name) != option.default:
+                raise ValueError(f"{option.name} is set and kl is 0, so that there is no divergence")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +289,11 @@ def _positive(config: Any, *names: str) -> None:
 def _below_one(config: Any, name: str) -> None:
     if not 0 <= getattr(config, name) < 1:
         raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 0 and below 1")
+
+
+def _share_of_steps(config: Any, name: str) -> None:
+    if not 0 <= getattr(config, name) < 1:
+        raise ValueError(f"{name} is {getattr(config, name)}; it is a share of all steps, at least 0 and below 1")
 
 
 def _not_negative(config: Any, *names: str) -> None:
