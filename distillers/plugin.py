@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef, ModelRef
-from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig
+from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig, PseudoLabelsConfig
 from .random_configs import RandomMambaConfig, RandomTeacherConfig, RandomTokensConfig
 from .train_speed_config import TrainSpeedConfig
 
@@ -76,32 +76,6 @@ class StandinConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "documents", "items")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PseudoLabelsConfig:
-    documents: int
-    """How many documents the teacher writes."""
-    first: int = 0
-    """Number of the first one: another range of the same seed is a held-out part."""
-    new_tokens: int = 256
-    """Longest document, in new tokens."""
-    temperature: float = 1.0
-    top_k: int = 0
-    """0: off."""
-    top_p: float = 1.0
-    """1: off."""
-    batch: int = 32
-    """Documents written side by side; changes the speed and nothing else."""
-    prompts: DataRef = ""
-    """Data whose documents are continued, one after the other; of chats and other prompts with answers, the prompts are
-    answered. Empty: every document begins with the begin token."""
-    prompt_tokens: int = 32
-    """Longest prompt, in tokens: texts are cut there, prompts with answers left out where they are longer."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _positive(self, "documents", "new_tokens", "batch", "prompt_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
