@@ -290,23 +290,6 @@ def test_a_task_whose_choices_are_prompts_has_no_twin(measure, folder):
     assert not samples(records, metric="generated")
 
 
-@pytest.mark.parametrize(
-    ("answer", "choices", "wanted"),
-    [
-        (" Sunlight. It is", ["sun", "sunlight"], 1),
-        ("the sun", ["sun", "moon"], 0),
-        ("sun or moon", ["moon", "sun"], 1),
-        ("it is sun or moon", ["moon", "sun"], None),
-        ("", ["moon", "sun"], None),
-        ("yes", ["yes", "Yes!"], None),
-        ("+ 3", ["+ 3", "- 3"], None),
-        ("?!", ["?!", "!?"], 0),
-    ],
-)
-def test_written_answers_are_matched_with_choices(answer, choices, wanted):
-    assert match(answer, choices) == wanted
-
-
 def test_targets_may_be_places_or_choices_or_several():
     choices = ["a", "b", "7"]
     assert right_choices(1, choices) == {1}
