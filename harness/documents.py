@@ -7,13 +7,13 @@ with xz or not. Other files and columns are made into these by the source `datas
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import lzma
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
@@ -118,7 +118,7 @@ def read_documents(path: Path) -> Iterator[Document]:
         for record, where in _read_jsonl(file):
             yield _document(record, where)
     elif kind == ".txt":
-        with _open(file) as stream:
+        with open_text(file) as stream:
             yield from _read_text(stream)
     else:
         raise MambabenchError(f"{file}: unknown kind of data (data is {FORMATS})")
@@ -142,6 +142,19 @@ def read_preferences(path: Path) -> Iterator[Preference]:
 
 def leading_token(tokenizer: Tokenizer) -> int | None:
     """What stands before the first token of a text: the beginning-of-text, or the end-of-text of a tokenizer that has
+@contextmanager
+def open_text(file: Path) -> Iterator[TextIO]:
+    """Opens a file for reading, compressed with xz or not. Raises `MambabenchError` naming it where it is no text."""
+    try:
+        packed = file.suffix == ".xz"
+        with lzma.open(file, "rt", encoding="utf-8") if packed else file.open(encoding="utf-8") as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise MambabenchError(f"{file}: not UTF-8 text (it has a byte {error.object[error.start]:#x})") from None
+    except (lzma.LZMAError, EOFError) as error:
+        raise MambabenchError(f"{file}: not a whole .xz file ({error})") from None
+
+
     no beginning."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
@@ -301,12 +314,6 @@ def _kind(file: Path) -> str:
     return suffixes[0] if suffixes else ""
 
 
-def _open(file: Path) -> TextIO:
-    if file.suffix == ".xz":
-        return io.TextIOWrapper(lzma.open(file), encoding="utf-8")
-    return file.open(encoding="utf-8")
-
-
 def _read_text(stream: TextIO) -> Iterator[Document]:
     lines: list[str] = []
     for line in stream:
@@ -321,7 +328,7 @@ def _read_text(stream: TextIO) -> Iterator[Document]:
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    with _open(file) as stream:
+    with open_text(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.isspace():
                 continue
