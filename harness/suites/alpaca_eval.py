@@ -32,6 +32,7 @@ from ..answering import (
 from ..documents import Message
 from ..interfaces import Bench, Choice, MambabenchError, Review, Unsupported
 from ..judges import Reply, Request, ask
+from ..judges.reading import on_scale
 from .chat_configs import AlpacaEvalConfig, AlpacaEvalQuestionsConfig
 
 if TYPE_CHECKING:
@@ -46,12 +47,12 @@ HUB = "tatsu-lab/alpaca_eval"
 COLUMNS = ("index", "instruction_difficulty", "model", "not_gamed_baseline", "preference", "std_delta_len")
 """Of df_gamed.csv."""
 PLACEHOLDER = re.compile(r"{(instruction|output_1|output_2)}")
-DRAW = 1.5
+REFERENCE, DRAW, MODEL = 1.0, 1.5, 2.0
 SEED = 0
 """That of the leaderboard; who stands first depends on it and the instruction."""
 TOOLS = ("function_call", "functions", "tool_choice", "tools")
 Preference = float | None
-"""1: the reference's answer is preferred, 2: the model's, and what lies between; None: no verdict."""
+"""Whose answer is preferred, from `REFERENCE` to `MODEL`; None: no verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +194,10 @@ class Evaluator:
             (preference,) = self._annotator.fn_completion_parser(completion)
         except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"no verdict in {str(completion)[:80]!r}: {error}") from None
-        if preference is None or not 1 <= preference <= 2:
+        preference = preference_of(preference)
+        if preference is None:
             raise ValueError(f"no verdict in {str(completion)[:80]!r}")
-        return float(3 - preference if switched else preference)
+        return REFERENCE + MODEL - preference if switched else preference
 
 
 def judged(
@@ -204,9 +206,14 @@ def judged(
     """What the judge prefers, row by row. Two equal answers are a draw, about which nobody is asked."""
     switched = evaluator.switched(rows)
     asked = [each for each in zip(rows, answers, switched, strict=True) if each[0].output != each[1]]
-    verdicts = {verdict.id: verdict for verdict in ask(judge, [evaluator.request(*each) for each in asked], review)}
-    known = {name: verdict.value if verdict.state == "ok" else None for name, verdict in verdicts.items()}
-    return [known.get(row.id, DRAW) for row in rows]
+    verdicts = ask(judge, [evaluator.request(*each) for each in asked], review)
+    known = {verdict.id: preference_of(verdict.value) if verdict.state == "ok" else None for verdict in verdicts}
+    return [DRAW if row.output == answer else known[row.id] for row, answer in zip(rows, answers, strict=True)]
+
+
+def preference_of(value: Any) -> Preference:
+    """What a judge or a recording says, if it is on the scale."""
+    return on_scale(value, REFERENCE, MODEL)
 
 
 def emit_preferences(
@@ -224,7 +231,7 @@ def emit_preferences(
     controlled = length_controlled(rows, answers, preferences, gamed, model) if gamed else [None] * len(rows)
     for row, preference, fitted in zip(rows, preferences, controlled, strict=True):
         figures = {
-            "win_rate": None if preference is None else preference - 1,
+            "win_rate": None if preference is None else preference - REFERENCE,
             "lc_win_rate": fitted,
             "no_verdict": float(preference is None),
         }
@@ -290,14 +297,15 @@ def read_outputs(file: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def read_annotations(file: Path, rows: Sequence[Row]) -> tuple[list[str], list[Preference]]:
-    """Recorded answers with their preferences, in the order of the rows; 0 is an old way to write a draw."""
-    known = _by_instruction(read_records(file, ("instruction", "output_1", "output_2", "preference")))
+    """Recorded answers with their preferences, in the order of the rows; 0 is an old way to write a draw. What is not
+    on the scale, or missing, is no verdict."""
+    known = _by_instruction(read_records(file, ("instruction", "output_1", "output_2")))
     found = _complete([known.get(row.asks) for row in rows], file, "judgments")
     for row, record in zip(rows, found, strict=True):
         if record["output_1"] != row.output:
             raise MambabenchError(f"{file}: item {row.number} was judged against another answer than the reference's")
-    preferences = [record["preference"] for record in found]
-    return [record["output_2"] for record in found], [None if value is None else value or DRAW for value in preferences]
+    preferences = [record.get("preference") for record in found]
+    return [record["output_2"] for record in found], [preference_of(DRAW if of == 0 else of) for of in preferences]
 
 
 def _by_instruction(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
@@ -328,11 +336,11 @@ def _completion(reply: Reply) -> dict[str, Any]:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    from .lm_eval_tasks import hub_answers
+    from .lm_eval_data import hub_answers
 
     try:
         return Path(
-            hf_hub_download(repo_id=HUB, filename=name, repo_type="dataset", local_files_only=not hub_answers())
+            hf_hub_download(repo_id=HUB, filename=name, repo_type="dataset", local_files_only=not hub_answers(HUB))
         )
     except OSError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

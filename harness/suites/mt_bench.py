@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..answering import (
     Answerer,
@@ -26,8 +26,10 @@ from ..answering import (
 from ..documents import Message
 from ..interfaces import Bench, MambabenchError, Review
 from ..judges import Request, ask
+from ..judges.reading import on_scale
 from .chat_configs import MtBenchConfig, MtBenchQuestionsConfig
 
+T = TypeVar("T")
 TASK = "mt_bench"
 WHERE = "they are in FastChat's repository: fastchat/llm_judge/data"
 RATINGS = re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")
@@ -113,11 +115,14 @@ class MtBench:
             file = answers_file(review, config)
             answers = complete(read_answers(file), questions, file, "answers")
             verdicts = ask(config.judge, requests(questions, answers, folder.prompts), review)
-            ratings = {verdict.id: verdict.value if verdict.state == "ok" else None for verdict in verdicts}
+            ratings = {
+                verdict.id: on_scale(verdict.value, LEAST, MOST) if verdict.state == "ok" else None
+                for verdict in verdicts
+            }
         emit_scores(review, questions, ratings)
 
 
-def complete(texts: dict[str, str], questions: Sequence[Asked], file: Path, what: str) -> dict[str, str]:
+def complete(texts: dict[str, T], questions: Sequence[Asked], file: Path, what: str) -> dict[str, T]:
     """The texts by `name`. Raises `MambabenchError` where there is none for a turn of a question."""
     left = [each for question in questions for each in _names(question) if each not in texts]
     if left:
@@ -175,8 +180,11 @@ def rate(text: str) -> float:
 
 
 def emit_scores(review: Review, questions: Sequence[Asked], ratings: Mapping[str, float | None]) -> None:
-    """Emits ratings: all together, those of each turn and of each category. The turns of a question are one cluster."""
+    """Emits ratings: all together, those of each turn and of each category. The turns of a question are one cluster.
+    Raises `MambabenchError` where there is no rating at all."""
     turns = [(question, turn) for question in questions for turn in range(1, len(question.turns) + 1)]
+    if all(ratings[name(question.number, turn)] is None for question, turn in turns):
+        raise MambabenchError(f"{TASK}: the judge gave no verdict on any of {len(turns)} answers")
     metrics = ["score", "turn 1", "turn 2", *dict.fromkeys(question.category for question in questions)]
     for metric in metrics:
         for question, turn in turns:
@@ -241,7 +249,7 @@ def read_answers(file: Path) -> dict[str, str]:
     return answers
 
 
-def read_judgments(file: Path, model: str) -> dict[str, str]:
+def read_judgments(file: Path, model: str) -> dict[str, Any]:
     """Recorded judgments by `name`: FastChat's of one model, the only one or the one of that name."""
     records = read_records(file, ("question_id", "model", "turn", "judgment"))
     models = sorted({record["model"] for record in records})
@@ -258,7 +266,10 @@ def _names(question: Asked) -> list[str]:
     return [name(question.number, turn + 1) for turn in range(len(question.turns))]
 
 
-def _rating_or_none(text: str) -> float | None:
+def _rating_or_none(text: Any) -> float | None:
+    """Of a recorded judgment, which may be empty."""
+    if not isinstance(text, str):
+        return None
     try:
         return rate(text)
     except ValueError:

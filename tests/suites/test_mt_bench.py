@@ -145,6 +145,26 @@ def test_a_verdict_without_a_rating_is_counted_and_no_score(chats, folder, judge
     assert "writing" not in {record["metric"] for record in chats.of("sample")}
 
 
+def test_no_verdict_at_all_is_no_result(chats, folder, judge):
+    judge({name: "I cannot say." for name in ("1/turn 1", "1/turn 2", "2/turn 1", "2/turn 2", "3/turn 1")})
+    with pytest.raises(MambabenchError, match="mt_bench: the judge gave no verdict on any of 5 answers"):
+        chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
+    assert not chats.of("sample")
+
+
+def test_recorded_judgments_that_are_none_are_counted(chats, folder):
+    file = folder.with_name("judgments.jsonl")
+    texts = {(1, 1): "[[7]]", (1, 2): None, (2, 1): 7, (2, 2): "[[0]]", (3, 1): ""}
+    records = [
+        {"question_id": number, "model": "mock", "turn": turn, "judgment": text}
+        for (number, turn), text in texts.items()
+    ]
+    file.write_text(json.dumps(records))
+    chats.play(MtBench(MtBenchConfig(data="data", judgments="judgments")), data=folder, judgments=file)
+    assert chats.mean("score") == 7
+    assert chats.mean("no_verdict") == 4 / 5
+
+
 def test_turns_of_a_question_are_one_cluster(chats, folder, judge):
     judge({})
     chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
