@@ -140,8 +140,6 @@ def read_preferences(path: Path) -> Iterator[Preference]:
         yield _preference(record, where)
 
 
-def leading_token(tokenizer: Tokenizer) -> int | None:
-    """What stands before the first token of a text: the beginning-of-text, or the end-of-text of a tokenizer that has
 @contextmanager
 def open_text(file: Path) -> Iterator[TextIO]:
     """Opens a file for reading, compressed with xz or not. Raises `MambabenchError` naming it where it is no text."""
@@ -155,6 +153,8 @@ def open_text(file: Path) -> Iterator[TextIO]:
         raise MambabenchError(f"{file}: not a whole .xz file ({error})") from None
 
 
+def leading_token(tokenizer: Tokenizer) -> int | None:
+    """What stands before the first token of a text: the beginning-of-text, or the end-of-text of a tokenizer that has
     no beginning."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 

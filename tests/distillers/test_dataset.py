@@ -86,14 +86,6 @@ def test_options_say_what_columns_are_and_how_chats_are_written(row, options, ex
         ({"text": "a"}, {"form": "chat"}, "no column for messages; name it as `messages_column`"),
         ({"text": 3}, {}, "column 'text' holds int"),
         ({"messages": [{"role": "me", "content": "a"}]}, {}, "a turn of a chat has the role 'me'"),
-        ({"messages": ["Hi"]}, {}, "a turn of a chat is str"),
-    ],
-)
-def test_what_a_row_lacks_is_said(row, options, complaint):
-    with pytest.raises(MambabenchError, match=complaint):
-        records(row, **options)
-
-
         (
             {"messages": [{"role": ["user"], "content": "a"}]},
             {},
@@ -104,9 +96,17 @@ def test_what_a_row_lacks_is_said(row, options, complaint):
             {},
             "content of .* is list, where",
         ),
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.xz", "a.jsonl.xz", "a.parquet"])
+        ({"messages": ["Hi"]}, {}, "a turn of a chat is str"),
         ({"messages": 5}, {}, "a chat is int, where a list of turns is wanted"),
         ({"messages": "Hi"}, {}, "a chat is str, where a list of turns is wanted"),
+    ],
+)
+def test_what_a_row_lacks_is_said(row, options, complaint):
+    with pytest.raises(MambabenchError, match=complaint):
+        records(row, **options)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.xz", "a.jsonl.xz", "a.parquet"])
 def test_each_kind_of_file_has_the_same_rows(tmp_path, name):
     rows, file = [{"messages": [USER, BOT]}, {"messages": [AGAIN, BYE]}], tmp_path / name
     if name == "a.parquet":
@@ -126,6 +126,11 @@ def test_each_kind_of_file_has_the_same_rows(tmp_path, name):
         ("a.json", "[1]", "rows are JSON objects"),
         ("a.json", "[", "not JSON"),
         ("a.jsonl", '{"text": "a"}\n[]\n', "a.jsonl:2: rows are JSON objects|a.jsonl:2"),
+        ("a.jsonl", '{"text": "\xe4"}', "not UTF-8 text"),
+        ("a.json", '[{"text": "\xe4"}]', "not UTF-8 text"),
+        ("a.txt", "\xe4", "not UTF-8 text"),
+        ("a.jsonl.xz", "a", "not a whole .xz file"),
+        ("a.txt.xz", lzma.compress(b"a" * 99)[:-9].decode("latin-1"), "not a whole .xz file"),
         ("a.parquet", "a", "not parquet"),
         ("a.csv", "a", "unknown kind of data"),
     ],
@@ -134,22 +139,9 @@ def test_a_file_that_is_none_is_named(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(MambabenchError, match=complaint) as error:
         list(read_file(tmp_path / name))
-        ("a.jsonl", '{"text": "\xe4"}', "not UTF-8 text"),
-        ("a.json", '[{"text": "\xe4"}]', "not UTF-8 text"),
-        ("a.txt", "\xe4", "not UTF-8 text"),
-        ("a.jsonl.xz", "a", "not a whole .xz file"),
-        ("a.txt.xz", lzma.compress(b"a" * 99)[:-9].decode("latin-1"), "not a whole .xz file"),
     assert str(error.value).startswith(str(tmp_path / name))
 
 
-def test_rows_become_documents_that_can_be_read(tmp_path, make_job):
-    file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(9)) + '{"text": null}\n')
-    job = make_job(data={"a.jsonl": file})
-    DatasetSource(DatasetConfig(path="a.jsonl", first=2)).write(job)
-    assert [document.text for document in read_documents(job.out)] == list("2345678")
-    assert job.emit.facts == {"rows": 8, "rows_left_out": 1, "documents": 7}
-    job = make_job("few", data={"a.jsonl": file})
 def test_the_row_that_is_at_fault_is_named_by_its_number(tmp_path, make_job):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
@@ -179,6 +171,14 @@ def test_a_folder_with_a_file_that_cannot_be_read_is_named(tmp_path, content):
         list(read_folder(tmp_path / "data", DatasetConfig(path="data")))
 
 
+def test_rows_become_documents_that_can_be_read(tmp_path, make_job):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(9)) + '{"text": null}\n')
+    job = make_job(data={"a.jsonl": file})
+    DatasetSource(DatasetConfig(path="a.jsonl", first=2)).write(job)
+    assert [document.text for document in read_documents(job.out)] == list("2345678")
+    assert job.emit.facts == {"rows": 8, "rows_left_out": 1, "documents": 7}
+    job = make_job("few", data={"a.jsonl": file})
     DatasetSource(DatasetConfig(path="a.jsonl", first=2, limit=3)).write(job)
     assert [document.text for document in read_documents(job.out)] == list("234")
 
