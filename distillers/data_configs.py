@@ -44,8 +44,12 @@ class DatasetConfig:
     chat: Literal["keep", "messages", "plain"] = "keep"
     """`messages`: prompts and answers become chats, which the teacher's chat template writes; `plain`: chats become
     texts with "User:" and "Assistant:", for models without a template."""
-    turns: Literal["each", "last"] = "each"
-    """Of a chat: `each` answer is learnt, as a document of its own behind all that was said before, or the `last`."""
+    turns: Literal["each", "first", "last"] = "each"
+    """Of a chat: `each` answer is learnt, as a document of its own behind all that was said before, or the `first` or
+    `last` alone."""
+    learn: Literal["answers", "all"] = "answers"
+    """Of chats, and of prompts with completions: the `answers`, or `all` tokens, those of prompts too. Then a chat is
+    one document, up to its last answer, or its first."""
     first: int = 0
     """Rows left out at the beginning."""
     limit: int = 0

@@ -106,7 +106,7 @@ def beginning(document: Document, tokenizer: Tokenizer, longest: int) -> list[in
         # Documents can be books, and no token is this long on average.
         shown = replace(document, text=document.text[: 64 * (longest + 4)])
         return encode_document(shown, tokenizer)[0][:longest]
-    ids, context = encode_document(document, tokenizer)
+    ids, context = encode_document(replace(document, whole=False), tokenizer)
     return ids[:context] if context <= longest else []
 
 

@@ -124,8 +124,8 @@ class Reader:
         if not completion.strip():
             return []
         if self.config.chat == "messages":
-            return [{"messages": [*self._opening(row), _answer(completion)]}] if self._prompt(row) else []
-        return [{"prompt": self._before_text(row), "completion": completion}]
+            return [self._written([*self._opening(row), _answer(completion)])] if self._prompt(row) else []
+        return [self._continued(self._before_text(row), completion)]
 
     def _conversation(self, row: Row) -> Messages:
         messages = self._turns(row.get(self.columns["messages"]))
@@ -157,11 +157,21 @@ class Reader:
             for end, turn in enumerate(messages)
             if turn["role"] == ANSWER and turn["content"].strip() and any(t["role"] == "user" for t in messages[:end])
         ]
-        chosen = ends[-1:] if self.config.turns == "last" else ends
-        chats = [messages[: end + 1] for end in chosen]
+        if self.config.turns == "first":
+            ends = ends[:1]
+        elif self.config.turns == "last" or self.config.learn == "all":
+            ends = ends[-1:]
+        chats = [messages[: end + 1] for end in ends]
         if self.config.chat != "plain":
-            return [{"messages": chat} for chat in chats]
-        return [{"prompt": spoken(chat[:-1]), "completion": " " + chat[-1]["content"]} for chat in chats]
+            return [self._written(chat) for chat in chats]
+        return [self._continued(spoken(chat[:-1]), " " + chat[-1]["content"]) for chat in chats]
+
+    def _written(self, chat: Messages) -> dict[str, Any]:
+        return {"messages": chat, "whole": True} if self.config.learn == "all" else {"messages": chat}
+
+    def _continued(self, prompt: str, completion: str) -> dict[str, Any]:
+        whole = {"text": prompt + completion}
+        return whole if self.config.learn == "all" else {"prompt": prompt, "completion": completion}
 
     def _preference(self, row: Row) -> list[dict[str, Any]]:
         pair = [row.get(self.columns[role]) for role in ("chosen", "rejected")]

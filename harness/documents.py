@@ -14,7 +14,7 @@ import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
 
@@ -55,6 +55,8 @@ class Document:
     messages: tuple[Message, ...] = ()
     """A chat, written by the tokenizer's chat template. The last message, an answer, is learnt; the others are the
     prompt."""
+    whole: bool = False
+    """All of a chat is learnt and scored, questions and the template's words too."""
     cut: bool = False
     """The text was cut where its writer had not ended."""
 
@@ -68,7 +70,7 @@ class Document:
         """A hash of the content, by which two runs find the same document."""
         content = self.text if self.ids is None else json.dumps(self.ids)
         if self.asks:
-            content = json.dumps([self.text, self.prompt, self.messages])
+            content = json.dumps([self.text, self.prompt, self.messages, *(["whole"] if self.whole else [])])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -228,6 +230,8 @@ def _texts(document: Document, tokenizer: Tokenizer) -> list[str]:
     before, after = document.text[: document.prompt], document.text[document.prompt :]
     if document.messages:
         before, after = write_chat(document.messages, tokenizer)
+        if document.whole:
+            before, after = "", before + after
     return [before, after] if before else [after]
 
 
@@ -346,7 +350,8 @@ def _document(record: Mapping[str, Any], where: str) -> Document:
     if "chosen" in record and "rejected" in record:
         raise MambabenchError(f"{where}: a preference, where documents with {DOCUMENT} are read")
     if "messages" in record:
-        return _chat(_messages(record["messages"], f'{where}: "messages"'), where)
+        chat = _chat(_messages(record["messages"], f'{where}: "messages"'), where)
+        return replace(chat, whole=_flag(record, "whole", where))
     if "completion" in record:
         return _continued(_text(record, "prompt", where), _text(record, "completion", where))
     if not {"text", "ids"} & record.keys():
@@ -364,10 +369,7 @@ def _preference(record: Mapping[str, Any], where: str) -> Preference:
         raise MambabenchError(f"{where}: a preference is an object with {PREFERENCE}")
     if isinstance(record["prompt"], str):
         prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
-        cut = record.get("cut", False)
-        if not isinstance(cut, bool):
-            raise MambabenchError(f'{where}: "cut" must be true or false')
-        return Preference(prompt, chosen, rejected, cut=cut)
+        return Preference(prompt, chosen, rejected, cut=_flag(record, "cut", where))
     messages = _messages(record["prompt"], f'{where}: "prompt"')
     answers = []
     for key in ("chosen", "rejected"):
@@ -383,6 +385,13 @@ def _text(record: Mapping[str, Any], key: str, where: str, default: str | None =
     if not isinstance(text, str):
         raise MambabenchError(f'{where}: "{key}" must be a string')
     return text
+
+
+def _flag(record: Mapping[str, Any], key: str, where: str) -> bool:
+    flag = record.get(key, False)
+    if not isinstance(flag, bool):
+        raise MambabenchError(f'{where}: "{key}" must be true or false')
+    return flag
 
 
 def _messages(value: object, where: str) -> tuple[Message, ...]:

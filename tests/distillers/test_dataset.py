@@ -60,6 +60,14 @@ def test_usual_columns_are_known(row, expected):
         ({"instruction": "a", "output": "b", "chosen": "c", "rejected": "d"}, {"form": "completion"}, "b"),
         ({"prompt": "Hi", "completion": "Hello"}, {"chat": "messages"}, [{"messages": [USER, BOT]}]),
         ({"messages": [USER, BOT, AGAIN, BYE]}, {"turns": "last"}, [{"messages": [USER, BOT, AGAIN, BYE]}]),
+        ({"messages": [USER, BOT, AGAIN, BYE]}, {"turns": "first"}, [{"messages": [USER, BOT]}]),
+        (
+            {"messages": [USER, BOT, AGAIN, BYE, AGAIN]},
+            {"learn": "all"},
+            [{"messages": [USER, BOT, AGAIN, BYE], "whole": True}],
+        ),
+        ({"messages": [USER, BOT]}, {"learn": "all", "chat": "plain"}, [{"text": "User: Hi\n\nAssistant: Hello"}]),
+        ({"prompt": "Hi", "completion": "Hello"}, {"learn": "all"}, [{"text": "Hi\n\nHello"}]),
         ({"messages": [USER, BOT]}, {"chat": "plain"}, [{"prompt": "User: Hi\n\nAssistant:", "completion": " Hello"}]),
         (
             {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"},

@@ -1,6 +1,7 @@
 """The two distillers end to end on a very small teacher, and text that a teacher writes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,7 @@ def test_a_chat_is_answered_behind_its_template(teacher, tmp_path):
     (document,) = read_documents(seeds)
     assert words.decode(beginning(document, words, 9)) == "<s> ask anna ,"
     assert beginning(document, words, 3) == []
+    assert beginning(replace(document, whole=True), words, 9) == beginning(document, words, 9)
 
 
 def test_the_length_of_a_pseudo_label_does_not_depend_on_those_beside_it(make_job, teacher, tmp_path):
