@@ -71,7 +71,8 @@ class Quality:
     note = (
         "Value ± standard error over items (clustered); a second ± is the error between seeds. "
         "Perplexity is per token of the teacher's tokenizer. "
-        "The average is over the first accuracy of each task of each suite. "
+        "The average is over the first accuracy of each task of each suite; where several suites have accuracies, those "
+        "with more than one have an average and a recovery of their own. "
         "Recovery is the share of the teacher's average (of the inverse perplexity where there are no accuracies). "
         f"Intervals are {100 * LEVEL:.0f}\u00a0%, paired by item with the teacher, seeds included."
     )
@@ -87,7 +88,7 @@ class Quality:
             return None
         columns = _columns(samples, cells)
         names = _names(columns)
-        averaged = _averaged(columns)
+        averages = _averages(columns)
         failed = failures(cells, WHO)
         teachers, attention = teacher_of(results), attention_of(results)
         groups = dict(iter(samples.groupby(["model", "decoder"], sort=False)))
@@ -100,7 +101,7 @@ class Quality:
             notes = [states[suite] for suite in dict.fromkeys(of[0] for of in parts) if states[suite]]
             taught = _parts(groups.get((teachers.get(model, ""), ""), samples.iloc[:0]))
             try:
-                row |= _beside(parts, taught, columns, names, averaged, is_teacher)
+                row |= _beside(parts, taught, columns, names, averages, is_teacher)
             except OtherItems:
                 notes.append("not the teacher's items")
             row |= {"model": model, "decoder": decoder, "check": "; ".join(str(note) for note in notes)}
@@ -108,15 +109,19 @@ class Quality:
             row["seeds"] = max((part["key"].nunique() for part in parts.values()), default=0)
             rows.append(row)
         figures = [head for column in columns for head in (names[column], names[column] + RATIO)]
-        frame = table_of(rows, ["model", "decoder", "attention", AVERAGE, RECOVERY, *figures, "seeds", "check"])
+        means = [prefix + head for prefix in averages for head in (AVERAGE, RECOVERY)]
+        frame = table_of(rows, ["model", "decoder", "attention", *means, *figures, "seeds", "check"])
         if frame["seeds"].max() <= 1:
             frame = frame.drop(columns="seeds")
-        if len(averaged) < 2:
+        if len(averages[""]) < 2:
             frame = frame.drop(columns=AVERAGE)
         ratios = [head for head in figures if head.endswith(RATIO)]
-        frame = drop_empty(frame, ["decoder", "attention", *ratios, AVERAGE, RECOVERY, "check"])
-        if AVERAGE in frame:
-            frame.attrs["averages"] = {AVERAGE: [names[column] for column in averaged]}
+        frame = drop_empty(frame, ["decoder", "attention", *ratios, *means, "check"])
+        frame.attrs["averages"] = {
+            prefix + AVERAGE: [names[column] for column in averaged]
+            for prefix, averaged in averages.items()
+            if prefix + AVERAGE in frame
+        }
         return frame
 
 
@@ -146,7 +151,7 @@ def _beside(
     taught: Parts,
     columns: Sequence[Column],
     names: Mapping[Column, str],
-    averaged: Sequence[Column],
+    averages: Mapping[str, Sequence[Column]],
     is_teacher: bool,
 ) -> dict[str, Any]:
     """Averages and what sets a model against its teacher. An average that lacks a task is none."""
@@ -158,14 +163,16 @@ def _beside(
             ratio = own if is_teacher else perplexity_ratio(parts[column.where], taught[column.where])
             row[names[column] + RATIO] = ratio
             ratios.append(ratio)
-    if averaged and all(column.where in parts for column in averaged):
+    for prefix, averaged in averages.items():
+        if not averaged or not all(column.where in parts for column in averaged):
+            continue
         mine = [parts[column.where] for column in averaged]
-        row[AVERAGE] = average(mine).scaled(100)
+        row[prefix + AVERAGE] = average(mine).scaled(100)
         if is_teacher:
-            row[RECOVERY] = st.Estimate(value=100.0)
+            row[prefix + RECOVERY] = st.Estimate(value=100.0)
         elif all(column.where in taught for column in averaged):
-            row[RECOVERY] = recovery(mine, [taught[column.where] for column in averaged]).scaled(100)
-    elif ratios and not averaged:
+            row[prefix + RECOVERY] = recovery(mine, [taught[column.where] for column in averaged]).scaled(100)
+    if ratios and not averages[""]:
         row[RECOVERY] = st.Estimate(value=100.0) if is_teacher else inverse(ratios[0]).scaled(100)
     return row
 
@@ -202,6 +209,15 @@ def _columns(samples: pd.DataFrame, cells: pd.DataFrame) -> list[Column]:
         columns.append(Column(suite, task, metric, form))
     known = {column.suite for column in columns}
     return columns + [Column(suite, "", "", "none") for suite in dict.fromkeys(cells["suite"]) if suite not in known]
+
+
+def _averages(columns: Sequence[Column]) -> dict[str, list[Column]]:
+    """What is averaged, by what stands before the heading: everything, and where several suites have accuracies, each
+    suite that has more than one, such as all tasks of one of the paper's tables."""
+    every = _averaged(columns)
+    of_suites = {column.suite: [other for other in every if other.suite == column.suite] for column in every}
+    own = {f"{suite} ": mine for suite, mine in of_suites.items() if len(mine) > 1}
+    return {"": every, **(own if len(of_suites) > 1 else {})}
 
 
 def _averaged(columns: Sequence[Column]) -> list[Column]:

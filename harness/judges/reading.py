@@ -20,7 +20,8 @@ def on_scale(value: Any, least: float, most: float) -> float | None:
     >>> on_scale(7, 1, 10), on_scale(11, 1, 10), on_scale("7", 1, 10), on_scale(float("nan"), 1, 10)
     (7.0, None, None, None)
     """
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most else None
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return float(value) if is_number and least <= value <= most else None
 
 
 Answer = Callable[[Mapping[str, Any]], tuple[Reply, bool]]

@@ -384,6 +384,53 @@ def test_seeds_that_failed_are_told_in_the_rows_of_decoding(stores, tmp_path, fr
     assert row(frames["acceptance"], suite="speed")["state"] == told
 
 
+def test_each_of_several_suites_has_an_average_of_its_own(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    tasks = {"zero-shot": ("piqa", "race", "copa"), "few-shot": ("piqa", "mmlu"), "written": ("gsm8k",)}
+    rng = np.random.default_rng(0)
+    for model, chance in (("teacher", 0.9), ("half", 0.6)):
+        for suite, names in tasks.items():
+            rows = [row for name in names for row in stores.samples(rng, name, chance=chance)]
+            if (model, suite) == ("half", "written"):
+                builder.step(f"{model}/-/{suite}@seed0", state="timeout")
+            else:
+                builder.step(f"{model}/-/{suite}@seed0", records={"sample": rows})
+    quality = frames_of(builder.write())["quality"]
+    assert list(quality)[2:8] == [
+        *("average %", "recovery %", "zero-shot average %", "zero-shot recovery %"),
+        *("few-shot average %", "few-shot recovery %"),
+    ]
+    teacher, half = row(quality, model="teacher"), row(quality, model="half")
+    columns = {
+        "zero-shot": ["zero-shot: piqa acc %", "race acc %", "copa acc %"],
+        "few-shot": ["few-shot: piqa acc %", "mmlu acc %"],
+    }
+    for suite, names in columns.items():
+        for of in (teacher, half):
+            assert of[f"{suite} average %"].value == pytest.approx(sum(of[name].value for name in names) / len(names))
+        recovery = half[f"{suite} recovery %"]
+        share = half[f"{suite} average %"].value / teacher[f"{suite} average %"].value
+        assert recovery.value == pytest.approx(100 * share)
+        assert recovery.low < recovery.value < recovery.high
+        assert text(teacher[f"{suite} recovery %"]) == "100.0"
+    assert text(half["average %"]) == text(half["recovery %"]) == "–"
+    every = [*columns["zero-shot"], *columns["few-shot"], "gsm8k acc %"]
+    assert teacher["average %"].value == pytest.approx(sum(teacher[name].value for name in every) / 6)
+    assert quality.attrs["averages"] == {
+        "average %": every,
+        **{f"{suite} average %": names for suite, names in columns.items()},
+    }
+
+
+def test_the_average_of_one_suite_stands_once(make, frames_of):
+    assert [name for name in frames_of(make())["quality"] if "average" in name or "recovery" in name] == [
+        "average %",
+        "recovery %",
+    ]
+
+
 def test_tasks_of_one_name_in_two_suites_are_two_in_the_average(stores, tmp_path, frames_of):
     builder = stores.Builder(tmp_path / "store")
     builder.model("teacher", teacher=True)

@@ -146,7 +146,7 @@ def test_a_verdict_without_a_rating_is_counted_and_no_score(chats, folder, judge
 
 
 def test_no_verdict_at_all_is_no_result(chats, folder, judge):
-    judge({name: "I cannot say." for name in ("1/turn 1", "1/turn 2", "2/turn 1", "2/turn 2", "3/turn 1")})
+    judge(dict.fromkeys(("1/turn 1", "1/turn 2", "2/turn 1", "2/turn 2", "3/turn 1"), "I cannot say."))
     with pytest.raises(MambabenchError, match="mt_bench: the judge gave no verdict on any of 5 answers"):
         chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
     assert not chats.of("sample")
