@@ -71,8 +71,8 @@ class Quality:
     note = (
         "Value ± standard error over items (clustered); a second ± is the error between seeds. "
         "Perplexity is per token of the teacher's tokenizer. "
-        "The average is over the first accuracy of each task of each suite; where several suites have accuracies, those "
-        "with more than one have an average and a recovery of their own. "
+        "The average is over the first accuracy of each task of each suite; where several suites have accuracies, each "
+        "with more than one has an average and a recovery of its own. "
         "Recovery is the share of the teacher's average (of the inverse perplexity where there are no accuracies). "
         f"Intervals are {100 * LEVEL:.0f}\u00a0%, paired by item with the teacher, seeds included."
     )
