@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..harness.hooks import hookimpl
@@ -11,6 +11,10 @@ from ..harness.interfaces import Component, DataRef, ModelRef
 from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig, PseudoLabelsConfig
 from .random_configs import RandomMambaConfig, RandomTeacherConfig, RandomTokensConfig
 from .train_speed_config import TrainSpeedConfig
+
+HOW = {"decides": False}
+"""Marks options of stages that say how a result is computed. They are no part of a key: a stage that ran out of memory
+goes on with others from where it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +126,9 @@ class StageConfig:
     data: DataRef
     context: int
     batch: int = 16
-    accumulation: int = 1
-    """Parts in which a batch is computed, to save memory; the result is the same."""
+    accumulation: int = field(default=1, metadata=HOW)
+    """Parts in which each GPU computes its share of a batch, to save memory; the result is the same. A GPU that has
+    fewer rows computes them one by one."""
     lr: float
     """Peak of the learning rate."""
     warmup: float
@@ -134,12 +139,12 @@ class StageConfig:
     beta2: float = 0.98
     """Adam's memory of squared gradients (that of gradients is 0.9): the higher, the longer. 0.98, the default of all
     stages, is the paper's of the first one, and right for hundreds of steps; its `sft` and `dpo` have 0.999."""
-    checkpointing: bool = False
+    checkpointing: bool = field(default=False, metadata=HOW)
     """Keeps only what enters each layer for the way back, and computes the rest again: far less memory, a third more
     time, the same result."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=HOW)
     """How several GPUs share a stage (`limits.train_gpus`): each holds all weights, or, with FSDP2, a part of them."""
-    slice: int = 0
+    slice: int = field(default=0, metadata=HOW)
     """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
     0: those of all positions."""
     train: tuple[str, ...] = ("all",)
@@ -147,6 +152,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "context", "batch", "accumulation", "lr", "clip")
+        if self.batch % self.accumulation:
+            raise ValueError(f"accumulation is {self.accumulation}, which does not divide batch = {self.batch}")
         _share_of_steps(self, "warmup")
         _below_one(self, "beta2")
         _not_negative(self, "slice", "weight_decay")
@@ -181,7 +188,7 @@ class DistillationConfig(StageConfig):
     """Weight of the teacher in the mixture of `js`: towards 0 it behaves as `forward`, towards 1 as `reverse`."""
     temperature: float = 1.0
     """Softens both distributions of the divergence, whose gradient is scaled back by its square."""
-    slice: int = 0
+    slice: int = field(default=0, metadata=HOW)
     """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
     0: those of all positions, on a GPU as many as half a gigabyte holds."""
     train: tuple[str, ...] = ("mixers",)
@@ -239,7 +246,7 @@ class DpoConfig(StageConfig):
     """How dearly leaving the reference is paid for; rewards are beta times log-ratios to it."""
     reference: Literal["start", "teacher"] = "start"
     """The student before this stage, as the released code has it, or the teacher, as the paper's equation 4."""
-    precompute: bool = False
+    precompute: bool = field(default=False, metadata=HOW)
     """Asks the reference once for all pairs before the training, in place of keeping it in memory."""
     context: int = 512
     """Longest text, prompt and answer, in tokens; what is longer is cut."""
