@@ -76,7 +76,8 @@ class Component:
     traits: frozenset[str] = frozenset()
     """What the planner may rely on. Suites: exactly one of `score`, `generate`, `pair`; `alone` for a quiet machine.
     Decoders: `lossless`; `streams` if `generate` takes `on_text`. Backends: `rollback`, `generate`. Distillers:
-    `from-scratch` if they need no parent, `ranks` if several processes may run one stage together.
+    `from-scratch` if they need no parent, `ranks` if several processes may run one stage together, which share its
+    option `batch` evenly.
     Selectors: `gpu` if they run models."""
     summary: str = ""
     """One line for `mambabench list`."""

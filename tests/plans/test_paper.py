@@ -170,6 +170,36 @@ def test_less_is_held_with_slices_and_smaller_parts(expanded):
     assert memory(*shared, "stages.tune.parallel=fsdp") < 0.55 * whole < memory(*shared) < whole
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_several_gpus_share_each_stage_a_row_at_a_time(expanded, name):
+    def memory(*overrides):
+        return {need.label: need.memory for need in needs(*expanded(PAPER / f"{name}.toml", *overrides))}
+
+    alone = memory()
+    for gpus in (2, 8, 32):
+        assert memory(f"limits.train_gpus={gpus}") == alone
+    with pytest.raises(
+        MambabenchError, match=r"stages.align.batch: expected a multiple of limits.train_gpus = 3, got 64"
+    ):
+        expanded(PAPER / f"{name}.toml", "limits.train_gpus=3")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_computed_differently_is_the_same_step(expanded, name):
+    """As the documentation has it: options that save memory are given to all stages that take them."""
+    _, steps = expanded(PAPER / f"{name}.toml")
+    plan, same = expanded(
+        PAPER / f"{name}.toml",
+        *("limits.train_gpus=8", "stages.*.parallel=fsdp", "stages.*.checkpointing=true", "stages.*.precompute=true"),
+        *("stages.*.accumulation=2", "stages.*.slice=1_024"),
+    )
+    assert [step.key for step in steps] == [step.key for step in same]
+    for stage in plan.stages.values():
+        config = stage.config
+        assert (config.parallel, config.checkpointing, config.accumulation, config.slice) == ("fsdp", True, 2, 1024)
+    assert plan.stages["prefer"].config.precompute
+
+
 def test_what_cannot_be_estimated_is_said(folder, expanded):
     (folder / "config.json").write_text(json.dumps({key: LLAMA3[key] for key in LLAMA3 if key != "vocab_size"}))
     with pytest.raises(MambabenchError, match=r"config.json: no vocab_size"):
