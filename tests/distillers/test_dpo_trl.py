@@ -68,5 +68,6 @@ def test_losses_rewards_and_gradients_of_dpo_equal_those_of_trl(hybrid, pairs, m
     assert 0 < logged["rewards/accuracies"] < 1
     got = dict(student.named_parameters())
     for name, parameter in theirs.named_parameters():
-        torch.testing.assert_close(got[name].grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
-        assert parameter.grad.abs().max() > 1e-4, name
+        largest = parameter.grad.abs().max().item()
+        assert largest > 1e-4, name
+        torch.testing.assert_close(got[name].grad, parameter.grad, rtol=0, atol=1e-5 * largest)
