@@ -216,16 +216,18 @@ def test_the_teacher_has_a_row_of_cost_even_where_the_plan_does_not_train_it(sto
     assert [text(cell) for cell in cost["parameters"]] == ["–", "12"]
 
 
-def test_choosing_layers_by_trial_has_its_cost(stores, tmp_path, frames_of):
+@pytest.mark.parametrize("trains", [True, False])
+def test_choosing_layers_by_trial_has_its_cost(stores, tmp_path, frames_of, trains):
     builder = stores.Builder(tmp_path / "store")
     builder.model("teacher", teacher=True)
     builder.model("half", {"use": "kl-guided", "share": 0.5})
     told = [{"name": "kl_gain", "value": 0.1, "arm": "layer 0"}, {"name": "selection_tokens", "value": 5000}]
     told.append({"name": "selection_wall", "value": 7.5, "unit": "s"})
     builder.step("half/select@seed0", "select", facts=told)
-    builder.step("half/align@seed0", "train", facts=[{"name": "parameters", "value": 12}])
+    if trains:
+        builder.step("half/align@seed0", "train", facts=[{"name": "parameters", "value": 12}])
     cost = frames_of(builder.write())["cost"]
-    assert cost["stage"].tolist() == ["", "(layers chosen)", "align"]
+    assert cost["stage"].tolist() == ["", "(layers chosen)", "align" if trains else ""]
     chosen = cost.iloc[1]
     assert (chosen["model"], chosen["selection tokens"], chosen["selection wall s"]) == ("half", 5000, 7.5)
     assert "kl gain" not in cost
