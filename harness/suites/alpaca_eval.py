@@ -277,7 +277,7 @@ def read_rows(file: Path) -> list[Row]:
     """Instructions and reference answers, in the order of the file."""
     seen: Counter[str] = Counter()
     rows = []
-    for number, record in enumerate(read_records(file, ("instruction", "output"))):
+    for number, record in enumerate(read_records(file, texts=("instruction", "output"))):
         instruction = record["instruction"]
         rows.append(Row(number, instruction, seen[instruction], record["output"]))
         seen[instruction] += 1
@@ -287,11 +287,11 @@ def read_rows(file: Path) -> list[Row]:
 def read_outputs(file: Path, rows: Sequence[Row]) -> list[str]:
     """A model's recorded answers in the order of the rows: AlpacaEval's model outputs, or a step's records."""
     records = read_records(file)
-    by_id = answers_of(records)
+    by_id = answers_of(records, file)
     if by_id:
         found = [by_id.get(row.id) for row in rows]
     else:
-        by_text = _by_instruction(with_fields(records, file, ("instruction", "output")))
+        by_text = _by_instruction(with_fields(records, file, texts=("instruction", "output")))
         found = [by_text[row.asks]["output"] if row.asks in by_text else None for row in rows]
     return _complete(found, file, "answers")
 
@@ -299,7 +299,7 @@ def read_outputs(file: Path, rows: Sequence[Row]) -> list[str]:
 def read_annotations(file: Path, rows: Sequence[Row]) -> tuple[list[str], list[Preference]]:
     """Recorded answers with their preferences, in the order of the rows; 0 is an old way to write a draw. What is not
     on the scale, or missing, is no verdict."""
-    known = _by_instruction(read_records(file, ("instruction", "output_1", "output_2")))
+    known = _by_instruction(read_records(file, texts=("instruction", "output_1", "output_2")))
     found = _complete([known.get(row.asks) for row in rows], file, "judgments")
     for row, record in zip(rows, found, strict=True):
         if record["output_1"] != row.output:

@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from ..answering import (
     Answerer,
     Question,
     answers_file,
     answers_of,
+    by_name,
     item_of,
     read_records,
     recorded,
@@ -27,6 +28,7 @@ from ..documents import Message
 from ..interfaces import Bench, MambabenchError, Review
 from ..judges import Request, ask
 from ..judges.reading import on_scale
+from ..templates import check_template
 from .chat_configs import MtBenchConfig, MtBenchQuestionsConfig
 
 T = TypeVar("T")
@@ -155,13 +157,34 @@ def requests(questions: Iterable[Asked], answers: Mapping[str, str], prompts: Ma
     asked = []
     for question in questions:
         for turn in range(1, len(question.turns) + 1):
-            prompt = prompts["single" + ("-math" if question.references else "") + "-v1" + "-multi-turn" * (turn - 1)]
+            prompt = prompts[prompt_name(bool(question.references), turn)]
             text = prompt.template.format_map(_fields(question, answers, turn))
             messages = (*([Message("system", prompt.system)] if prompt.system else []), Message("user", text))
             asked.append(
                 Request(id=name(question.number, turn), messages=messages, read=lambda reply: rate(reply.text))
             )
     return asked
+
+
+def prompt_name(referenced: bool, turn: int) -> str:
+    """How FastChat calls the judge's prompt for a turn.
+
+    >>> prompt_name(True, 2)
+    'single-math-v1-multi-turn'
+    """
+    return "single" + "-math" * referenced + "-v1" + "-multi-turn" * (turn - 1)
+
+
+def places_of(referenced: bool, turn: int) -> list[str]:
+    """What the prompt for a turn may have places for."""
+    if turn == 1:
+        return ["question", "answer", *["ref_answer_1"] * referenced]
+    names = ["question", "answer", *["ref_answer"] * referenced]
+    return [f"{name}_{place}" for place in range(1, turn + 1) for name in names]
+
+
+PROMPTS = {prompt_name(of, turn): places_of(of, turn) for of in (False, True) for turn in (1, 2)}
+"""The prompts that a judge needs, with what they may have places for."""
 
 
 def rate(text: str) -> float:
@@ -202,13 +225,12 @@ def emit_sample(review: Review, question: Asked, turn: int, **fields: Any) -> No
 
 def read_questions(file: Path) -> list[Asked]:
     """Questions without their references."""
-    questions = []
-    for record in read_records(file, ("question_id", "category", "turns")):
-        number, turns = record["question_id"], tuple(record["turns"])
-        if not 1 <= len(turns) <= 2:
-            raise MambabenchError(f"{file}: question {number} has {len(turns)} turns, not 1 or 2")
-        questions.append(Asked(number, record["category"], turns, ()))
-    return questions
+    records = read_records(file, ("question_id", "turns"), texts=("category",))
+    by_name(((f"question {record['question_id']}", None) for record in records), file)
+    for record in records:
+        if not _are_texts(record["turns"]) or not 1 <= len(record["turns"]) <= 2:
+            raise MambabenchError(f"{file}: `turns` of question {record['question_id']} must be a list of 1 or 2 texts")
+    return [Asked(record["question_id"], record["category"], tuple(record["turns"]), ()) for record in records]
 
 
 def read_folder(folder: Path, reference: str) -> Folder:
@@ -216,10 +238,7 @@ def read_folder(folder: Path, reference: str) -> Folder:
     for needed in ("question.jsonl", "judge_prompts.jsonl"):
         if not (folder / needed).is_file():
             raise MambabenchError(f"{folder}: has no {needed}, which MT-Bench needs; {WHERE}")
-    prompts = {
-        record["name"]: Prompt(record["system_prompt"], record["prompt_template"])
-        for record in read_records(folder / "judge_prompts.jsonl", ("name", "system_prompt", "prompt_template"))
-    }
+    prompts = _read_prompts(folder / "judge_prompts.jsonl")
     questions = read_questions(folder / "question.jsonl")
     if any(question.category in REFERENCED for question in questions):
         file = folder / "reference_answer" / f"{reference}.jsonl"
@@ -231,35 +250,60 @@ def read_folder(folder: Path, reference: str) -> Folder:
             if left := [each for each in shown if each not in known]:
                 raise MambabenchError(f"{file.parent}: {file.name} has no answer to {left[0]}")
             questions[place] = replace(question, references=tuple(known[each] for each in shown))
-    wanted = {"single" + kind + "-v1" + turn for kind in ("", "-math") for turn in ("", "-multi-turn")}
-    if lacking := sorted(wanted - prompts.keys()):
-        raise MambabenchError(f"{folder / 'judge_prompts.jsonl'}: lacks the prompt {lacking[0]!r}; {WHERE}")
     return Folder(questions, prompts)
+
+
+def _read_prompts(file: Path) -> dict[str, Prompt]:
+    records = read_records(file, texts=("name", "system_prompt", "prompt_template"))
+    prompts = by_name(
+        ((record["name"], Prompt(record["system_prompt"], record["prompt_template"])) for record in records), file
+    )
+    for name, places in PROMPTS.items():
+        if name not in prompts:
+            raise MambabenchError(f"{file}: lacks the prompt {name!r}; {WHERE}")
+        try:
+            check_template(prompts[name].template, known=places)
+        except ValueError as error:
+            raise MambabenchError(f"{file}: the prompt {name!r}: {error}") from None
+    return prompts
 
 
 def read_answers(file: Path) -> dict[str, str]:
     """Recorded answers by `name`: FastChat's, of which the first choice counts, or a step's records."""
     records = read_records(file)
-    answers = answers_of(records)
+    answers = answers_of(records, file)
     if answers:
         return answers
+    found = []
     for record in with_fields(records, file, ("question_id", "choices")):
-        for turn, text in enumerate(record["choices"][0]["turns"], 1):
-            answers[name(record["question_id"], turn)] = text
-    return answers
+        turns = _first_turns(record["choices"])
+        if turns is None:
+            raise MambabenchError(
+                f"{file}: `choices` of question {record['question_id']} must begin with an object whose `turns` is a "
+                "list of texts"
+            )
+        found += [(name(record["question_id"], turn), text) for turn, text in enumerate(turns, 1)]
+    return by_name(found, file)
+
+
+def _first_turns(choices: Any) -> list[str] | None:
+    first = choices[0] if isinstance(choices, list) and choices else None
+    turns = first.get("turns") if isinstance(first, dict) else None
+    return turns if _are_texts(turns) else None
+
+
+def _are_texts(turns: Any) -> TypeGuard[list[str]]:
+    return isinstance(turns, list) and all(isinstance(text, str) for text in turns)
 
 
 def read_judgments(file: Path, model: str) -> dict[str, Any]:
     """Recorded judgments by `name`: FastChat's of one model, the only one or the one of that name."""
-    records = read_records(file, ("question_id", "model", "turn", "judgment"))
+    records = read_records(file, ("question_id", "turn", "judgment"), texts=("model",))
     models = sorted({record["model"] for record in records})
     if len(models) > 1 and model not in models:
         raise MambabenchError(f"{file}: has judgments of {', '.join(models)}; the model is called {model!r}")
-    return {
-        name(record["question_id"], record["turn"]): record["judgment"]
-        for record in records
-        if len(models) == 1 or record["model"] == model
-    }
+    mine = [record for record in records if len(models) == 1 or record["model"] == model]
+    return by_name(((name(record["question_id"], record["turn"]), record["judgment"]) for record in mine), file)
 
 
 def _names(question: Asked) -> list[str]:

@@ -275,6 +275,9 @@ def test_files_that_do_not_belong_together_are_named(chats, reference, tmp_path)
     file.write_text(json.dumps([{**record, "instruction": row["instruction"]} for row in ROWS]))
     with pytest.raises(MambabenchError, match="item 0 was judged against another answer"):
         chats.play(AlpacaEval(config), data=reference, judgments=file)
+    file.write_text(json.dumps([{**row, "output": None} for row in ROWS]))
+    with pytest.raises(MambabenchError, match="'output' of item 0 is no text"):
+        read_rows(file)
     with pytest.raises(MambabenchError, match="'gpt5' is none of alpaca-eval's evaluators"):
         Evaluator("gpt5")
     with pytest.raises(MambabenchError, match="needs more than one prompt"):

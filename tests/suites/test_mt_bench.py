@@ -8,7 +8,15 @@ from mambabench.harness.interfaces import Choice, MambabenchError, Unsupported
 from mambabench.harness.judges import Reply, Verdict
 from mambabench.harness.suites import mt_bench
 from mambabench.harness.suites.chat_configs import MtBenchConfig
-from mambabench.harness.suites.mt_bench import Message, MtBench, rate, read_answers, read_folder, requests
+from mambabench.harness.suites.mt_bench import (
+    Message,
+    MtBench,
+    rate,
+    read_answers,
+    read_folder,
+    read_judgments,
+    requests,
+)
 
 RECORDED = {"mamba_0_5_dpo_ep3": (7.7375, 6.8875), "mamba_0_75_dpo_ep1": (7.41875, 6.65)}
 JUDGE = Choice("judge", "openai", None)
@@ -127,6 +135,7 @@ def test_the_same_questions_are_answered_once(chats, folder, judge):
     assert chats.of("answer") == answers
     assert chats.of("sample") != scores
     assert chats.backend.loaded == 1
+    chats.records.clear()
     chats.play(suite, data=folder, kept_as="of another model")
     assert chats.backend.loaded == 2
 
@@ -187,6 +196,57 @@ def test_what_is_missing_is_said_at_once(chats, folder, tmp_path, judge):
     (folder / "reference_answer" / "gpt-4.jsonl").write_text('{"question_id": 2, "choices": [{"turns": ["2", "3"]}]}')
     with pytest.raises(MambabenchError, match=r"events\.jsonl: 5 answers are missing, the first of 1/turn 1"):
         suite.judge(chats.review(data=folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "records", "said"),
+    [
+        ("question", [{"question_id": 1, "category": "a", "turns": "Hi"}], "`turns` of question 1 must be a list"),
+        ("question", [{"question_id": 1, "category": "a", "turns": 3}], "`turns` of question 1 must be a list"),
+        ("question", [{"question_id": 1, "category": "a", "turns": [3]}], "`turns` of question 1 must be a list"),
+        ("question", [{"question_id": 1, "category": "a", "turns": []}], "`turns` of question 1 must be a list"),
+        ("question", [{"question_id": 1, "category": None, "turns": ["Hi"]}], "'category' of item 0 is no text"),
+        ("question", [{"question_id": 1, "category": "a", "turns": ["Hi"]}] * 2, "question 1 is in it twice"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": []}], "`choices` of question 2 must begin with"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": [{}]}], "`choices` of question 2 must begin with"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": [{"turns": 3}]}], "`choices` of question 2 must"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": [{"turns": "ab"}]}], "`choices` of question 2 must"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": [{"turns": ["2"]}]}] * 2, "2/turn 1 is in it twice"),
+    ],
+)
+def test_a_file_that_is_not_as_it_should_be_is_named_with_the_item(folder, file, records, said):
+    (folder / f"{file}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(MambabenchError, match=f"{file}.jsonl: {said}") as error:
+        read_folder(folder, "gpt-4")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "said"),
+    [
+        ("single-v1", "{question} {oops}", r"it has \{oops\}; what it may have is \{question\}, \{answer\}"),
+        ("single-v1", "{question} {ref_answer_1}", r"it has \{ref_answer_1\}"),
+        ("single-v1-multi-turn", "{question}", r"it has \{question\}; .*\{question_1\}, \{answer_1\}, \{question_2\}"),
+        ("single-math-v1", "{0}", r"it has \{0\}"),
+        ("single-math-v1", "{answer", "its braces do not match"),
+    ],
+)
+def test_a_prompt_with_a_place_for_something_unknown_is_refused(folder, name, template, said):
+    file = folder / "judge_prompts.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    (record,) = (record for record in records if record["name"] == name)
+    record["prompt_template"] = template
+    file.write_text(json.dumps(records))
+    with pytest.raises(MambabenchError, match=f"judge_prompts.jsonl: the prompt '{name}': {said}"):
+        read_folder(folder, "gpt-4")
+
+
+def test_two_judgments_of_one_turn_are_refused(folder):
+    file = folder.with_name("judgments.jsonl")
+    record = {"question_id": 1, "model": "mock", "turn": 1, "judgment": "[[7]]"}
+    file.write_text(json.dumps([record, {**record, "judgment": "[[2]]"}]))
+    with pytest.raises(MambabenchError, match=r"judgments.jsonl: 1/turn 1 is in it twice"):
+        read_judgments(file, "mock")
 
 
 def test_judgments_of_another_model_are_not_taken(chats, folder):
