@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from . import environment
 from .forkserver import ATTEMPT, CODE, LEASED
 from .interfaces import STATES, Handle, Host, Launcher, Needs, Outcome, StepView, Unsupported
+from .keys import digest
 from .locks import Lock
 from .plugins import LOCAL, HookFailure, Registry
 from .progress import Progress, Tail, progress_for
@@ -231,7 +232,7 @@ class _Run:
         if key in self.attempts and tried <= self.attempts[key]:
             return False
         used = 0
-        if status.state not in ANEW and not self.retry:
+        if status.state not in ANEW and not self.retry and not self._otherwise(step):
             assert status.record is not None
             outcome = outcome_of(status.record, self.store.partial(key))
             used = outcome.attempt
@@ -240,6 +241,11 @@ class _Run:
                 return True
         self.attempts[key] = used
         return False
+
+    def _otherwise(self, step: PlannedStep) -> bool:
+        """Whether a step that failed is now asked for with other options, or with more of the machine."""
+        asked, wanted = self.store.step(step.key), step.to_json()
+        return any(digest(asked[part]) != digest(wanted[part]) for part in ("component", "needs"))
 
     def _refusal(self, step: PlannedStep) -> str:
         if step.key not in self.refused:
