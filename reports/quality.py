@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..harness import statistics as st
+from ..harness.events import MISSING
 from ..harness.results import Results
 from .options import NoOptions
 from .recovery import LEVEL, OtherItems, average, estimate, inverse, perplexity_ratio, recovery
@@ -43,7 +44,7 @@ class Column:
     metric: str
     form: str
     """`share` and `rate` (printed in percent; the less of a rate the better, and a gap is a difference of shares),
-    `perplexity`, `bits`, `plain`, or `none` for a suite that measured nothing."""
+    `perplexity`, `bits`, `plain`, or `none` for a suite or a task that was measured nowhere."""
 
     @property
     def where(self) -> tuple[str, str, str]:
@@ -64,7 +65,8 @@ RATIO = " / teacher's"
 class Quality:
     """One row per model, the teacher first; a decoder that is not lossless has rows of its own.
 
-    A column whose step failed shows the state; a suite that failed everywhere has one column of states.
+    A column whose step failed shows the state; a suite that failed everywhere has one column of states, and so has a
+    task that steps did without.
     """
 
     title = "Quality"
@@ -72,7 +74,8 @@ class Quality:
         "Value ± standard error over items (clustered); a second ± is the error between seeds. "
         "Perplexity is per token of the teacher's tokenizer. "
         "The average is over the first accuracy of each task of each suite; where several suites have accuracies, each "
-        "with more than one has an average and a recovery of its own. "
+        "with more than one has an average and a recovery of its own. Nothing that lacks a task is averaged; the last "
+        "table says why one is missing. "
         "Recovery is the share of the teacher's average (of the inverse perplexity where there are no accuracies). "
         f"Intervals are {100 * LEVEL:.0f}\u00a0%, paired by item with the teacher, seeds included."
     )
@@ -86,7 +89,8 @@ class Quality:
         cells = _merged(results, measuring(results, suites))
         if cells.empty:
             return None
-        columns = _columns(samples, cells)
+        missing = _missing(_merged(results, of_suites(results.facts, suites)))
+        columns = _columns(samples, cells, missing)
         names = _names(columns)
         averages = _averages(columns)
         failed = failures(cells, WHO)
@@ -97,7 +101,8 @@ class Quality:
             parts = _parts(groups.get((model, decoder), samples.iloc[:0]))
             is_teacher = model in results.teachers
             states = {column.suite: failed.get((model, decoder, column.suite)) for column in columns}
-            row = _row(parts, columns, names, states)
+            without = missing.get((model, decoder), set())
+            row = _row(parts, columns, names, states, without)
             notes = [states[suite] for suite in dict.fromkeys(of[0] for of in parts) if states[suite]]
             taught = _parts(groups.get((teachers.get(model, ""), ""), samples.iloc[:0]))
             try:
@@ -134,13 +139,19 @@ def _parts(group: pd.DataFrame) -> Parts:
 
 
 def _row(
-    parts: Parts, columns: Sequence[Column], names: Mapping[Column, str], states: Mapping[str, str | None]
+    parts: Parts,
+    columns: Sequence[Column],
+    names: Mapping[Column, str],
+    states: Mapping[str, str | None],
+    without: set[tuple[str, str]],
 ) -> dict[str, Any]:
     """The figures of a row, or the states of the steps that failed."""
     row: dict[str, Any] = {}
     for column in columns:
         if column.where in parts:
             row[names[column]] = column.shown(estimate(parts[column.where]))
+        elif (column.suite, column.task) in without:
+            row[names[column]] = MISSING
         else:
             row[names[column]] = states.get(column.suite)
     return row
@@ -177,6 +188,12 @@ def _beside(
     return row
 
 
+def _missing(facts: pd.DataFrame) -> dict[tuple[str, str], set[tuple[str, str]]]:
+    """Suites and tasks that a model and its decoder did without."""
+    told = facts[facts["name"] == MISSING].groupby(["model", "decoder"], sort=False)
+    return {who: set(zip(of["suite"], of["arm"], strict=True)) for who, of in told}
+
+
 def _merged(results: Results, frame: pd.DataFrame) -> pd.DataFrame:
     """What only scores and what the first decoder generates share a row, named without a decoder."""
     first = results.decoders[0] if results.decoders else ""
@@ -190,10 +207,12 @@ def _rows(results: Results, cells: pd.DataFrame) -> list[tuple[str, str]]:
     return list(dict.fromkeys((model, decoder) for model, decoder, _ in in_plan_order(results, [*bare, *planned])))
 
 
-def _columns(samples: pd.DataFrame, cells: pd.DataFrame) -> list[Column]:
+def _columns(
+    samples: pd.DataFrame, cells: pd.DataFrame, missing: Mapping[tuple[str, str], set[tuple[str, str]]]
+) -> list[Column]:
     """Tasks and metrics in the order of their first record; how each is printed is seen from its values.
 
-    A suite without records has a column too, for the states of its steps.
+    A suite without records has a column too, for the states of its steps, and so has a task that is missing.
     """
     columns = []
     for (suite, task, metric), group in samples.groupby(["suite", "task", "metric"], sort=False):
@@ -207,6 +226,8 @@ def _columns(samples: pd.DataFrame, cells: pd.DataFrame) -> list[Column]:
         elif shares and ("unit" not in group or group["unit"].isna().all()) and group["better"].nunique() == 1:
             form = "share" if group["better"].iloc[0] == "higher" else "rate"
         columns.append(Column(suite, task, metric, form))
+    measured = {(column.suite, column.task) for column in columns}
+    columns += [Column(*where, "", "none") for where in sorted(set().union(*missing.values()) - measured)]
     known = {column.suite for column in columns}
     return columns + [Column(suite, "", "", "none") for suite in dict.fromkeys(cells["suite"]) if suite not in known]
 
@@ -221,13 +242,15 @@ def _averages(columns: Sequence[Column]) -> dict[str, list[Column]]:
 
 
 def _averaged(columns: Sequence[Column]) -> list[Column]:
-    """The first accuracy of each task of each suite. To prefer as somebody did is none: a teacher that was not trained
-    for it is no measure. Neither is to be preferred to another system."""
+    """The first accuracy of each task of each suite, and beside them what is missing. To prefer as somebody did is no
+    accuracy: a teacher that was not trained for it is no measure. Neither is to be preferred to another system."""
     first: dict[tuple[str, str], Column] = {}
     for column in columns:
         if column.form == "share" and not column.metric.startswith(NO_ACCURACY):
             first.setdefault((column.suite, column.task), column)
-    return list(first.values())
+    suites = {suite for suite, _ in first}
+    missing = [column for column in columns if column.form == "none" and column.task and column.suite in suites]
+    return [*first.values(), *missing]
 
 
 def _names(columns: Sequence[Column]) -> dict[Column, str]:
@@ -240,6 +263,7 @@ def _names(columns: Sequence[Column]) -> dict[Column, str]:
             metric = metric.replace("nll_per_token", "perplexity").replace("nll_per_word", "perplexity per word")
         elif column.form == "bits":
             metric = metric.replace("nll_per_byte", "bits per byte")
-        heads[column] = column.suite if column.form == "none" else f"{column.task} {metric}{words[column.form]}"
+        none = column.task or column.suite
+        heads[column] = none if column.form == "none" else f"{column.task} {metric}{words[column.form]}"
     alike = list(heads.values())
     return {column: f"{column.suite}: {head}" if alike.count(head) > 1 else head for column, head in heads.items()}

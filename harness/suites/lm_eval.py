@@ -21,6 +21,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from numpy.typing import NDArray
 
+from ..events import MISSING
 from ..interfaces import Bench, Emit, MambabenchError, Unsupported
 from ..statistics import SE, bootstrap_se
 from ..store import write_text
@@ -40,8 +41,6 @@ DRAWS, MOST_DRAWN = 100, 1_000_000
 """Samples of items that errors of aggregates come from, and items in all of them."""
 HASH = 16
 """Hexadecimal digits that are kept of a SHA-256."""
-MISSING = "missing"
-"""Name of the fact that a task, its `arm`, was left out, and why."""
 LOWER = ("gap", "no_answer")
 """Metrics of twins of which less is better."""
 

@@ -79,6 +79,24 @@ def test_an_average_lacking_a_task_is_not_printed(stores, tmp_path, frames_of):
     assert row(quality, model="half")["two acc %"] == "error"
 
 
+def test_a_task_that_steps_did_without_is_told_and_has_no_average(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    rng = np.random.default_rng(0)
+    for model in ("teacher", "half"):
+        builder.step(
+            f"{model}/-/tasks@seed0",
+            records={"sample": [*stores.samples(rng, "one"), *stores.samples(rng, "two")]},
+            facts=[{"name": "missing", "arm": "three", "value": "no such folder", "unit": ""}],
+        )
+    frames = frames_of(builder.write())
+    quality = frames["quality"]
+    assert list(quality["three"]) == ["missing", "missing"]
+    assert list(frames["steps"]["reason"]) == ["no such folder"] * 2
+    assert not any(name.startswith(("average", "recovery")) for name in quality)
+
+
 def test_seeds_that_failed_are_told_beside_the_number(stores, tmp_path, frames_of):
     builder = stores.Builder(tmp_path / "store", seeds=(0, 1))
     builder.model("teacher", teacher=True)

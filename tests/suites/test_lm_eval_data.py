@@ -164,7 +164,7 @@ def test_data_that_are_a_script_are_unsupported_with_what_to_do(tmp_path):
     wanted = r"no folder 'pubmed_qa_labeled_fold0_source' with files named .* no longer runs scripts such as its pubmed"
     with pytest.raises(Unsupported, match=wanted):
         list(load_tasks("pubmedqa", None, tmp_path, tmp_path / "hub"))
-    write(place / "pubmed_qa_labeled_fold0_source", ABSTRACT, "train", "validation", "test")
+    write(place / "pubmed_qa_labeled_fold0_source", ABSTRACT, "train", "test")
     ((_, _, task),) = load_tasks("pubmedqa", None, tmp_path, tmp_path / "hub")
     (doc,) = task.eval_docs
     assert task.doc_to_text(doc) == "Abstract: Cells die.\nLeaves live.\nQuestion: Do they?\nAnswer:"
