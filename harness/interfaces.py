@@ -66,8 +66,10 @@ class Component:
     in fields annotated `FileRef`, seen from the plan's folder; fields annotated `Annotated[Choice, ChoiceOf(kind)]`
     name a component of another kind. Where the result depends on something else outside of the plan, a method
     `fingerprint()` returns a text that stands for it in keys. Where it is plain beforehand that something of this
-    machine is missing, a method `lacks()` says what, else "". A suite that scores answers has a method `questions()`:
-    the `Choice` of kind `questions` that has a model answer in a step of its own, or None for recorded answers."""
+    machine is missing, a method `lacks()` says what, else "". A method `check_files(files)` checks beforehand those of
+    the files that it names that are there, by what stands in the config: it raises `Unsupported` for what they lack and
+    `MambabenchError` for what is wrong in them. A suite that scores answers has a method `questions()`: the `Choice` of
+    kind `questions` that has a model answer in a step of its own, or None for recorded answers."""
     revision: int = 1
     """Raised when results made by older versions stop being comparable."""
     api: int = API

@@ -7,16 +7,13 @@ row: one without a verdict is counted, and in neither the win rate nor the fit.
 
 from __future__ import annotations
 
-import importlib
-import math
+import importlib.util
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..answering import (
     Answerer,
@@ -33,19 +30,12 @@ from ..documents import Message
 from ..interfaces import Bench, Choice, MambabenchError, Review, Unsupported
 from ..judges import Reply, Request, ask
 from ..judges.reading import on_scale
+from ..plugins import suggest
+from .alpaca_fit import gamed_file, length_controlled
 from .chat_configs import AlpacaEvalConfig, AlpacaEvalQuestionsConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from pandas import DataFrame
 
 T = TypeVar("T")
 TASK = "alpaca_eval"
-GAMED, DIFFICULTY = "df_gamed.csv", "instruction_difficulty.csv"
-HUB = "tatsu-lab/alpaca_eval"
-COLUMNS = ("index", "instruction_difficulty", "model", "not_gamed_baseline", "preference", "std_delta_len")
-"""Of df_gamed.csv."""
 PLACEHOLDER = re.compile(r"{(instruction|output_1|output_2)}")
 REFERENCE, DRAW, MODEL = 1.0, 1.5, 2.0
 SEED = 0
@@ -98,7 +88,8 @@ class AlpacaEval:
     def judge(self, review: Review) -> None:
         config, model = self.config, recorded_name(review, self.config)
         rows = read_rows(review.data[config.data])[: config.limit or None]
-        gamed = self._gamed(review) if config.length_controlled else None
+        # Looked for before anybody is asked.
+        gamed = gamed_file(review, config, len(rows)) if config.length_controlled else None
         if config.judgments:
             answers, preferences = read_annotations(recorded(review.data[config.judgments], model), rows)
         else:
@@ -107,45 +98,16 @@ class AlpacaEval:
             preferences = judged(Evaluator(config.annotator), config.judge, rows, answers, review)
         emit_preferences(review, rows, answers, preferences, gamed, model)
 
-    def _gamed(self, review: Review) -> Path:
-        """df_gamed.csv, with the difficulties of the other file where that is given. Looked for before anybody is
-        asked."""
-        import pandas
-
-        gamed = review.data[self.config.gamed] if self.config.gamed else _from_hub(GAMED)
-        frame = pandas.read_csv(gamed)
-        if lacking := sorted(set(COLUMNS) - set(frame.columns)):
-            raise MambabenchError(f"{gamed}: lacks the column {lacking[0]!r}; {GAMED} has {', '.join(COLUMNS)}")
-        if not self.config.difficulty:
-            return gamed
-        file = review.data[self.config.difficulty]
-        difficulty = pandas.read_csv(file, index_col=0)
-        if difficulty.shape[1] != 1 or not set(frame["index"]) <= set(difficulty.index):
-            raise MambabenchError(f"{file}: {DIFFICULTY} has one figure for each row of {gamed}")
-        frame["instruction_difficulty"] = frame["index"].map(difficulty.iloc[:, 0])
-        review.scratch.mkdir(parents=True, exist_ok=True)
-        written = review.scratch / GAMED
-        frame.to_csv(written, index=False)
-        return written
-
 
 class Evaluator:
     """One of alpaca-eval's evaluators: its prompt, the order of answers, and how a reply is read."""
 
     def __init__(self, name: str) -> None:
-        import yaml
-        from alpaca_eval import constants, utils
+        from alpaca_eval import utils
         from alpaca_eval.annotators import SinglePairwiseAnnotator
 
-        file = Path(constants.EVALUATORS_CONFIG_DIR) / name / "configs.yaml"
-        if not file.is_file():
-            raise MambabenchError(
-                f"annotator {name!r} is none of alpaca-eval's evaluators, which are in {file.parents[1]}"
-            )
-        config = yaml.safe_load(file.read_text())[name]
+        config = read_evaluator(name)
         self.settings: Mapping[str, Any] = config.pop("completions_kwargs", {})
-        if any(tool in self.settings for tool in TOOLS) or config.get("batch_size", 1) != 1:
-            raise MambabenchError(f"annotator {name!r} needs more than one prompt with a text for a reply")
         self._all = config.get("completion_key") == "completions_all"
         self._annotator = SinglePairwiseAnnotator(
             **{**config, "fn_completions": _unused, "is_shuffle": False, "seed": SEED}
@@ -200,6 +162,25 @@ class Evaluator:
         return REFERENCE + MODEL - preference if switched else preference
 
 
+def read_evaluator(name: str) -> dict[str, Any]:
+    """An evaluator of alpaca-eval as it has it, without importing it. Raises `MambabenchError` for one that it does not
+    have, or that needs more than a prompt with a text for a reply."""
+    import yaml
+
+    spec = importlib.util.find_spec("alpaca_eval")
+    if spec is None or spec.origin is None:
+        raise Unsupported("alpaca-eval is not installed (mambabench[eval])")
+    folder = Path(spec.origin).parent / "evaluators_configs"
+    file = folder / name / "configs.yaml"
+    if not file.is_file():
+        hint = suggest(name, [each.parent.name for each in folder.glob("*/configs.yaml")])
+        raise MambabenchError(f"annotator {name!r} is none of alpaca-eval's evaluators{hint}")
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))[name]
+    if any(tool in config.get("completions_kwargs", {}) for tool in TOOLS) or config.get("batch_size", 1) != 1:
+        raise MambabenchError(f"annotator {name!r} needs more than one prompt with a text for a reply")
+    return config
+
+
 def judged(
     evaluator: Evaluator, judge: Choice, rows: Sequence[Row], answers: Sequence[str], review: Review
 ) -> list[Preference]:
@@ -228,7 +209,9 @@ def emit_preferences(
     of the one is that of the other's own mean, over rows."""
     if all(preference is None for preference in preferences):
         raise MambabenchError(f"{TASK}: the judge gave no verdict on any of {len(rows)} answers")
-    controlled = length_controlled(rows, answers, preferences, gamed, model) if gamed else [None] * len(rows)
+    controlled: Sequence[float | None] = [None] * len(rows)
+    if gamed:
+        controlled = length_controlled([row.output for row in rows], answers, preferences, gamed, model)
     for row, preference, fitted in zip(rows, preferences, controlled, strict=True):
         figures = {
             "win_rate": None if preference is None else preference - REFERENCE,
@@ -241,36 +224,6 @@ def emit_preferences(
                 review.emit("sample", task=TASK, item=row.item, metric=metric, value=value, better=better)
     mean = sum(map(len, answers)) / len(answers)
     review.emit("fact", name="mean length of answers", value=mean, unit="characters")
-
-
-def length_controlled(
-    rows: Sequence[Row], answers: Sequence[str], preferences: Sequence[Preference], gamed: Path, model: str
-) -> list[float]:
-    """Each row's preference (0 to 1) at equal lengths, as alpaca-eval's fit `length_controlled_v1` predicts it."""
-    glm = importlib.import_module("alpaca_eval.metrics.glm_winrate")
-    frame = as_annotations(rows, answers, preferences, model)
-    with _local(glm, {GAMED: gamed}), warnings.catch_warnings():
-        # alpaca-eval's own use of scikit-learn, which our requirements hold to versions that take it.
-        warnings.simplefilter("ignore", FutureWarning)
-        glm.get_length_controlled_winrate(frame, save_weights_dir=None)
-    return [float(value) for value in frame["glm_preference"]]
-
-
-def as_annotations(
-    rows: Sequence[Row], answers: Sequence[str], preferences: Sequence[Preference], model: str
-) -> DataFrame:
-    """Judged answers as alpaca-eval has them. A model that is called like the reference is still another one."""
-    import pandas
-
-    return pandas.DataFrame(
-        {
-            "preference": [math.nan if value is None else value for value in preferences],
-            "output_1": [row.output for row in rows],
-            "output_2": list(answers),
-            "generator_1": "reference",
-            "generator_2": f"model {model}",
-        }
-    )
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -331,38 +284,6 @@ def _completion(reply: Reply) -> dict[str, Any]:
         for likeliest in reply.top_logprobs
     ]
     return {"text": reply.text, "logprobs": {"content": content}}
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    from .lm_eval_data import hub_answers
-
-    try:
-        return Path(
-            hf_hub_download(repo_id=HUB, filename=name, repo_type="dataset", local_files_only=not hub_answers(HUB))
-        )
-    except OSError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Unsupported(
-            f"alpaca-eval: {name} of {HUB} cannot be had ({reason}); the option `gamed` names a local copy, and "
-            "`length_controlled = false` does without"
-        ) from error
-
-
-@contextmanager
-def _local(module: Any, files: Mapping[str, Path]) -> Iterator[None]:
-    """Has alpaca-eval take files of the hub from here."""
-    original = module.hf_hub_download
-
-    def download(*arguments: Any, filename: str, **options: Any) -> str:
-        return str(files[filename])
-
-    module.hf_hub_download = download
-    try:
-        yield
-    finally:
-        module.hf_hub_download = original
 
 
 def _unused(*arguments: Any, **options: Any) -> None:

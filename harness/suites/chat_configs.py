@@ -6,7 +6,9 @@ how they are scored, is up to the suite.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..interfaces import Choice, ChoiceOf, FileRef
@@ -96,6 +98,13 @@ class MtBenchConfig(AnsweredConfig):
         config = _part(MtBenchQuestionsConfig, self, data=f"{self.data}/question.jsonl")
         return Choice("questions", "mt-bench", config)
 
+    def check_files(self, files: Mapping[str, Path]) -> None:
+        """Before models answer, what is only read when their answers are judged."""
+        from .mt_bench import read_folder
+
+        if self.data in files:
+            read_folder(files[self.data], self.reference)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlpacaEvalQuestionsConfig(AnsweringConfig):
@@ -129,6 +138,18 @@ class AlpacaEvalConfig(AnsweredConfig):
         if self.answers or self.judgments:
             return None
         return Choice("questions", "alpaca-eval", _part(AlpacaEvalQuestionsConfig, self))
+
+    def check_files(self, files: Mapping[str, Path]) -> None:
+        """Before models answer, what is only read when their answers are judged."""
+        from .alpaca_eval import read_evaluator, read_rows
+        from .alpaca_fit import check_gamed
+
+        if self.judge:
+            read_evaluator(self.annotator)
+        gamed = files.get(self.gamed or "")
+        if self.length_controlled and gamed and self.data in files:
+            items = len(read_rows(files[self.data])[: self.limit or None])
+            check_gamed(gamed, files.get(self.difficulty or ""), items)
 
 
 def check_judged(judge: Choice | None, judgments: str | None) -> None:

@@ -25,7 +25,7 @@ from ..answering import (
     with_fields,
 )
 from ..documents import Message
-from ..interfaces import Bench, MambabenchError, Review
+from ..interfaces import Bench, MambabenchError, Review, Unsupported
 from ..judges import Request, ask
 from ..judges.reading import on_scale
 from ..templates import check_template
@@ -234,16 +234,17 @@ def read_questions(file: Path) -> list[Asked]:
 
 
 def read_folder(folder: Path, reference: str) -> Folder:
-    """Questions with their references, and the judge's prompts. Raises `MambabenchError` naming what is missing."""
+    """Questions with their references, and the judge's prompts. Raises `Unsupported` naming what is missing, and
+    `MambabenchError` for what is not as it should be."""
     for needed in ("question.jsonl", "judge_prompts.jsonl"):
         if not (folder / needed).is_file():
-            raise MambabenchError(f"{folder}: has no {needed}, which MT-Bench needs; {WHERE}")
+            raise Unsupported(f"{folder}: has no {needed}, which MT-Bench needs; {WHERE}")
     prompts = _read_prompts(folder / "judge_prompts.jsonl")
     questions = read_questions(folder / "question.jsonl")
     if any(question.category in REFERENCED for question in questions):
         file = folder / "reference_answer" / f"{reference}.jsonl"
         if not file.is_file():
-            raise MambabenchError(f"{file}: no such file; the judge needs reference answers for math; {WHERE}/mt_bench")
+            raise Unsupported(f"{file}: no such file; the judge needs reference answers for math; {WHERE}/mt_bench")
         known = read_answers(file)
         for place, question in enumerate(questions):
             shown = _names(question) if question.category in REFERENCED else []
