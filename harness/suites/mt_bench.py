@@ -188,10 +188,10 @@ PROMPTS = {prompt_name(of, turn): places_of(of, turn) for of in (False, True) fo
 
 
 def rate(text: str) -> float:
-    """The rating in a judgment. Raises ValueError where there is none on the scale.
+    """The rating in a judgment, as FastChat reads it. Raises ValueError where there is none on the scale.
 
-    >>> rate("Good. Rating: [[7.5]]"), rate("Rating: [8]")
-    (7.5, 8.0)
+    >>> rate("Good. Rating: [[7.5]]"), rate("Rating: [8]"), rate("See [1] and [2]")
+    (7.5, 8.0, 1.0)
     """
     match = next((match for form in RATINGS if (match := form.search(text))), None)
     if match is None:

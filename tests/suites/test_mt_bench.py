@@ -101,6 +101,12 @@ def test_the_judge_is_asked_in_the_recorded_words_and_its_ratings_are_read_as_re
         assert rate(record["judgment"]) == record["score"]
 
 
+def test_ratings_are_looked_for_as_fastchat_looks_for_them():
+    common = pytest.importorskip("fastchat.llm_judge.common")
+    theirs = (common.one_score_pattern, common.one_score_pattern_backup)
+    assert [form.pattern for form in mt_bench.RATINGS] == [form.pattern for form in theirs]
+
+
 def test_the_second_turn_is_answered_and_judged_with_the_first(chats, folder, judge):
     asked = judge({})
     chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
