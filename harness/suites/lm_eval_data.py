@@ -140,20 +140,21 @@ def told(where: str, local: Path | None, path: str, name: str | None) -> Iterato
 @functools.lru_cache
 def hub_answers(path: str) -> bool:
     """Whether the hub can be reached and tells of a data set, if only that there is none; no, where the environment
-    forbids asking. What comes after may be tried again by the hub's own client, which waits in between."""
+    forbids asking. The hub's own client would try again and again, and wait in between."""
     if constants.HF_HUB_OFFLINE:
         return False
     answered: list[bool] = []
 
     def ask() -> None:
-        try:
-            answer = httpx.head(f"{constants.ENDPOINT}/datasets/{path}/resolve/main/README.md", timeout=ASK_S)
-        except httpx.HTTPError:
-            return
-        answered.append(not answer.is_server_error)
+        # Files and their lists are told by different services.
+        for of in (f"datasets/{path}/resolve/main/README.md", f"api/datasets/{path}"):
+            try:
+                answered.append(not httpx.head(f"{constants.ENDPOINT}/{of}", timeout=ASK_S).is_server_error)
+            except httpx.HTTPError:
+                return
 
     # Looking up a name has a timeout of its own, which no client can set.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ASK_S)
-    return answered == [True]
+    return answered == [True, True]
