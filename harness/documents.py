@@ -97,7 +97,7 @@ class Preference:
         """The chosen and the rejected continuation as documents, for `encode_ended`.
 
         >>> Preference("1+1=", "2", "3").documents()[0]
-        Document(text='1+1=2', ids=None, prompt=4, messages=(), cut=False)
+        Document(text='1+1=2', ids=None, prompt=4, messages=(), whole=False, cut=False)
         """
         return self._document(self.chosen), self._document(self.rejected)
 
