@@ -11,6 +11,7 @@ from mambabench.harness.needs import GIB, Shape, needs, read_shape
 from mambabench.harness.plan import read_plan
 from mambabench.harness.plugins import registry
 from mambabench.harness.steps import expand
+from mambabench.harness.suites.mt_bench import PROMPTS
 
 PAPER = Path(__file__).resolve().parents[2] / "plans" / "paper"
 PLANS = ("zephyr-7b", "llama3-8b", "llama3.1-8b", "llama3.2-3b")
@@ -282,6 +283,8 @@ def test_what_a_plan_lacks_on_this_machine_is_listed(mambabench, folder, tmp_pat
     questions = tmp_path / "mt_bench"
     questions.mkdir()
     (questions / "question.jsonl").write_text("")
+    prompts = [{"name": name, "system_prompt": "", "prompt_template": "Rate it."} for name in PROMPTS]
+    (questions / "judge_prompts.jsonl").write_text(json.dumps(prompts))
     told = mambabench(
         *("plan", PAPER / "llama3-8b.toml", "--set", f"teacher.path={folder}"),
         *("--set", f"suites.mt-bench.data={questions}"),
