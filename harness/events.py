@@ -35,8 +35,6 @@ FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
 """What a record of each known kind must have. Kinds that are not listed are kept as they are."""
 
 FILES = {"sample": "samples", "burst": "timings", "round": "rounds", "loss": "losses"}
-MISSING = "missing"
-"""Name of the fact that a step did without a task, its `arm`, and why: its value. Averages over tasks then lack it."""
 FACT = {"name": "", "value": None, "unit": "", "arm": ""}
 
 

@@ -163,6 +163,9 @@ class Refusal:
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 """What a model is loaded in on each kind of device, unless a suite asks for another dtype."""
 
+MISSING = "missing"
+"""Name of the fact that a step did without a task, its `arm`, and why: its value. Averages over tasks then lack it."""
+
 STATES = ("ok", "unsupported", "out-of-memory", "timeout", "crashed", "error", "cancelled", "blocked")
 
 

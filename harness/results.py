@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from .events import EVENTS, MISSING, events
-from .interfaces import MambabenchError
+from .events import EVENTS, events
+from .interfaces import MISSING, MambabenchError
 from .store import Store, inputs_of
 
 WHO = ("store", "label", "key", "model", "decoder", "suite", "stage", "seed")

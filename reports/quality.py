@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..harness import statistics as st
-from ..harness.events import MISSING
+from ..harness.interfaces import MISSING
 from ..harness.results import Results
 from .options import NoOptions
 from .recovery import LEVEL, OtherItems, average, estimate, inverse, perplexity_ratio, recovery

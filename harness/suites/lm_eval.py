@@ -21,8 +21,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from numpy.typing import NDArray
 
-from ..events import MISSING
-from ..interfaces import Bench, Emit, MambabenchError, Unsupported
+from ..interfaces import MISSING, Bench, Emit, MambabenchError, Unsupported
 from ..statistics import SE, bootstrap_se
 from ..store import write_text
 from .configs import LmEvalConfig

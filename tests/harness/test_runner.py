@@ -183,9 +183,8 @@ def test_failures_wait_for_retry_and_the_blocked_follow(go: Go, store: Store, tm
 def test_what_failed_is_tried_again_once_it_is_asked_for_otherwise(go: Go, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     failing, longer = act("a", "memory", trace=str(trace), sets=((1,),)), Needs(timeout_s=7.0)
-    for _ in range(2):
-        assert go(failing).counts == {"out-of-memory": 1}
-    assert go(act("a", "memory", trace=str(trace), sets=((1,),), needs=longer)).counts == {"out-of-memory": 1}
+    for step in (failing, failing, act("a", "memory", trace=str(trace), sets=((1,),), needs=longer)):
+        assert go(step).counts == {"out-of-memory": 1}
     assert traced(trace) == ["memory", "memory"]
     assert go(act("a", "finish", trace=str(trace), needs=longer)).counts == {"ok": 1}
     assert go(failing).counts == {"ok": 1}

@@ -16,7 +16,7 @@ ALLOWED = {
     "harness": (),
     "backends": (*CONTRACT, "kernels"),
     "decoders": (*CONTRACT, "kernels"),
-    "distillers": CONTRACT,
+    "distillers": (*CONTRACT, "harness.parts"),
     "kernels": (),
     "reports": (*CONTRACT, "harness.results", "harness.store", "harness.statistics", "harness.metrics"),
 }
