@@ -153,6 +153,8 @@ class _Run:
         self.refused: dict[str, str] = {}
         """What hooks, requirements and the launcher said; empty where nothing speaks against a step."""
         self.written: set[str] = set()
+        self.changed: dict[str, bool] = {}
+        """Whether steps that had failed are asked for otherwise, as of before this run wrote how."""
         self.summary = Summary()
         self.prepared = False
         self.code = ""
@@ -244,8 +246,10 @@ class _Run:
 
     def _otherwise(self, step: PlannedStep) -> bool:
         """Whether a step that failed is now asked for with other options, or with more of the machine."""
-        asked, wanted = self.store.step(step.key), step.to_json()
-        return any(digest(asked[part]) != digest(wanted[part]) for part in ("component", "needs"))
+        if step.key not in self.changed:
+            asked, wanted = self.store.step(step.key), step.to_json()
+            self.changed[step.key] = any(digest(asked[part]) != digest(wanted[part]) for part in ("component", "needs"))
+        return self.changed[step.key]
 
     def _refusal(self, step: PlannedStep) -> str:
         if step.key not in self.refused:
