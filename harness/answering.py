@@ -229,7 +229,8 @@ def read_records(file: Path, names: Sequence[str] = (), texts: Sequence[str] = (
         if text.lstrip()[:1] == "[":
             records = json.loads(text)
         else:
-            records = [json.loads(line) for line in text.splitlines() if line and not line.isspace()]
+            # `splitlines` also cuts at separators that JSON leaves as they are within texts, such as U+2028.
+            records = [json.loads(line) for line in text.split("\n") if line and not line.isspace()]
     except (ValueError, RecursionError) as error:
         raise MambabenchError(f"{file}: neither a JSON array nor JSON lines: {error}") from None
     if not all(isinstance(record, dict) for record in records):

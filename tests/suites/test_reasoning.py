@@ -168,6 +168,13 @@ def test_a_question_that_fills_the_context_has_no_answer_and_is_counted(chats, c
     assert len({sample["item"] for sample in chats.of("sample")}) == 4
 
 
+def test_texts_may_hold_any_separator_that_json_does_not_escape(tmp_path):
+    rows = [{"question": f"a{mark}b", "answer": "#### 1"} for mark in ("\u2028", "\x85", "\u2029", "\x7f")]
+    file = tmp_path / "questions.jsonl"
+    file.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert read_records(file) == rows
+
+
 def test_bad_files_are_named(chats, questions, tmp_path):
     wrong = tmp_path / "wrong.jsonl"
     for text, message in (
