@@ -156,7 +156,7 @@ class Evaluator:
             (preference,) = self._annotator.fn_completion_parser(completion)
         except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"no verdict in {str(completion)[:80]!r}: {error}") from None
-        preference = preference_of(preference)
+        preference = preference_by_alpaca_eval(preference)
         if preference is None:
             raise ValueError(f"no verdict in {str(completion)[:80]!r}")
         return REFERENCE + MODEL - preference if switched else preference
@@ -195,6 +195,11 @@ def judged(
 def preference_of(value: Any) -> Preference:
     """What a judge or a recording says, if it is on the scale."""
     return on_scale(value, REFERENCE, MODEL)
+
+
+def preference_by_alpaca_eval(value: Any) -> Preference:
+    """The same of what alpaca-eval says, which has 0 as an old way to write a draw."""
+    return preference_of(DRAW if value == 0 else value)
 
 
 def emit_preferences(
@@ -250,15 +255,15 @@ def read_outputs(file: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def read_annotations(file: Path, rows: Sequence[Row]) -> tuple[list[str], list[Preference]]:
-    """Recorded answers with their preferences, in the order of the rows; 0 is an old way to write a draw. What is not
-    on the scale, or missing, is no verdict."""
+    """Recorded answers with their preferences, in the order of the rows. What is not on the scale, or missing, is no
+    verdict."""
     known = _by_instruction(read_records(file, texts=("instruction", "output_1", "output_2")))
     found = _complete([known.get(row.asks) for row in rows], file, "judgments")
     for row, record in zip(rows, found, strict=True):
         if record["output_1"] != row.output:
             raise MambabenchError(f"{file}: item {row.number} was judged against another answer than the reference's")
-    preferences = [record.get("preference") for record in found]
-    return [record["output_2"] for record in found], [preference_of(DRAW if of == 0 else of) for of in preferences]
+    preferences = [preference_by_alpaca_eval(record.get("preference")) for record in found]
+    return [record["output_2"] for record in found], preferences
 
 
 def _by_instruction(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:

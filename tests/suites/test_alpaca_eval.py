@@ -265,6 +265,13 @@ def test_a_missing_file_of_the_hub_is_told_before_anybody_is_asked(chats, refere
     assert not asked
 
 
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize(("reply", "preference"), [("5 5\nequal", 1.5), ("7 2\nbetter", 1.0)])
+def test_a_draw_that_alpaca_eval_reads_as_0_is_a_draw(reply, preference, switched):
+    read = Evaluator("lmsys_gpt4").read_completion(reply, switched)
+    assert read == (3 - preference if switched else preference)
+
+
 def test_files_that_do_not_belong_together_are_named(chats, reference, tmp_path):
     record = {"instruction": "Say b.", "output_1": "c", "output_2": "x", "preference": 1.0}
     file = tmp_path / "annotations.json"
