@@ -22,6 +22,7 @@ from lm_eval.evaluator import evaluate
 from numpy.typing import NDArray
 
 from ..interfaces import MISSING, Bench, Emit, MambabenchError, Unsupported
+from ..keys import digest
 from ..statistics import SE, bootstrap_se
 from ..store import write_text
 from .configs import LmEvalConfig
@@ -63,8 +64,8 @@ class LmEval:
         bench.emit("progress", done=0, total=0, unit="requests")
         done = Path(bench.scratch) / "lm-eval"
         done.mkdir(parents=True, exist_ok=True)
-        for number, (asked, label, name, task) in enumerate(tasks, 1):
-            records = done / f"{number}.jsonl"
+        for asked, label, name, task in tasks:
+            records = done / f"{digest(name)}.jsonl"
             if not records.is_file():
                 found = self._records(asked, label, name, task, model, bench.seed)
                 write_text(records, "".join(json.dumps(record, default=float) + "\n" for record in found))

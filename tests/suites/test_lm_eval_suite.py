@@ -16,6 +16,7 @@ from mambabench.harness.suites.lm_eval import LmEval
 from mambabench.harness.suites.lm_eval_generation import CONFIGS
 from mambabench.harness.suites.lm_eval_model import StepperLM
 from mambabench.harness.suites.lm_eval_presets import PRESETS, Asked
+from mambabench.harness.suites.lm_eval_tasks import NoData
 from mambabench.harness.suites.reasoning import read_problems
 from mambabench.harness.suites.twins import match, right_choices
 
@@ -151,6 +152,22 @@ def test_a_killed_step_goes_on_with_the_task_that_it_was_at(measure, folder, mon
     assert samples(resumed) == whole
 
 
+def test_what_was_kept_of_a_task_is_its_own_where_another_was_missing(measure, folder, monkeypatch):
+    load = suite_module.load_tasks
+
+    def without_one(name, *places):
+        if name == "one":
+            raise NoData("no data")
+        return load(name, *places)
+
+    suite = LmEval(LmEvalConfig(tasks=("one", "two"), data="text"))
+    monkeypatch.setattr(suite_module, "load_tasks", without_one)
+    assert {row["task"] for row in samples(measure(suite, data=folder))} == {"two"}
+    monkeypatch.setattr(suite_module, "load_tasks", load)
+    rows = samples(measure(suite, data=folder), metric="acc")
+    assert [row["task"] for row in rows] == ["one"] * len(ITEMS) + ["two"] * len(ITEMS)
+
+
 def test_a_task_that_would_run_what_models_write_is_refused(measure, folder):
     text = (folder / "one.yaml").read_text().replace("task: one", "task: one\nunsafe_code: true")
     (folder / "one.yaml").write_text(text)
@@ -226,7 +243,8 @@ def test_chats_are_written_by_the_tokenizers_template(measure, folder, monkeypat
     config = LmEvalConfig(tasks=("one",), data="text", chat=True, system="be kind")
     measure(LmEval(config), data=folder, make=chatting)
     assert asked[0] == ("g" + ITEMS[0]["q"] + "f", "c")
-    (folder.parent / "scratch" / "lm-eval" / "1.jsonl").unlink()
+    (kept,) = (folder.parent / "scratch" / "lm-eval").iterdir()
+    kept.unlink()
     with pytest.raises(Unsupported, match="no chat template"):
         measure(LmEval(config), data=folder)
 
