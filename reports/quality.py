@@ -254,7 +254,7 @@ def _averaged(columns: Sequence[Column]) -> list[Column]:
 
 
 def _names(columns: Sequence[Column]) -> dict[Column, str]:
-    """Headings, with the suite's name only where two suites have one task and metric."""
+    """Headings, with the suite's name only where two suites have one task and metric, or one lacks another's task."""
     words = {"share": " %", "rate": " %", "perplexity": "", "bits": "", "plain": ""}
     heads = {}
     for column in columns:
@@ -266,4 +266,6 @@ def _names(columns: Sequence[Column]) -> dict[Column, str]:
         none = column.task or column.suite
         heads[column] = none if column.form == "none" else f"{column.task} {metric}{words[column.form]}"
     alike = list(heads.values())
+    # What is missing has no metric, and may be any of those that another suite has of the task.
+    alike += {column.task for column in columns if column.form != "none"}
     return {column: f"{column.suite}: {head}" if alike.count(head) > 1 else head for column, head in heads.items()}

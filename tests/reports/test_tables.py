@@ -97,6 +97,19 @@ def test_a_task_that_steps_did_without_is_told_and_has_no_average(stores, tmp_pa
     assert not any(name.startswith(("average", "recovery")) for name in quality)
 
 
+def test_a_task_that_one_of_two_suites_did_without_is_told_of_that_one(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    rng = np.random.default_rng(0)
+    left_out = [{"name": "missing", "arm": "two", "value": "no such folder", "unit": ""}]
+    builder.step("teacher/-/few-shot@seed0", records={"sample": stores.samples(rng, "one")}, facts=left_out)
+    rows = [*stores.samples(rng, "one"), *stores.samples(rng, "two")]
+    builder.step("teacher/-/zero-shot@seed0", records={"sample": rows})
+    quality = frames_of(builder.write())["quality"]
+    assert list(quality["few-shot: two"]) == ["missing"]
+    assert quality.attrs["averages"] == {"zero-shot average %": ["zero-shot: one acc %", "two acc %"]}
+
+
 def test_seeds_that_failed_are_told_beside_the_number(stores, tmp_path, frames_of):
     builder = stores.Builder(tmp_path / "store", seeds=(0, 1))
     builder.model("teacher", teacher=True)
