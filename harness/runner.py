@@ -153,8 +153,6 @@ class _Run:
         self.refused: dict[str, str] = {}
         """What hooks, requirements and the launcher said; empty where nothing speaks against a step."""
         self.written: set[str] = set()
-        self.changed: dict[str, bool] = {}
-        """Whether steps that had failed are asked for otherwise, as of before this run wrote how."""
         self.summary = Summary()
         self.prepared = False
         self.code = ""
@@ -234,7 +232,11 @@ class _Run:
         if key in self.attempts and tried <= self.attempts[key]:
             return False
         used = 0
-        if status.state not in ANEW and not self.retry and not self._otherwise(step):
+        if status.state not in ANEW and not self.retry and self._otherwise(step):
+            # How it is asked for now is written before there is a place for it, and for good if this run is stopped.
+            self.store.forget(key)
+            self.written.discard(key)
+        elif status.state not in ANEW and not self.retry:
             assert status.record is not None
             outcome = outcome_of(status.record, self.store.partial(key))
             used = outcome.attempt
@@ -246,10 +248,8 @@ class _Run:
 
     def _otherwise(self, step: PlannedStep) -> bool:
         """Whether a step that failed is now asked for with other options, or with more of the machine."""
-        if step.key not in self.changed:
-            asked, wanted = self.store.step(step.key), step.to_json()
-            self.changed[step.key] = any(digest(asked[part]) != digest(wanted[part]) for part in ("component", "needs"))
-        return self.changed[step.key]
+        asked, wanted = self.store.step(step.key), step.to_json()
+        return any(digest(asked[part]) != digest(wanted[part]) for part in ("component", "needs"))
 
     def _refusal(self, step: PlannedStep) -> str:
         if step.key not in self.refused:
