@@ -45,7 +45,7 @@ def check_rope(rope: Any) -> None:
     if not isinstance(rope, Mapping):
         raise Unsupported(f"rope_parameters: {rope!r} is not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise Unsupported(f"rope_parameters: rope_type {kind!r} is not served; known are {', '.join(ROPE_TYPES)}")
     turned = rope.get("partial_rotary_factor") or 1.0
     if turned != 1:

@@ -1,8 +1,8 @@
 """Runs the steps of a plan: what is done is skipped, what fails stays a state with a reason and stops nothing else.
 
 Only `ok` is final. Unsupported, blocked and cancelled steps are decided anew at every run; a crash or a timeout is
-retried once; other failures wait for `retry`. Several runs may share a store: a step is claimed before it runs, and one
-that another run has claimed is waited for.
+retried once; other failures wait for `retry`, or until the step is asked for otherwise. Several runs may share a store:
+a step is claimed before it runs, and one that another run has claimed is waited for.
 """
 
 from __future__ import annotations

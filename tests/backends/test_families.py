@@ -314,6 +314,10 @@ def test_a_config_of_old_or_with_keys_left_out_means_what_transformers_reads_in_
         ),
         ('{"model_type": "llama", "rope_parameters": [1]}', r"config\.json: rope_parameters: \[1\] is not an object"),
         (
+            '{"model_type": "llama", "rope_scaling": {"type": ["yarn"]}}',
+            r"rope_type \['yarn'\] is not served; known are",
+        ),
+        (
             '{"model_type": "llama", "rope_scaling": {"type": "longrope"}}',
             "rope_type 'longrope' is not served; known are",
         ),
