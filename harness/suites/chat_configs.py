@@ -67,6 +67,15 @@ class ReasoningConfig(AnsweredConfig):
     def questions(self) -> Choice | None:
         return None if self.answers else Choice("questions", "reasoning", _part(ReasoningQuestionsConfig, self))
 
+    def check_files(self, files: Mapping[str, Path]) -> None:
+        """Before models are trained, what they are asked."""
+        from .reasoning import read_problems, read_wording
+
+        if prompt := files.get(self.prompt or ""):
+            read_wording(prompt, self.task)
+        if data := files.get(self.data or ""):
+            read_problems(data, self.task)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MtBenchQuestionsConfig(AnsweringConfig):
@@ -146,9 +155,10 @@ class AlpacaEvalConfig(AnsweredConfig):
 
         if self.judge:
             read_evaluator(self.annotator)
-        gamed = files.get(self.gamed or "")
-        if self.length_controlled and gamed and self.data in files:
-            items = len(read_rows(files[self.data])[: self.limit or None])
+        if self.data not in files:
+            return
+        items = len(read_rows(files[self.data])[: self.limit or None])
+        if self.length_controlled and (gamed := files.get(self.gamed or "")):
             check_gamed(gamed, files.get(self.difficulty or ""), items)
 
 

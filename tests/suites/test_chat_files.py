@@ -61,7 +61,8 @@ def write_gamed(tmp_path):
 
 
 def checked(files, suite="alpaca-eval", **options):
-    choice = Structurer(registry()).choice("suite", {"use": suite, "data": "data", "judge": "match", **options})
+    judge = {} if suite == "reasoning" else {"judge": "match"}
+    choice = Structurer(registry()).choice("suite", {"use": suite, "data": "data", **judge, **options})
     return unfit({"component": ("suites.chat", choice)}, {name: {"file": str(file)} for name, file in files.items()})
 
 
@@ -104,6 +105,23 @@ def test_figures_that_fit_are_taken(rows, write_gamed, tmp_path):
 
 def test_files_that_are_not_there_yet_are_not_checked():
     assert checked({}, gamed="gamed") == checked({}, suite="mt-bench") == []
+
+
+def test_what_models_are_asked_is_read_beforehand(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"instruction": "Say a."}')
+    with pytest.raises(ConfigError, match=r"suites\.chat: .*asked.jsonl: item 0 lacks 'output'"):
+        checked({"data": file})
+    file.write_text('{"question": "1 + 1?", "answer": "two"}')
+    with pytest.raises(ConfigError, match=r"suites\.chat: .*asked.jsonl: `answer` of item 0 must end with ####"):
+        checked({"data": file}, suite="reasoning", task="gsm8k")
+    file.write_text('{"question": "1 + 1?", "answer": "#### 2"}')
+    words = tmp_path / "words.txt"
+    words.write_text("Think.")
+    with pytest.raises(ConfigError, match=r"suites\.chat: .*words.txt: has no \{question\}"):
+        checked({"data": file, "words": words}, suite="reasoning", task="gsm8k", prompt="words")
+    words.write_text("Think: {question}")
+    assert checked({"data": file, "words": words}, suite="reasoning", task="gsm8k", prompt="words") == []
 
 
 def test_an_annotator_that_alpaca_eval_does_not_have_is_refused_beforehand():
