@@ -90,13 +90,17 @@ def label_of(answer: str, labels: Sequence[str]) -> int | None:
     """The label that an answer begins with, else the only one that it names (`the answer is B`, `option B`), else the
     only one in brackets. Case counts, and a letter with a word behind it is no label, since `A dog` has an article:
     lm-eval's generative MMLU takes nothing but the letter, its MMLU-Pro and chain-of-thought tasks those two forms.
+    An answer of nothing but several labels gives none.
 
     >>> [label_of(text, "ABCD") for text in ("B", "B. Paris", "(B) Paris", "B is right", "I'd say the answer is B!")]
     [1, 1, 1, 1, 1]
-    >>> [label_of(text, "ABCD") for text in ("It is a dog", "A dog", "b", "Vitamin C", "A or B", "not (A) but (B)")]
+    >>> [label_of(text, "ABCD") for text in ("It is a dog", "A dog", "b", "Vitamin C", "A. B. C.", "not (A) but (B)")]
     [None, None, None, None, None, None]
     """
     letter = f"([{re.escape(''.join(labels))}])"
+    if re.fullmatch(rf"(?:[\W_]|\b(?:and|or)\b|\b{letter}\b)*", answer):
+        alone = set(re.findall(rf"\b{letter}\b", answer))
+        return labels.index(alone.pop()) if len(alone) == 1 else None
     for form in (rf"^[^\w\s]*\s?{letter}{BEHIND}", rf"(?i:{NAMING})\b\W*?{letter}{BEHIND}", rf"\({letter}\)"):
         found = set(re.findall(form, answer.strip()))
         if found:

@@ -84,7 +84,8 @@ def test_a_label_is_read_in_the_usual_forms(form, place):
 @pytest.mark.parametrize(
     "answer",
     ["It is a dog", "A dog", "a", '"A small dog', "A-frame", "The answer is a dog", "The answer is A dog", "B cells",
-     "A or B", "Vitamin C.", "ABC", "I'm sorry, little", "E", "", "first (A), then (B)", "A 9 a.m. train"],
+     "A or B", "A, B and C", "A; B", "A. B. C. D.", "Vitamin C.", "ABC", "I'm sorry, little", "E", "", "A 9 a.m. train",
+     "first (A), then (B)"],
 )  # fmt: skip
 def test_articles_and_other_letters_are_no_labels(answer):
     assert match(answer, LABELS) is None
