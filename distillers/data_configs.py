@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..harness.interfaces import DataRef, FileRef, MambabenchError
+from .checks import counts, not_negative
 
 ASK_S = 5.0
 """Seconds to wait for the hub's answer."""
@@ -133,13 +134,10 @@ class PreferencePairsConfig:
         _check_written(self, "pairs", "each", "prompt_tokens", "new_tokens", "batch")
 
 
-def _check_written(config: PseudoLabelsConfig | PreferencePairsConfig, *counts: str) -> None:
+def _check_written(config: PseudoLabelsConfig | PreferencePairsConfig, *lengths: str) -> None:
     """Of what a teacher writes; of sampling, what `mambabench generate` refuses of its options of the same names."""
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if config.first < 0:
-        raise ValueError(f"first is {config.first}; it must not be below 0")
+    counts(config, *lengths)
+    not_negative(config, "first")
     if not 0 <= config.temperature < math.inf:
         raise ValueError(f"temperature is {config.temperature}; it must be a number, 0 (greedy) or above")
     if config.top_k < 0:

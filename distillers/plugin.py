@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef, ModelRef
+from .checks import below_one, not_negative, positive, share_of_steps
 from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig, PseudoLabelsConfig
 from .random_configs import RandomMambaConfig, RandomTeacherConfig, RandomTokensConfig
 from .train_speed_config import TrainSpeedConfig
@@ -39,7 +40,7 @@ class EndsConfig:
     """Layers at even distances, the first and the last among them."""
 
     def __post_init__(self) -> None:
-        _positive(self, "count")
+        positive(self, "count")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class KlGuidedConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share}; it must be between 0 and 1")
-        _positive(self, "tokens", "context", "batch")
+        positive(self, "tokens", "context", "batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ class StandinConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "documents", "items")
+        positive(self, "documents", "items")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +114,10 @@ class TrainTeacherConfig:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             self, "tokens", "layers", "hidden", "heads", "kv_heads", "intermediate", "context", "batch", "lr", "clip"
         )
-        _share_of_steps(self, "warmup")
+        share_of_steps(self, "warmup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,12 +152,12 @@ class StageConfig:
     """What is trained: `mixers` (the Mamba mixers), `all`, or globs over names of parameters (`*.layers.3.mlp.*`)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "context", "batch", "accumulation", "lr", "clip")
+        positive(self, "context", "batch", "accumulation", "lr", "clip")
         if self.batch % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}, which does not divide batch = {self.batch}")
-        _share_of_steps(self, "warmup")
-        _below_one(self, "beta2")
-        _not_negative(self, "slice", "weight_decay")
+        share_of_steps(self, "warmup")
+        below_one(self, "beta2")
+        not_negative(self, "slice", "weight_decay")
         if not self.train:
             raise ValueError("train is empty; it must name what is trained")
 
@@ -195,8 +196,8 @@ class DistillationConfig(StageConfig):
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
-        _positive(self, "tokens", "temperature")
-        _not_negative(self, "ce", "kl")
+        positive(self, "tokens", "temperature")
+        not_negative(self, "ce", "kl")
         if not 0 < self.js_beta < 1:
             raise ValueError(f"js_beta is {self.js_beta}; it must be between 0 and 1")
         if not self.ce and not self.kl:
@@ -221,7 +222,7 @@ class ProgressiveConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         DistillationConfig.__post_init__(self)
-        _not_negative(self, "align_tokens")
+        not_negative(self, "align_tokens")
         if self.sets and self.schedule == "together":
             raise ValueError('sets needs schedule = "stepwise"')
         if self.sets and self.schedule == "interleaved":
@@ -258,29 +259,7 @@ class DpoConfig(StageConfig):
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
-        _positive(self, "epochs", "beta")
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
-
-
-def _below_one(config: Any, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 0 and below 1")
-
-
-def _share_of_steps(config: Any, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise ValueError(f"{name} is {getattr(config, name)}; it is a share of all steps, at least 0 and below 1")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must not be below 0")
+        positive(self, "epochs", "beta")
 
 
 @hookimpl
