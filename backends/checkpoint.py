@@ -43,6 +43,8 @@ def read_config(folder: Path) -> HybridConfig:
     family = raw.get("model_type")
     if not isinstance(family, str) or (family != MODEL_TYPE and family not in FAMILIES):
         raise Unsupported(f"{path}: model_type {family!r} is not served; known are {', '.join(FAMILIES)}")
+    if raw.pop("quantization_config", None):
+        raise Unsupported(f"{path}: quantization_config: quantised weights are not served, only floating-point ones")
     raw.pop("model_type")
     try:
         return HybridConfig(**raw) if family == MODEL_TYPE else from_family(raw, family)

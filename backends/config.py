@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, NamedTuple
 
@@ -10,7 +12,14 @@ from transformers import PreTrainedConfig
 from ..harness.interfaces import Unsupported
 
 MODEL_TYPE = "mambabench_hybrid"
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+    "dynamic": ("factor",),
+}
+"""The kinds that are served, and the numbers that each has beside `rope_theta`."""
 REMOVED = "none"
 """The mixer of a layer that is only its MLP."""
 LAYER_TYPES = {
@@ -29,6 +38,23 @@ CHOICES = {
     "mamba_dt_bias": ("once", "twice"),
     "mamba_sub_blocks": ("aligned", "released"),
 }
+
+
+def check_rope(rope: Any) -> None:
+    """Raises Unsupported for `rope_parameters` that are not served or none, such as numbers that are texts."""
+    if not isinstance(rope, Mapping):
+        raise Unsupported(f"rope_parameters: {rope!r} is not an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise Unsupported(f"rope_parameters: rope_type {kind!r} is not served; known are {', '.join(ROPE_TYPES)}")
+    turned = rope.get("partial_rotary_factor") or 1.0
+    if turned != 1:
+        raise Unsupported(f"rope_parameters: partial_rotary_factor {turned} is not served, only whole heads (1.0)")
+    for name in ("rope_theta", *ROPE_TYPES[kind]):
+        value = rope.get(name, 1.0)
+        derived = value is None and kind == "yarn" and name != "rope_theta"
+        if not derived and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise Unsupported(f"rope_parameters: {name} is {value!r}; it must be a number above 0")
 
 
 class Mamba2Shape(NamedTuple):
@@ -126,12 +152,7 @@ class HybridConfig(PreTrainedConfig):
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         super().__post_init__(**kwargs)
-        rope = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope not in ROPE_TYPES:
-            raise Unsupported(f"rope_parameters: rope_type {rope!r} is not served; known are {', '.join(ROPE_TYPES)}")
-        turned = (self.rope_parameters or {}).get("partial_rotary_factor") or 1.0
-        if turned != 1:
-            raise Unsupported(f"rope_parameters: partial_rotary_factor {turned} is not served, only whole heads (1.0)")
+        check_rope(self.rope_parameters or {})
         if self.hidden_act != "silu":
             raise Unsupported(f"hidden_act: {self.hidden_act!r} is not served, only 'silu'")
         for name in ("d_conv", "chunk"):

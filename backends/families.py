@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from .config import SLIDING, HybridConfig
+from .config import SLIDING, HybridConfig, check_rope
 
 Fields = dict[str, Any]
 FOREIGN = (
@@ -72,6 +72,8 @@ def to_family(config: HybridConfig) -> Fields:
 
 def from_family(fields: Mapping[str, Any], family: str) -> HybridConfig:
     """The all-attention config of a teacher. `fields`: its config.json, or its config as a dict."""
+    # Their own checks of it name no key, or only warn.
+    check_rope(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
     theirs = CONFIG_MAPPING[family](**{key: value for key, value in fields.items() if key != "model_type"}).to_dict()
     shared = {key: value for key, value in theirs.items() if key not in FOREIGN}
     for key in ("head_dim", "num_key_value_heads"):

@@ -172,9 +172,9 @@ class HybridModel(HybridPreTrainedModel):
         max_documents: int | None = None,
         **_: Any,
     ) -> BaseModelOutput:
-        """input_ids int64 [B, L] (or inputs_embeds [B, L, E]); attention_mask [B, L], 0 on padding at either side;
-        position_ids int64 [B, L], counted from the first real token if not given: one that does not continue the one
-        before starts a document, which sees nothing of those before it. Hidden states [B, L, E].
+        """input_ids int64 [B, L] (or inputs_embeds [B, L, E]); attention_mask [B, L], 0 on padding at either side
+        or between documents; position_ids int64 [B, L], counted from the first real token if not given: one that does
+        not continue the one before starts a document, which sees nothing of those before it. Hidden states [B, L, E].
 
         cu_seq_lens_q int32 [documents + 1] and max_length_q, as transformers' collators make them, say of position_ids
         what the host would otherwise wait for: where documents begin among the tokens of all rows, and how long the

@@ -41,7 +41,8 @@ class Mamba2HybridConfig(MixerConfig):
     """Options of new Mamba-2 layers."""
 
     chunk: int = 64
-    """Tokens of a block of the parallel scan."""
+    """Tokens of a block of the parallel scan; changes speed and rounding alone. No effect where mamba-ssm's scan
+    serves, on a GPU: its blocks have 128."""
     norm: Literal["gated", "none"] = "gated"
     """Of the scan's output, per head, behind the gate."""
 

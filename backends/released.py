@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING
 from ..harness.interfaces import MambabenchError, Unsupported
 from . import checkpoint
 from .config import REMOVED, SLIDING, HybridConfig
-from .weights import Weights, write
+from .weights import Weights, read_json, write
 
 SETTINGS = "mamba_config.json"
 PARTS = ("in_proj_z", "in_proj_x", "B_proj", "C_proj", "dt_proj_down")
@@ -43,9 +43,11 @@ def is_released(folder: Path) -> bool:
 def read_config(folder: Path) -> HybridConfig:
     """The config of a released checkpoint. Raises MambabenchError or Unsupported, naming the file and the key."""
     path, teacher = folder / SETTINGS, checkpoint.read_config(folder)
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    mixer = _mixer(raw, Weights(folder))
-    ssm = raw.get("ssm_cfg", {})
+    raw = read_json(path)
+    ssm, kept = raw.get("ssm_cfg", {}), raw.get("attn_layers", [])
+    if not isinstance(ssm, dict):
+        raise MambabenchError(f"{path}: ssm_cfg is {ssm!r}; it must be an object")
+    mixer = _mixer(ssm, Weights(folder))
     heads, width = teacher.num_attention_heads, teacher.head_dim
     size = min(16, width) if mixer == "mamba" else width
     wanted = {
@@ -63,17 +65,22 @@ def read_config(folder: Path) -> HybridConfig:
         for name, value in expected.items():
             if given.get(name) not in (None, value):
                 raise Unsupported(
-                    f"{path}: {prefix}{name} is {given[name]}; a layer in the place of this attention has {value}"
+                    f"{path}: {prefix}{name} is {given[name]!r}; a layer in the place of this attention has {value}"
                 )
-    for name in ssm:
-        if name not in TAKEN[mixer]:
-            raise Unsupported(f"{path}: ssm_cfg.{name} is not served; known are {', '.join(TAKEN[mixer])}")
-    kept = raw.get("attn_layers", [])
-    if not set(kept) <= set(range(teacher.num_hidden_layers)):
-        raise MambabenchError(f"{path}: attn_layers is {kept}; there are layers 0 to {teacher.num_hidden_layers - 1}")
+    # The released code, too, loads no file with another key of its own.
+    for given, known, prefix in ((raw, (*wanted, "ssm_cfg", "attn_layers"), ""), (ssm, TAKEN[mixer], "ssm_cfg.")):
+        for name in given:
+            if name not in known:
+                raise Unsupported(f"{path}: {prefix}{name} is not served; known are {', '.join(known)}")
+    last = teacher.num_hidden_layers - 1
+    if not isinstance(kept, list) or not all(type(index) is int and 0 <= index <= last for index in kept):
+        raise MambabenchError(f"{path}: attn_layers is {kept}; it must be a list out of the layers 0 to {last}")
+    taps = ssm.get("d_conv", 4)
+    if type(taps) is not int or taps < 1:
+        raise MambabenchError(f"{path}: ssm_cfg.d_conv is {taps!r}; it must be a whole number above 0")
     fields = teacher.to_dict()
     fields["mixers"] = ["attention" if index in kept else mixer for index in range(teacher.num_hidden_layers)]
-    fields["d_conv"] = ssm.get("d_conv", 4)
+    fields["d_conv"] = taps
     if mixer == "mamba":
         fields |= {"mamba_dt_bias": "twice", "mamba_sub_blocks": "released"}
     fields.pop("model_type")
@@ -153,14 +160,14 @@ def _sizes(config: HybridConfig) -> tuple[int, int]:
     return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
 
-def _mixer(raw: Mapping[str, Any], names: Iterable[str]) -> str:
+def _mixer(ssm: Mapping[str, Any], names: Iterable[str]) -> str:
     """By the tensors; by the config where there are none of either kind."""
     for name in names:
         if name.endswith(".mamba.in_proj_x.weight"):
             return "mamba"
         if name.endswith(".mamba.in_proj.weight"):
             return "mamba2"
-    return "mamba2" if "ngroups" in raw.get("ssm_cfg", {}) else "mamba"
+    return "mamba2" if "ngroups" in ssm else "mamba"
 
 
 def _settings(config: HybridConfig, artifact: Path) -> dict[str, Any]:

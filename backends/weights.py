@@ -38,9 +38,13 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, Path] = {}
         self._opened: dict[Path, Any] = {}
-        for path in shards(folder):
+        paths, index, where = _listing(folder)
+        for path in paths:
             self._opened[path] = _open(path)
             self.files.update(dict.fromkeys(self._opened[path].keys(), path))
+        for name, path in self.files.items():
+            if where is not None and name not in where:
+                raise MambabenchError(f"{index}: weight_map lacks tensor {name}, which {path.name} has")
 
     def __getitem__(self, name: str) -> Tensor:
         """On CPU, a view of the mapped file."""
@@ -70,16 +74,7 @@ def index_of(single: Path) -> Path:
 
 def shards(folder: Path) -> list[Path]:
     """The files of a folder's weights: those that its index lists, or the single one."""
-    for single in (folder / SINGLE, folder / PICKLED):
-        index = index_of(single)
-        if index.is_file():
-            listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict):
-                raise MambabenchError(f"{index}: has no weight_map")
-            return [folder / name for name in sorted(set(listed.values()))]
-        if single.is_file():
-            return [single]
-    raise MambabenchError(f"{folder}: no {SINGLE} and no {index_of(folder / SINGLE).name}, nor {PICKLED}")
+    return _listing(folder)[0]
 
 
 def write(out: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -121,6 +116,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise MambabenchError(f"{path}: not a JSON object")
     return raw
+
+
+def _listing(folder: Path) -> tuple[list[Path], Path, Mapping[str, str] | None]:
+    """The files of a folder's weights, and the index that says which of them has each tensor, if there is one."""
+    for single in (folder / SINGLE, folder / PICKLED):
+        index = index_of(single)
+        if index.is_file():
+            where = read_json(index).get("weight_map")
+            if not isinstance(where, dict):
+                raise MambabenchError(f"{index}: has no weight_map")
+            for name, file in where.items():
+                if not isinstance(file, str):
+                    raise MambabenchError(f"{index}: weight_map names {file!r} as the file of tensor {name}")
+            return [folder / file for file in sorted(set(where.values()))], index, where
+        if single.is_file():
+            return [single], single, None
+    raise MambabenchError(f"{folder}: no {SINGLE} and no {index_of(folder / SINGLE).name}, nor {PICKLED}")
 
 
 def _shard(number: int, count: int) -> str:

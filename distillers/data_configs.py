@@ -1,14 +1,17 @@
-"""Options of the sources that bring data in from outside, and what of the outside decides their result."""
+"""Options of the sources that bring data in from outside or have a teacher write them, and what of the outside decides
+their result."""
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..harness.interfaces import DataRef, FileRef, MambabenchError
+from .checks import counts, not_negative
 
 ASK_S = 5.0
 """Seconds to wait for the hub's answer."""
@@ -42,8 +45,12 @@ class DatasetConfig:
     chat: Literal["keep", "messages", "plain"] = "keep"
     """`messages`: prompts and answers become chats, which the teacher's chat template writes; `plain`: chats become
     texts with "User:" and "Assistant:", for models without a template."""
-    turns: Literal["each", "last"] = "each"
-    """Of a chat: `each` answer is learnt, as a document of its own behind all that was said before, or the `last`."""
+    turns: Literal["each", "first", "last"] = "each"
+    """Of a chat: `each` answer is learnt, as a document of its own behind all that was said before, or the `first` or
+    `last` alone."""
+    learn: Literal["answers", "all"] = "answers"
+    """Of chats, and of prompts with completions: the `answers`, or `all` tokens, those of prompts too. Then a chat is
+    one document, up to its last answer, or its first."""
     first: int = 0
     """Rows left out at the beginning."""
     limit: int = 0
@@ -75,6 +82,32 @@ class MixConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PseudoLabelsConfig:
+    documents: int
+    """How many documents the teacher writes."""
+    first: int = 0
+    """Number of the first one: another range of the same seed is a held-out part."""
+    new_tokens: int = 256
+    """Longest document, in new tokens."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    """1: off."""
+    batch: int = 32
+    """Documents written side by side; changes the speed and nothing else."""
+    prompts: DataRef = ""
+    """Data whose documents are continued, one each, so that there must be first + documents of them; of chats and other
+    prompts with answers, the prompts are answered. Empty: every document begins with the begin token."""
+    prompt_tokens: int = 32
+    """Longest prompt, in tokens: texts are cut there, prompts with answers left out where they are longer."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_written(self, "documents", "new_tokens", "batch", "prompt_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePairsConfig:
     data: DataRef
     """Texts whose own continuations are chosen."""
@@ -98,11 +131,19 @@ class PreferencePairsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "each", "prompt_tokens", "new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.first < 0 or self.temperature < 0:
-            raise ValueError("first and temperature must not be below 0")
+        _check_written(self, "pairs", "each", "prompt_tokens", "new_tokens", "batch")
+
+
+def _check_written(config: PseudoLabelsConfig | PreferencePairsConfig, *lengths: str) -> None:
+    """Of what a teacher writes; of sampling, what `mambabench generate` refuses of its options of the same names."""
+    counts(config, *lengths)
+    not_negative(config, "first")
+    if not 0 <= config.temperature < math.inf:
+        raise ValueError(f"temperature is {config.temperature}; it must be a number, 0 (greedy) or above")
+    if config.top_k < 0:
+        raise ValueError(f"top_k is {config.top_k}; it must be 0 (off) or above")
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"top_p is {config.top_p}; it must be above 0 and at most 1 (off)")
 
 
 def cached_snapshot(name: str, revision: str) -> Path | None:

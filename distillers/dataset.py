@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import lzma
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..harness.documents import read_documents
+from ..harness.documents import open_text, read_documents
 from ..harness.interfaces import Job, MambabenchError, Unsupported
 from .data_configs import DatasetConfig, MixConfig, cached_snapshot, find_commit
 from .rows import Reader, Row
@@ -41,9 +40,9 @@ class DatasetSource:
         reader: Reader | None = None
         taken = empty = documents = 0
         with (job.out / "data.jsonl").open("w", encoding="utf-8") as file:
-            for row in rows:
+            for number, row in enumerate(rows, config.first + 1):
                 reader = reader or Reader(config, list(row), where)
-                records = list(reader.records(row))
+                records = list(reader.records(row, number))
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
                 taken, empty, documents = taken + 1, empty + (not records), documents + len(records)
                 if taken % EVERY == 0:
@@ -134,19 +133,14 @@ def read_folder(folder: Path, config: DatasetConfig) -> Iterator[Row]:
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             found: Any = datasets.load_from_disk(str(folder))
+            if isinstance(found, dict) and config.split not in found:
+                raise MambabenchError(f"{folder}: no split {config.split!r}; there are {', '.join(found)}")
             found = found[config.split] if isinstance(found, dict) else found
         else:
             found = datasets.load_dataset(str(folder), config.subset or None, split=config.split, streaming=True)
-    except KeyError:
-        raise MambabenchError(f"{folder}: no split {config.split!r}; there are {', '.join(found)}") from None
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        yield from found
+    except (ValueError, OSError, RuntimeError) as error:
         raise MambabenchError(f"{folder}: {' '.join(str(error).split())[:300]}") from None
-    yield from found
-
-
-def open_text(file: Path) -> IO[str]:
-    """Opens a file for reading, compressed with xz or not."""
-    return lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8")
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -156,8 +150,8 @@ def _parquet(file: Path) -> Iterator[Row]:
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
             yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise MambabenchError(f"{file}: not parquet: {error}") from None
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise MambabenchError(f"{file}: not parquet: {' '.join(str(error).split())[:300]}") from None
 
 
 def _json(where: object, text: str) -> Any:

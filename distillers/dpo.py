@@ -124,8 +124,7 @@ class PreferenceTrainer(training.SummedLossTrainer):
     @torch.no_grad()
     def ask(self, reference: nn.Module, pairs: Pairs) -> Tensor:
         """Log-probabilities of all answers, nat fp32 [pairs, 2]. Ranks share the pairs; all run equally often."""
-        number, device = ranks(), self.args.device
-        size = self.recipe.batch // self.recipe.accumulation // number
+        number, size, device = ranks(), self.recipe.part, self.args.device
         told = torch.zeros(len(pairs), 2, device=device)
         for first in range(0, len(pairs), size * number):
             rows = [row % len(pairs) for row in range(first, first + size * number)]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from ..harness.hooks import hookimpl
 from ..harness.interfaces import Component, DataRef, ModelRef
-from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig
+from .checks import below_one, not_negative, positive, share_of_steps
+from .data_configs import DatasetConfig, MixConfig, PreferencePairsConfig, PseudoLabelsConfig
 from .random_configs import RandomMambaConfig, RandomTeacherConfig, RandomTokensConfig
 from .train_speed_config import TrainSpeedConfig
+
+HOW = {"decides": False}
+"""Marks options of stages that say how a result is computed. They are no part of a key: a stage that ran out of memory
+goes on with others from where it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +40,7 @@ class EndsConfig:
     """Layers at even distances, the first and the last among them."""
 
     def __post_init__(self) -> None:
-        _positive(self, "count")
+        positive(self, "count")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +64,7 @@ class KlGuidedConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share}; it must be between 0 and 1")
-        _positive(self, "tokens", "context", "batch")
+        positive(self, "tokens", "context", "batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,38 +80,12 @@ class TinyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "documents", "items")
+        positive(self, "documents", "items")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyJudgeConfig:
     """The rules have no options."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PseudoLabelsConfig:
-    documents: int
-    """How many documents the teacher writes."""
-    first: int = 0
-    """Number of the first one: another range of the same seed is a held-out part."""
-    new_tokens: int = 256
-    """Longest document, in new tokens."""
-    temperature: float = 1.0
-    top_k: int = 0
-    """0: off."""
-    top_p: float = 1.0
-    """1: off."""
-    batch: int = 32
-    """Documents written side by side; changes the speed and nothing else."""
-    prompts: DataRef = ""
-    """Data whose documents are continued, one after the other; of chats and other prompts with answers, the prompts are
-    answered. Empty: every document begins with the begin token."""
-    prompt_tokens: int = 32
-    """Longest prompt, in tokens: texts are cut there, prompts with answers left out where they are longer."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _positive(self, "documents", "new_tokens", "batch", "prompt_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +119,10 @@ class TrainTeacherConfig:
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             self, "tokens", "layers", "hidden", "heads", "kv_heads", "intermediate", "context", "batch", "lr", "clip"
         )
+        share_of_steps(self, "warmup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +132,9 @@ class StageConfig:
     data: DataRef
     context: int
     batch: int = 16
-    accumulation: int = 1
-    """Parts in which a batch is computed, to save memory; the result is the same."""
+    accumulation: int = field(default=1, metadata=HOW)
+    """Parts in which each GPU computes its share of a batch, to save memory; the result is the same. A GPU that has
+    fewer rows computes them one by one."""
     lr: float
     """Peak of the learning rate."""
     warmup: float
@@ -164,21 +145,24 @@ class StageConfig:
     beta2: float = 0.98
     """Adam's memory of squared gradients (that of gradients is 0.9): the higher, the longer. 0.98, the default of all
     stages, is the paper's of the first one, and right for hundreds of steps; its `sft` and `dpo` have 0.999."""
-    checkpointing: bool = False
+    checkpointing: bool = field(default=False, metadata=HOW)
     """Keeps only what enters each layer for the way back, and computes the rest again: far less memory, a third more
     time, the same result."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=HOW)
     """How several GPUs share a stage (`limits.train_gpus`): each holds all weights, or, with FSDP2, a part of them."""
-    slice: int = 0
+    slice: int = field(default=0, metadata=HOW)
     """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
     0: those of all positions."""
     train: tuple[str, ...] = ("all",)
     """What is trained: `mixers` (the Mamba mixers), `all`, or globs over names of parameters (`*.layers.3.mlp.*`)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "context", "batch", "accumulation", "lr", "clip")
-        _below_one(self, "beta2")
-        _not_negative(self, "slice", "weight_decay")
+        positive(self, "context", "batch", "accumulation", "lr", "clip")
+        if self.batch % self.accumulation:
+            raise ValueError(f"accumulation is {self.accumulation}, which does not divide batch = {self.batch}")
+        share_of_steps(self, "warmup")
+        below_one(self, "beta2")
+        not_negative(self, "slice", "weight_decay")
         if not self.train:
             raise ValueError("train is empty; it must name what is trained")
 
@@ -210,21 +194,25 @@ class DistillationConfig(StageConfig):
     """Weight of the teacher in the mixture of `js`: towards 0 it behaves as `forward`, towards 1 as `reverse`."""
     temperature: float = 1.0
     """Softens both distributions of the divergence, whose gradient is scaled back by its square."""
-    slice: int = 0
+    slice: int = field(default=0, metadata=HOW)
     """Positions whose logits are held at a time, to save memory with a large vocabulary; the result is the same.
     0: those of all positions, on a GPU as many as half a gigabyte holds."""
     train: tuple[str, ...] = ("mixers",)
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
-        _positive(self, "tokens", "temperature")
-        _not_negative(self, "ce", "kl")
+        positive(self, "tokens", "temperature")
+        not_negative(self, "ce", "kl")
         if not 0 < self.js_beta < 1:
             raise ValueError(f"js_beta is {self.js_beta}; it must be between 0 and 1")
         if not self.ce and not self.kl:
             raise ValueError("ce and kl are both 0; one of them must be above 0")
         if self.teacher and not self.kl:
             raise ValueError("teacher is named and kl is 0, so that nobody asks it")
+        for option in fields(self):
+            idle = option.name in ("kl_kind", "js_beta", "temperature") and not self.kl
+            if idle and getattr(self, option.name) != option.default:
+                raise ValueError(f"{option.name} is set and kl is 0, so that there is no divergence")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +227,7 @@ class ProgressiveConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         DistillationConfig.__post_init__(self)
-        _not_negative(self, "align_tokens")
+        not_negative(self, "align_tokens")
         if self.sets and self.schedule == "together":
             raise ValueError('sets needs schedule = "stepwise"')
         if self.sets and self.schedule == "interleaved":
@@ -264,7 +252,7 @@ class DpoConfig(StageConfig):
     """How dearly leaving the reference is paid for; rewards are beta times log-ratios to it."""
     reference: Literal["start", "teacher"] = "start"
     """The student before this stage, as the released code has it, or the teacher, as the paper's equation 4."""
-    precompute: bool = False
+    precompute: bool = field(default=False, metadata=HOW)
     """Asks the reference once for all pairs before the training, in place of keeping it in memory."""
     context: int = 512
     """Longest text, prompt and answer, in tokens; what is longer is cut."""
@@ -276,24 +264,7 @@ class DpoConfig(StageConfig):
 
     def __post_init__(self) -> None:
         StageConfig.__post_init__(self)
-        _positive(self, "epochs", "beta")
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
-
-
-def _below_one(config: Any, name: str) -> None:
-    if not 0 <= getattr(config, name) < 1:
-        raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 0 and below 1")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must not be below 0")
+        positive(self, "epochs", "beta")
 
 
 @hookimpl

@@ -17,7 +17,7 @@ from typing import Any
 from ..harness.documents import Document, encode_document, leading_token, read_documents
 from ..harness.interfaces import Decoder, Job, Limits, MambabenchError, Prompt, Stepper, Tokenizer, silent
 from ..harness.plugins import make, registry
-from .plugin import PseudoLabelsConfig
+from .data_configs import PseudoLabelsConfig
 
 WRITTEN = "documents.jsonl"
 """Documents so far, in the scratch folder; a last line without its end was cut by a kill."""
@@ -56,14 +56,19 @@ class PseudoLabels:
         shutil.copyfile(written, job.out / "data.jsonl")
 
     def _prompts(self, job: Job, model: Stepper) -> list[Prompt]:
-        """Where each document begins: the documents of `prompts` in turn, or the begin token alone."""
+        """Where each document begins: one of the documents of `prompts`, none of them twice, or the begin token."""
         tokenizer, config = model.tokenizer, self.config
         if config.prompts:
-            path = job.data[config.prompts]
+            path, wanted = job.data[config.prompts], config.first + config.documents
             found = (beginning(document, tokenizer, config.prompt_tokens) for document in read_documents(path))
-            beginnings = list(itertools.islice(filter(None, found), config.first + config.documents))
-            if not beginnings:
-                raise MambabenchError(f"{path}: no documents to continue, none with a prompt short enough")
+            beginnings = list(itertools.islice(filter(None, found), wanted))
+            if len(beginnings) < wanted:
+                # To begin again would give held-out documents the prompts of those that were learnt.
+                raise MambabenchError(
+                    f"{path}: {len(beginnings)} prompts (no questions above prompt_tokens = {config.prompt_tokens}), "
+                    f"where first + documents is {wanted}; lower documents, or raise prompt_tokens"
+                )
+            beginnings = beginnings[config.first :]
         else:
             begin = leading_token(tokenizer)
             if begin is None:
@@ -71,9 +76,8 @@ class PseudoLabels:
                     f"{job.teacher.path if job.teacher else ''}: the tokenizer has no token to begin a text with; "
                     "name documents to continue as `prompts`"
                 )
-            beginnings = [[begin]]
-        numbers = range(config.first, config.first + config.documents)
-        return [Prompt(tuple(beginnings[i % len(beginnings)]), sequence=i) for i in numbers]
+            beginnings = [[begin]] * config.documents
+        return [Prompt(tuple(ids), sequence=i) for i, ids in enumerate(beginnings, config.first)]
 
     def _continue(self, model: Stepper, prompts: Sequence[Prompt], room: int) -> list[dict[str, Any]]:
         config, end = self.config, model.tokenizer.eos_token_id
@@ -102,7 +106,7 @@ def beginning(document: Document, tokenizer: Tokenizer, longest: int) -> list[in
         # Documents can be books, and no token is this long on average.
         shown = replace(document, text=document.text[: 64 * (longest + 4)])
         return encode_document(shown, tokenizer)[0][:longest]
-    ids, context = encode_document(document, tokenizer)
+    ids, context = encode_document(replace(document, whole=False), tokenizer)
     return ids[:context] if context <= longest else []
 
 

@@ -45,14 +45,15 @@ class Reader:
     """Knows which column is what, from the options and the columns of the first row."""
 
     def __init__(self, config: DatasetConfig, columns: Sequence[str], where: str) -> None:
-        self.config, self.where = config, where
+        self.config, self.where, self.row = config, where, where
         self.columns = {role: self._column(role, columns) for role in NAMES}
         if self.columns["input"] == self.columns["prompt"]:
             self.columns["input"] = ""
         self.form = self._form(columns)
 
-    def records(self, row: Row) -> Iterator[dict[str, Any]]:
+    def records(self, row: Row, number: int) -> Iterator[dict[str, Any]]:
         """The documents or preferences of a row, in the forms of docs/records.md; none where something is missing."""
+        self.row = f"{self.where}: row {number}"
         match self.form:
             case "text":
                 made = [{"text": self._text(row, "text")}] if self._text(row, "text").strip() else []
@@ -102,7 +103,7 @@ class Reader:
         value = row.get(self.columns[role]) if self.columns[role] else None
         if value is not None and not isinstance(value, str):
             raise MambabenchError(
-                f"{self.where}: column {self.columns[role]!r} holds {type(value).__name__}, where text is wanted"
+                f"{self.row}: column {self.columns[role]!r} holds {type(value).__name__}, where text is wanted"
             )
         return value or ""
 
@@ -123,8 +124,8 @@ class Reader:
         if not completion.strip():
             return []
         if self.config.chat == "messages":
-            return [{"messages": [*self._opening(row), _answer(completion)]}] if self._prompt(row) else []
-        return [{"prompt": self._before_text(row), "completion": completion}]
+            return [self._written([*self._opening(row), _answer(completion)])] if self._prompt(row) else []
+        return [self._continued(self._before_text(row), completion)]
 
     def _conversation(self, row: Row) -> Messages:
         messages = self._turns(row.get(self.columns["messages"]))
@@ -134,16 +135,18 @@ class Reader:
     def _turns(self, value: Any) -> Messages:
         """A list of turns (`role` and `content`, or `from` and `value`), or a single one."""
         turns = [value] if isinstance(value, Mapping) else [] if value is None else value
+        if not isinstance(turns, list):
+            raise MambabenchError(f"{self.row}: a chat is {type(turns).__name__}, where a list of turns is wanted")
         messages = []
         for turn in turns:
             if not isinstance(turn, Mapping):
-                raise MambabenchError(
-                    f"{self.where}: a turn of a chat is {type(turn).__name__}, where a table is wanted"
-                )
+                raise MambabenchError(f"{self.row}: a turn of a chat is {type(turn).__name__}, where a table is wanted")
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-            if role not in ROLES or not isinstance(content, str):
+            if not isinstance(role, str) or role not in ROLES:
+                raise MambabenchError(f"{self.row}: a turn of a chat has the role {role!r}; known: {', '.join(ROLES)}")
+            if not isinstance(content, str):
                 raise MambabenchError(
-                    f"{self.where}: a turn of a chat has the role {role!r}; known: {', '.join(ROLES)}"
+                    f"{self.row}: the content of a turn of a chat is {type(content).__name__}, where text is wanted"
                 )
             messages.append({"role": ROLES[role], "content": content})
         return messages
@@ -154,11 +157,21 @@ class Reader:
             for end, turn in enumerate(messages)
             if turn["role"] == ANSWER and turn["content"].strip() and any(t["role"] == "user" for t in messages[:end])
         ]
-        chosen = ends[-1:] if self.config.turns == "last" else ends
-        chats = [messages[: end + 1] for end in chosen]
+        if self.config.turns == "first":
+            ends = ends[:1]
+        elif self.config.turns == "last" or self.config.learn == "all":
+            ends = ends[-1:]
+        chats = [messages[: end + 1] for end in ends]
         if self.config.chat != "plain":
-            return [{"messages": chat} for chat in chats]
-        return [{"prompt": spoken(chat[:-1]), "completion": " " + chat[-1]["content"]} for chat in chats]
+            return [self._written(chat) for chat in chats]
+        return [self._continued(spoken(chat[:-1]), " " + chat[-1]["content"]) for chat in chats]
+
+    def _written(self, chat: Messages) -> dict[str, Any]:
+        return {"messages": chat, "whole": True} if self.config.learn == "all" else {"messages": chat}
+
+    def _continued(self, prompt: str, completion: str) -> dict[str, Any]:
+        whole = {"text": prompt + completion}
+        return whole if self.config.learn == "all" else {"prompt": prompt, "completion": completion}
 
     def _preference(self, row: Row) -> list[dict[str, Any]]:
         pair = [row.get(self.columns[role]) for role in ("chosen", "rejected")]

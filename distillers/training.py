@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..harness.interfaces import Job, MambabenchError, Unsupported
+from ..harness.parts import rows_at_a_time
 from . import flops
 from .checkpoints import Account, Checkpoints, load_states, load_weights, save_states, save_weights, whole_checkpoint
 from .losses import IGNORED
@@ -50,6 +51,11 @@ class Recipe:
     parallel: str = "ddp"
     phases: int = 1
     """Equal parts of the steps; in each of them the learning rate rises and falls anew."""
+
+    @property
+    def part(self) -> int:
+        """Rows that each rank computes at a time."""
+        return rows_at_a_time(self.batch, self.accumulation, ranks())
 
     def steps(self, windows: Windows) -> int:
         """Optimiser steps for the tokens wanted, rounded up."""
@@ -109,12 +115,6 @@ class SummedLossTrainer(Trainer):
     ) -> None:
         """`weights` are those of the loss's parts, per token; `before` is what went before in the same stage;
         checkpoints are in `folder` of the scratch folder."""
-        if recipe.batch % recipe.accumulation:
-            raise MambabenchError(f"batch = {recipe.batch} cannot be split into accumulation = {recipe.accumulation}")
-        if recipe.batch // recipe.accumulation % ranks():
-            raise MambabenchError(
-                f"batch = {recipe.batch} with accumulation = {recipe.accumulation} cannot be split among {ranks()} GPUs"
-            )
         if recipe.checkpointing:
             recompute(model)
         if recipe.phases > steps:
@@ -235,11 +235,11 @@ def _arguments(job: Job, recipe: Recipe, steps: int, folder: str) -> TrainingArg
     arguments = TrainingArguments(
         output_dir=str(job.scratch / folder),
         max_steps=steps,
-        per_device_train_batch_size=recipe.batch // recipe.accumulation // ranks(),
+        per_device_train_batch_size=recipe.part,
         # Layers that have not joined yet have no gradient.
         ddp_find_unused_parameters=recipe.phases > 1,
         ddp_broadcast_buffers=False,
-        gradient_accumulation_steps=recipe.accumulation,
+        gradient_accumulation_steps=recipe.batch // (recipe.part * ranks()),
         learning_rate=recipe.lr,
         weight_decay=recipe.weight_decay,
         adam_beta2=recipe.beta2,

@@ -7,14 +7,13 @@ wrote is data: it is matched, parsed as JSON and shown to judges, never executed
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import lzma
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .documents import Message
 from .events import EVENTS, counted
@@ -26,6 +25,7 @@ from .plugins import decoder_or_plain
 if TYPE_CHECKING:
     from .suites.chat_configs import AnsweredConfig, AnsweringConfig
 
+T = TypeVar("T")
 SUFFIXES = (".jsonl", ".json", ".jsonl.xz", ".json.xz")
 FOLDER = "answers"
 NO_ROOM = "no room"
@@ -188,31 +188,54 @@ def _by_tokenizer(messages: Sequence[Message], tokenizer: Any) -> tuple[str, tup
     return text, (), (ending,) if ending else ()
 
 
-def with_fields(records: list[dict[str, Any]], file: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The records. Raises `MambabenchError` for one that lacks one of these fields."""
+def with_fields(
+    records: list[dict[str, Any]], file: Path, names: Sequence[str] = (), texts: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The records. Raises `MambabenchError` for one that lacks one of these fields, or whose `texts` are none."""
     for number, record in enumerate(records):
-        if left := [name for name in names if name not in record]:
+        if left := [name for name in (*names, *texts) if name not in record]:
             raise MambabenchError(f"{file}: item {number} lacks {left[0]!r}")
+        if wrong := [name for name in texts if not isinstance(record[name], str)]:
+            raise MambabenchError(f"{file}: {wrong[0]!r} of item {number} is no text")
     return records
 
 
-def read_records(file: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The objects of a JSON array or of JSON lines, compressed with xz or not; of a step's events, those that count.
-    Raises `MambabenchError` for anything else, and for an object without these fields."""
-    if file.name == EVENTS:
-        return with_fields(counted(file), file, names)
+def by_name(pairs: Iterable[tuple[str, T]], file: Path) -> dict[str, T]:
+    """Raises `MambabenchError` for a name that stands there twice: it is not for the order of lines to decide."""
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise MambabenchError(f"{file}: {name} is in it twice")
+        found[name] = value
+    return found
+
+
+def read_text(file: Path) -> str:
+    """Raises `MambabenchError` for a file that cannot be read, or is no text."""
     try:
-        with io.TextIOWrapper(lzma.open(file), encoding="utf-8") if file.suffix == ".xz" else file.open() as stream:
-            text = stream.read()
+        with lzma.open(file) if file.suffix == ".xz" else file.open("rb") as stream:
+            return stream.read().decode("utf-8")
+    except (UnicodeDecodeError, OSError, EOFError, lzma.LZMAError) as error:
+        raise MambabenchError(f"{file}: cannot be read as text in UTF-8: {error}") from None
+
+
+def read_records(file: Path, names: Sequence[str] = (), texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The objects of a JSON array or of JSON lines, compressed with xz or not; of a step's events, those that count.
+    Raises `MambabenchError` for anything else, and for objects that are not as `with_fields` wants them."""
+    if file.name == EVENTS:
+        return with_fields(counted(file), file, names, texts)
+    text = read_text(file)
+    try:
         if text.lstrip()[:1] == "[":
             records = json.loads(text)
         else:
-            records = [json.loads(line) for line in text.splitlines() if line and not line.isspace()]
-    except (ValueError, OSError, lzma.LZMAError) as error:
+            # `splitlines` also cuts at separators that JSON leaves as they are within texts, such as U+2028.
+            records = [json.loads(line) for line in text.split("\n") if line and not line.isspace()]
+    except (ValueError, RecursionError) as error:
         raise MambabenchError(f"{file}: neither a JSON array nor JSON lines: {error}") from None
     if not all(isinstance(record, dict) for record in records):
         raise MambabenchError(f"{file}: holds something that is no JSON object")
-    return with_fields(records, file, names)
+    return with_fields(records, file, names, texts)
 
 
 def recorded_name(review: Review, config: AnsweredConfig) -> str:
@@ -239,9 +262,10 @@ def recorded(path: Path, model: str) -> Path:
     return found
 
 
-def answers_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def answers_of(records: Sequence[dict[str, Any]], file: Path) -> dict[str, str]:
     """Texts by id, of the `answer` records of a step."""
-    return {record["id"]: record["text"] for record in records if record.get("kind") == "answer"}
+    answers = with_fields([record for record in records if record.get("kind") == "answer"], file, texts=("id", "text"))
+    return by_name(((record["id"], record["text"]) for record in answers), file)
 
 
 def item_of(*parts: str) -> str:

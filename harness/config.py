@@ -11,13 +11,14 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cattrs
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
 from cattrs.gen import make_dict_structure_fn, override
 
-from .interfaces import Choice, ChoiceOf, Component, MambabenchError, Reference
+from .interfaces import Choice, ChoiceOf, Component, MambabenchError, Reference, Unsupported
 from .plugins import Registry, suggest
 
 
@@ -198,6 +199,23 @@ def references(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         if section:
             names = value if isinstance(value, tuple) else (value,)
             yield from ((path, section, name) for name in names if isinstance(name, str) and name)
+
+
+def unfit(roles: Mapping[str, tuple[str, Choice]], data: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What components miss in the files that they name: `roles` has their places in the plan. Raises ConfigError for a
+    file that is not what it should be."""
+    files = {name: Path(found["file"]) for name, found in data.items() if "file" in found and "absent" not in found}
+    missing = []
+    for where, choice in roles.values():
+        check = getattr(choice.config, "check_files", None)
+        try:
+            if callable(check):
+                check(files)
+        except Unsupported as error:
+            missing.append(f"{where}: {error}")
+        except MambabenchError as error:
+            raise ConfigError(where, str(error)) from None
+    return missing
 
 
 def nested(choices: Iterable[Choice]) -> list[Choice]:

@@ -7,14 +7,14 @@ with xz or not. Other files and columns are made into these by the source `datas
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import lzma
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
 
@@ -55,6 +55,8 @@ class Document:
     messages: tuple[Message, ...] = ()
     """A chat, written by the tokenizer's chat template. The last message, an answer, is learnt; the others are the
     prompt."""
+    whole: bool = False
+    """All of a chat is learnt and scored, questions and the template's words too."""
     cut: bool = False
     """The text was cut where its writer had not ended."""
 
@@ -68,7 +70,7 @@ class Document:
         """A hash of the content, by which two runs find the same document."""
         content = self.text if self.ids is None else json.dumps(self.ids)
         if self.asks:
-            content = json.dumps([self.text, self.prompt, self.messages])
+            content = json.dumps([self.text, self.prompt, self.messages, *(["whole"] if self.whole else [])])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -95,7 +97,7 @@ class Preference:
         """The chosen and the rejected continuation as documents, for `encode_ended`.
 
         >>> Preference("1+1=", "2", "3").documents()[0]
-        Document(text='1+1=2', ids=None, prompt=4, messages=(), cut=False)
+        Document(text='1+1=2', ids=None, prompt=4, messages=(), whole=False, cut=False)
         """
         return self._document(self.chosen), self._document(self.rejected)
 
@@ -118,7 +120,7 @@ def read_documents(path: Path) -> Iterator[Document]:
         for record, where in _read_jsonl(file):
             yield _document(record, where)
     elif kind == ".txt":
-        with _open(file) as stream:
+        with open_text(file) as stream:
             yield from _read_text(stream)
     else:
         raise MambabenchError(f"{file}: unknown kind of data (data is {FORMATS})")
@@ -138,6 +140,19 @@ def read_preferences(path: Path) -> Iterator[Preference]:
         raise MambabenchError(f"{file}: preferences are lines of JSON with {PREFERENCE}")
     for record, where in _read_jsonl(file):
         yield _preference(record, where)
+
+
+@contextmanager
+def open_text(file: Path) -> Iterator[TextIO]:
+    """Opens a file for reading, compressed with xz or not. Raises `MambabenchError` naming it where it is no text."""
+    try:
+        packed = file.suffix == ".xz"
+        with lzma.open(file, "rt", encoding="utf-8") if packed else file.open(encoding="utf-8") as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise MambabenchError(f"{file}: not UTF-8 text (it has a byte {error.object[error.start]:#x})") from None
+    except (lzma.LZMAError, EOFError) as error:
+        raise MambabenchError(f"{file}: not a whole .xz file ({error})") from None
 
 
 def leading_token(tokenizer: Tokenizer) -> int | None:
@@ -215,6 +230,8 @@ def _texts(document: Document, tokenizer: Tokenizer) -> list[str]:
     before, after = document.text[: document.prompt], document.text[document.prompt :]
     if document.messages:
         before, after = write_chat(document.messages, tokenizer)
+        if document.whole:
+            before, after = "", before + after
     return [before, after] if before else [after]
 
 
@@ -301,12 +318,6 @@ def _kind(file: Path) -> str:
     return suffixes[0] if suffixes else ""
 
 
-def _open(file: Path) -> TextIO:
-    if file.suffix == ".xz":
-        return io.TextIOWrapper(lzma.open(file), encoding="utf-8")
-    return file.open(encoding="utf-8")
-
-
 def _read_text(stream: TextIO) -> Iterator[Document]:
     lines: list[str] = []
     for line in stream:
@@ -321,7 +332,7 @@ def _read_text(stream: TextIO) -> Iterator[Document]:
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    with _open(file) as stream:
+    with open_text(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.isspace():
                 continue
@@ -339,7 +350,8 @@ def _document(record: Mapping[str, Any], where: str) -> Document:
     if "chosen" in record and "rejected" in record:
         raise MambabenchError(f"{where}: a preference, where documents with {DOCUMENT} are read")
     if "messages" in record:
-        return _chat(_messages(record["messages"], f'{where}: "messages"'), where)
+        chat = _chat(_messages(record["messages"], f'{where}: "messages"'), where)
+        return replace(chat, whole=_flag(record, "whole", where))
     if "completion" in record:
         return _continued(_text(record, "prompt", where), _text(record, "completion", where))
     if not {"text", "ids"} & record.keys():
@@ -357,10 +369,7 @@ def _preference(record: Mapping[str, Any], where: str) -> Preference:
         raise MambabenchError(f"{where}: a preference is an object with {PREFERENCE}")
     if isinstance(record["prompt"], str):
         prompt, chosen, rejected = (_text(record, key, where) for key in ("prompt", "chosen", "rejected"))
-        cut = record.get("cut", False)
-        if not isinstance(cut, bool):
-            raise MambabenchError(f'{where}: "cut" must be true or false')
-        return Preference(prompt, chosen, rejected, cut=cut)
+        return Preference(prompt, chosen, rejected, cut=_flag(record, "cut", where))
     messages = _messages(record["prompt"], f'{where}: "prompt"')
     answers = []
     for key in ("chosen", "rejected"):
@@ -376,6 +385,13 @@ def _text(record: Mapping[str, Any], key: str, where: str, default: str | None =
     if not isinstance(text, str):
         raise MambabenchError(f'{where}: "{key}" must be a string')
     return text
+
+
+def _flag(record: Mapping[str, Any], key: str, where: str) -> bool:
+    flag = record.get(key, False)
+    if not isinstance(flag, bool):
+        raise MambabenchError(f'{where}: "{key}" must be true or false')
+    return flag
 
 
 def _messages(value: object, where: str) -> tuple[Message, ...]:

@@ -68,8 +68,10 @@ class Component:
     its first part; fields annotated `Annotated[Choice, ChoiceOf(kind)]` name a component of another kind. Where the
     result depends on something else outside of the plan, a method `fingerprint()` returns a text that stands for it in
     keys. Where it is plain beforehand that something of this machine is missing, a method `lacks()` says what, else "".
-    A suite that scores answers has a method `questions()`: the `Choice` of kind `questions` that has a model answer in
-    a step of its own, or None for recorded answers."""
+    A method `check_files(files)` checks beforehand those of the files that it names that are there, by what stands in
+    the config: it raises `Unsupported` for what they lack and `MambabenchError` for what is wrong in them. A suite that
+    scores answers has a method `questions()`: the `Choice` of kind `questions` that has a model answer in a step of its
+    own, or None for recorded answers."""
     revision: int = 1
     """Raised when results made by older versions stop being comparable."""
     api: int = API
@@ -78,7 +80,8 @@ class Component:
     traits: frozenset[str] = frozenset()
     """What the planner may rely on. Suites: exactly one of `score`, `generate`, `pair`; `alone` for a quiet machine.
     Decoders: `lossless`; `streams` if `generate` takes `on_text`. Backends: `rollback`, `generate`. Distillers:
-    `from-scratch` if they need no parent, `ranks` if several processes may run one stage together.
+    `from-scratch` if they need no parent, `ranks` if several processes may run one stage together, which share its
+    option `batch` evenly.
     Selectors: `gpu` if they run models."""
     summary: str = ""
     """One line for `mambabench list`."""
@@ -161,6 +164,9 @@ class Refusal:
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 """What a model is loaded in on each kind of device, unless a suite asks for another dtype."""
+
+MISSING = "missing"
+"""Name of the fact that a step did without a task, its `arm`, and why: its value. Averages over tasks then lack it."""
 
 STATES = ("ok", "unsupported", "out-of-memory", "timeout", "crashed", "error", "cancelled", "blocked")
 

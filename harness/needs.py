@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .interfaces import MambabenchError
+from .parts import rows_at_a_time
 from .plan import Plan
 from .steps import TEACHER, Step, Steps
 
@@ -205,7 +206,7 @@ def _training(step: Step, plan: Plan, shape: Shape) -> Need:
         flops += 2 * asked.multiplied + asked.attention_flops(context, asked.layers)
     tokens = int(config["tokens"]) if "tokens" in config else None
     ranks = step.needs.ranks
-    windows = -(-int(config.get("batch", 1)) // int(config.get("accumulation", 1)) // ranks)
+    windows = rows_at_a_time(int(config.get("batch", ranks)), int(config.get("accumulation", 1)), ranks)
     rows, again = windows * (1 if "tokens" in config else 2), bool(config.get("checkpointing"))
     taught_bytes = asked.parameters * TEACHING if taught and not config.get("precompute") else 0
     weights = trained * TRAINED + (parameters - trained) * FROZEN + taught_bytes

@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ SCHEMA = 1
 BUILTIN = "builtin:"
 """Before the name of a source's part, or of a teacher, that comes with a plug-in."""
 _SECTIONS = ("schema", "name", "seeds", "teacher", "data", "stages", "models", "decoders", "suites", "skip", "limits")
+_CHOSEN = {"data": "source", "stages": "distiller", "models": "backend", "decoders": "decoder", "suites": "suite"}
+"""The kind of component that each table of a section chooses with `use`."""
 _MODEL_KEYS = ("keep", "train", "start", "path")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
@@ -94,7 +96,7 @@ class Plan:
 
 def read_plan(file: Path, registry: Registry, overrides: Sequence[str] = ()) -> Plan:
     """Reads and checks a plan. `overrides` are `key.path=value`, the value in TOML or a bare text; `stages.*.tokens`
-    means every stage that has `tokens`.
+    means every stage of the plan that has `tokens`, or, where none has, every stage that takes it.
 
     Raises MambabenchError in one line that names the file and the key.
     """
@@ -109,7 +111,7 @@ def read_plan(file: Path, registry: Registry, overrides: Sequence[str] = ()) -> 
     except tomllib.TOMLDecodeError as error:
         raise MambabenchError(f"{file}: not valid TOML: {error}") from None
     for override in overrides:
-        _override(table, override)
+        _override(table, override, registry)
         text += f"\n# --set {override}"
     try:
         return _Reader(file, text, Structurer(registry)).plan(table)
@@ -117,7 +119,7 @@ def read_plan(file: Path, registry: Registry, overrides: Sequence[str] = ()) -> 
         raise MambabenchError(f"{file}: {error}") from None
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def _override(table: dict[str, Any], override: str, registry: Registry) -> None:
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -126,8 +128,27 @@ def _override(table: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    if not _put(table, parts, parsed, override):
-        raise MambabenchError(f"--set {override}: the plan has nothing of that name")
+    if _put(table, parts, parsed, override):
+        return
+    options, name = _options(table, parts, registry), parts[-1]
+    if not any(name in names for _, names in options):
+        hint = suggest(name, {each for _, names in options for each in names})
+        raise MambabenchError(f"--set {override}: the plan has nothing of that name{hint}")
+    for each, names in options:
+        if name in names:
+            each[name] = parsed
+
+
+def _options(
+    table: Mapping[str, Any], parts: Sequence[str], registry: Registry
+) -> list[tuple[dict[str, Any], list[str]]]:
+    """The tables that SECTION.PATTERN.NAME stands for, each with the names of what its component takes."""
+    if len(parts) != 3 or parts[0] not in _CHOSEN or not isinstance(section := table.get(parts[0]), dict):
+        return []
+    known = registry.components(_CHOSEN[parts[0]])
+    fitting = [each for key, each in section.items() if fnmatchcase(key, parts[1]) and isinstance(each, dict)]
+    chosen = [(each, known.get(str(each.get("use")))) for each in fitting]
+    return [(each, [item.name for item in fields(of.config)]) for each, of in chosen if of]
 
 
 def _put(table: dict[str, Any], parts: Sequence[str], value: Any, override: str, above: str = "") -> bool:
@@ -173,6 +194,9 @@ class _Reader:
             raise ConfigError("seeds", f"expected a list of whole numbers, got {show(seeds)}")
         if len(set(seeds)) != len(seeds):
             raise ConfigError("seeds", f"a seed stands there twice: {show(seeds)}")
+        limits = _at("limits", "", lambda: _limits(table.get("limits", {})))
+        for name, stage in stages.items():
+            self._check_shared(name, stage, limits.train_gpus)
         return Plan(
             name=_name("name", table.get("name", self.file.stem)),
             file=self.file,
@@ -185,7 +209,7 @@ class _Reader:
             decoders=decoders,
             suites=suites,
             skip=tuple(_at("skip", str(i), lambda e=e: _skip(e)) for i, e in enumerate(_list(table, "skip"))),
-            limits=_at("limits", "", lambda: _limits(table.get("limits", {}))),
+            limits=limits,
         )
 
     def _choices(self, table: Mapping[str, Any], section: str, kind: str) -> dict[str, Choice]:
@@ -193,6 +217,13 @@ class _Reader:
             name: _at(section, name, lambda v=value: self.structurer.choice(kind, v))
             for name, value in _tables(table, section)
         }
+
+    def _check_shared(self, name: str, stage: Choice, ranks: int) -> None:
+        batch = getattr(stage.config, "batch", 0)
+        if "ranks" in self.structurer.registry.find("distiller", stage.name).traits and batch % ranks:
+            raise ConfigError(
+                f"stages.{name}.batch", f"expected a multiple of limits.train_gpus = {ranks}, got {batch}"
+            )
 
     def _teacher(self, value: Any, stages: Mapping[str, Choice]) -> Teacher:
         if value is None:

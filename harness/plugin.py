@@ -36,6 +36,7 @@ def mambabench_components() -> Iterable[Component]:
             name="lm-eval",
             target="mambabench.harness.suites.lm_eval:LmEval",
             config=LmEvalConfig,
+            revision=2,
             requires=("lm-eval>=0.4.13",),
             traits=frozenset({"score"}),
             summary="Tasks of the LM evaluation harness, its own or from local YAML files",

@@ -19,7 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from .events import EVENTS, events
-from .interfaces import MambabenchError
+from .interfaces import MISSING, MambabenchError
 from .store import Store, inputs_of
 
 WHO = ("store", "label", "key", "model", "decoder", "suite", "stage", "seed")
@@ -49,7 +49,8 @@ class Results:
 
     stores: tuple[Path, ...]
     cells: pd.DataFrame
-    """One row per label in plan order; `state` as of outcomes, or `interrupted`, `skipped`, `not run`."""
+    """One row per label in plan order; `state` as of outcomes, or `interrupted`, `skipped`, `not run`. The `reason`
+    beside `ok` is why a step did without some of its tasks."""
     models: pd.DataFrame
     """In plan order, the teacher first: store, model, backend, keep, teacher, order."""
     suites: pd.DataFrame
@@ -232,7 +233,7 @@ def _cells(stores: Mapping[str, Store], runs: Mapping[str, Mapping[str, Any]]) -
             yield {
                 **row,
                 "state": "not run" if status.state == "absent" else status.state,
-                "reason": status.reason,
+                "reason": status.reason or _missing(record.get("facts", ())),
                 **{column: record.get(column) for column in ("wall_s", "started", "attempt")},
                 **{column: detail.get(column) for column in ("device", "threads", "peak_rss_bytes")},
                 "overhead_s": _overhead(record.get("wall_s"), detail),
@@ -244,6 +245,11 @@ def _overhead(wall: float | None, detail: Mapping[str, Any]) -> float | None:
     """Seconds from a step's start to its first record and from its last record to its end."""
     first, last = detail.get("first_record_s"), detail.get("last_record_s")
     return None if first is None or last is None or wall is None else float(first + wall - last)
+
+
+def _missing(facts: Sequence[Mapping[str, Any]]) -> str:
+    """Why a step that ended well did without some of its tasks."""
+    return "; ".join(str(fact["value"]) for fact in facts if fact["name"] == MISSING)
 
 
 def _unfused(kernels: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """Runs the steps of a plan: what is done is skipped, what fails stays a state with a reason and stops nothing else.
 
 Only `ok` is final. Unsupported, blocked and cancelled steps are decided anew at every run; a crash or a timeout is
-retried once; other failures wait for `retry`. Several runs may share a store: a step is claimed before it runs, and one
-that another run has claimed is waited for.
+retried once; other failures wait for `retry`, or until the step is asked for otherwise. Several runs may share a store:
+a step is claimed before it runs, and one that another run has claimed is waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from . import environment
 from .forkserver import ATTEMPT, CODE, LEASED
 from .interfaces import STATES, Handle, Host, Launcher, Needs, Outcome, StepView, Unsupported
+from .keys import digest
 from .locks import Lock
 from .plugins import LOCAL, HookFailure, Registry
 from .progress import Progress, Tail, progress_for
@@ -233,7 +234,11 @@ class _Run:
         if key in self.attempts and tried <= self.attempts[key]:
             return False
         used = 0
-        if status.state not in ANEW and not self.retry:
+        if status.state not in ANEW and not self.retry and self._otherwise(step):
+            # How it is asked for now is written before there is a place for it, and for good if this run is stopped.
+            self.store.forget(key)
+            self.written.discard(key)
+        elif status.state not in ANEW and not self.retry:
             assert status.record is not None
             outcome = outcome_of(status.record, self.store.partial(key))
             used = outcome.attempt
@@ -242,6 +247,11 @@ class _Run:
                 return True
         self.attempts[key] = used
         return False
+
+    def _otherwise(self, step: PlannedStep) -> bool:
+        """Whether a step that failed is now asked for with other options, or with more of the machine."""
+        asked, wanted = self.store.step(step.key), step.to_json()
+        return any(digest(asked[part]) != digest(wanted[part]) for part in ("component", "needs"))
 
     def _refusal(self, step: PlannedStep) -> str:
         if step.key not in self.refused:

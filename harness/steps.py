@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, filled, nested, plain, references
+from .config import ConfigError, filled, nested, plain, references, unfit
 from .interfaces import DTYPES, Choice, MambabenchError, Needs, StepView
 from .keys import PACKAGE, Fingerprints, digest
 from .plan import Model, Plan
@@ -469,7 +469,7 @@ class _Expander:
             record=record,
             modules=modules,
             lacking=tuple(dict.fromkeys(lacking)),
-            absent=tuple(found["absent"] for found in data.values() if "absent" in found),
+            absent=(*(found["absent"] for found in data.values() if "absent" in found), *unfit(roles, data)),
             wants=tuple(text for of in lacks if callable(of) and (text := of())),
         )
         return key

@@ -239,6 +239,12 @@ class Store:
         """Writes the outcome of an attempt that did not end well."""
         write_json(self.partial(key) / "outcome.json", record)
 
+    def forget(self, key: str) -> None:
+        """Drops the outcome of an attempt that says nothing of the next; what it left otherwise stays."""
+        partial = self.partial(key)
+        with disk_errors(partial):
+            (partial / "outcome.json").unlink(missing_ok=True)
+
     def finish(self, key: str, record: Mapping[str, Any]) -> None:
         """Makes a step whole: everything on disk, the outcome with its list of files, then one rename."""
         partial, finished = self.partial(key), self.finished(key)

@@ -23,12 +23,17 @@ class Documents:
     def of(cls, positions: Tensor, keep: Tensor | None = None) -> Documents | None:
         """From position ids int [B, L]: one that does not continue the one before starts a document.
 
-        keep bool [B, L] marks real tokens; where padding begins or ends nothing starts. None where every row is one
-        document, so that nothing need be told apart (the host waits for the device to know).
+        keep bool [B, L] marks real tokens: nothing starts at others, and a token continues the last real one, whether
+        the places between them were counted or not. None where every row is one document, so that nothing need be told
+        apart (the host waits for the device to know).
         """
-        starts = positions[:, 1:] != positions[:, :-1] + 1
-        if keep is not None:
-            starts = starts & keep[:, 1:] & keep[:, :-1]
+        if keep is None:
+            starts = positions[:, 1:] != positions[:, :-1] + 1
+        else:
+            places = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+            last = places.masked_fill(~keep, -1).cummax(1).values[:, :-1]
+            ahead = positions[:, 1:] - positions.gather(1, last.clamp(min=0))
+            starts = (ahead != 1) & (ahead != places[:, 1:] - last) & keep[:, 1:] & (last >= 0)
         index = torch.nn.functional.pad(starts.cumsum(1, dtype=torch.int32), (1, 0))
         boundaries = int(index[:, -1].max()) if index.numel() else 0
         return cls(index, boundaries) if boundaries else None

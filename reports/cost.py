@@ -36,7 +36,7 @@ class Cost:
         known = results.facts
         facts, measured = known[known["kind"] == "train"], known[known["name"] == "weights"]
         selections = known[(known["kind"] == "select") & (known["arm"] == "")]
-        if cells.empty and measured.empty:
+        if cells.empty and measured.empty and selections.empty:
             return None
         losses = results.losses
         states = failures(cells, ("model", "stage"))

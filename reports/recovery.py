@@ -53,10 +53,10 @@ def difference(part: pd.DataFrame, taught: pd.DataFrame) -> st.Estimate:
 
 def above_chance(part: pd.DataFrame, taught: pd.DataFrame, chance: float) -> st.Estimate:
     """What a model reaches above chance as a share of what its teacher does, with Fieller's interval; where seeds add
-    to the error, with the delta method's. Raises OtherItems."""
+    to the error, with the delta method's. Infinite where the teacher cannot be told from chance. Raises OtherItems."""
     share = st.recovery([st.PairedTask(*_paired(part, taught), chance)], LEVEL)
     own = estimate(part)
-    if not math.isfinite(own.seed_se):
+    if not math.isfinite(own.seed_se) or not math.isfinite(share.low):
         return share
     between = own.seed_se * abs(share.value / (own.value - chance)) if own.value != chance else math.nan
     return _with_seeds(share, between, part).with_interval(LEVEL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from ..interfaces import Bench, Choice, MambabenchError, Review
@@ -18,7 +19,8 @@ def ask_and_record(choice: Choice, requests: Sequence[Request], at: Bench | Revi
     if twice:
         raise MambabenchError(f"two requests to the judge are called {twice[0]!r}")
     judge: Judge = build(choice)
-    verdicts = judge.judge(requests, _desk(at))
+    verdicts = list(judge.judge(requests, _desk(at)) or ())
+    _check(choice.name, requests, verdicts)
     for verdict in verdicts:
         at.emit("judgment", **_record(verdict))
     states = Counter(verdict.state for verdict in verdicts)
@@ -32,6 +34,17 @@ def ask_and_record(choice: Choice, requests: Sequence[Request], at: Bench | Revi
             "the others are on disk, and are not asked for again"
         )
     return verdicts
+
+
+def _check(judge: str, requests: Sequence[Request], verdicts: Sequence[Verdict]) -> None:
+    """Raises `MambabenchError` unless a judge gave a verdict on each request, in their order, and no other."""
+    given = [getattr(verdict, "id", None) for verdict in verdicts]
+    for request, name in zip_longest((request.id for request in requests), given):
+        if request != name:
+            raise MambabenchError(
+                f"the judge {judge!r} must give one verdict on each request, in their order; of {len(given)} on "
+                f"{len(requests)} requests the first that differs is on {name!r} in place of {request!r}"
+            )
 
 
 def _desk(at: Bench | Review) -> Desk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from . import Reply, Request, Verdict
@@ -11,6 +12,16 @@ from .kept import question
 
 class Failure(Exception):
     """Why a request has no reply."""
+
+
+def on_scale(value: Any, least: float, most: float) -> float | None:
+    """A figure that a judge gave, or None for one that is not on the scale, or is no number.
+
+    >>> on_scale(7, 1, 10), on_scale(11, 1, 10), on_scale("7", 1, 10), on_scale(float("nan"), 1, 10)
+    (7.0, None, None, None)
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return float(value) if is_number and least <= value <= most else None
 
 
 Answer = Callable[[Mapping[str, Any]], tuple[Reply, bool]]

@@ -7,16 +7,13 @@ row: one without a verdict is counted, and in neither the win rate nor the fit.
 
 from __future__ import annotations
 
-import importlib
-import math
+import importlib.util
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..answering import (
     Answerer,
@@ -32,26 +29,20 @@ from ..answering import (
 from ..documents import Message
 from ..interfaces import Bench, Choice, MambabenchError, Review, Unsupported
 from ..judges import Reply, Request, ask
+from ..judges.reading import on_scale
+from ..plugins import suggest
+from .alpaca_fit import gamed_file, length_controlled
 from .chat_configs import AlpacaEvalConfig, AlpacaEvalQuestionsConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from pandas import DataFrame
 
 T = TypeVar("T")
 TASK = "alpaca_eval"
-GAMED, DIFFICULTY = "df_gamed.csv", "instruction_difficulty.csv"
-HUB = "tatsu-lab/alpaca_eval"
-COLUMNS = ("index", "instruction_difficulty", "model", "not_gamed_baseline", "preference", "std_delta_len")
-"""Of df_gamed.csv."""
 PLACEHOLDER = re.compile(r"{(instruction|output_1|output_2)}")
-DRAW = 1.5
+REFERENCE, DRAW, MODEL = 1.0, 1.5, 2.0
 SEED = 0
 """That of the leaderboard; who stands first depends on it and the instruction."""
 TOOLS = ("function_call", "functions", "tool_choice", "tools")
 Preference = float | None
-"""1: the reference's answer is preferred, 2: the model's, and what lies between; None: no verdict."""
+"""Whose answer is preferred, from `REFERENCE` to `MODEL`; None: no verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +88,8 @@ class AlpacaEval:
     def judge(self, review: Review) -> None:
         config, model = self.config, recorded_name(review, self.config)
         rows = read_rows(review.data[config.data])[: config.limit or None]
-        gamed = self._gamed(review) if config.length_controlled else None
+        # Looked for before anybody is asked.
+        gamed = gamed_file(review, config, len(rows)) if config.length_controlled else None
         if config.judgments:
             answers, preferences = read_annotations(recorded(review.data[config.judgments], model), rows)
         else:
@@ -106,45 +98,16 @@ class AlpacaEval:
             preferences = judged(Evaluator(config.annotator), config.judge, rows, answers, review)
         emit_preferences(review, rows, answers, preferences, gamed, model)
 
-    def _gamed(self, review: Review) -> Path:
-        """df_gamed.csv, with the difficulties of the other file where that is given. Looked for before anybody is
-        asked."""
-        import pandas
-
-        gamed = review.data[self.config.gamed] if self.config.gamed else _from_hub(GAMED)
-        frame = pandas.read_csv(gamed)
-        if lacking := sorted(set(COLUMNS) - set(frame.columns)):
-            raise MambabenchError(f"{gamed}: lacks the column {lacking[0]!r}; {GAMED} has {', '.join(COLUMNS)}")
-        if not self.config.difficulty:
-            return gamed
-        file = review.data[self.config.difficulty]
-        difficulty = pandas.read_csv(file, index_col=0)
-        if difficulty.shape[1] != 1 or not set(frame["index"]) <= set(difficulty.index):
-            raise MambabenchError(f"{file}: {DIFFICULTY} has one figure for each row of {gamed}")
-        frame["instruction_difficulty"] = frame["index"].map(difficulty.iloc[:, 0])
-        review.scratch.mkdir(parents=True, exist_ok=True)
-        written = review.scratch / GAMED
-        frame.to_csv(written, index=False)
-        return written
-
 
 class Evaluator:
     """One of alpaca-eval's evaluators: its prompt, the order of answers, and how a reply is read."""
 
     def __init__(self, name: str) -> None:
-        import yaml
-        from alpaca_eval import constants, utils
+        from alpaca_eval import utils
         from alpaca_eval.annotators import SinglePairwiseAnnotator
 
-        file = Path(constants.EVALUATORS_CONFIG_DIR) / name / "configs.yaml"
-        if not file.is_file():
-            raise MambabenchError(
-                f"annotator {name!r} is none of alpaca-eval's evaluators, which are in {file.parents[1]}"
-            )
-        config = yaml.safe_load(file.read_text())[name]
+        config = read_evaluator(name)
         self.settings: Mapping[str, Any] = config.pop("completions_kwargs", {})
-        if any(tool in self.settings for tool in TOOLS) or config.get("batch_size", 1) != 1:
-            raise MambabenchError(f"annotator {name!r} needs more than one prompt with a text for a reply")
         self._all = config.get("completion_key") == "completions_all"
         self._annotator = SinglePairwiseAnnotator(
             **{**config, "fn_completions": _unused, "is_shuffle": False, "seed": SEED}
@@ -193,9 +156,29 @@ class Evaluator:
             (preference,) = self._annotator.fn_completion_parser(completion)
         except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"no verdict in {str(completion)[:80]!r}: {error}") from None
-        if preference is None or not 1 <= preference <= 2:
+        preference = preference_by_alpaca_eval(preference)
+        if preference is None:
             raise ValueError(f"no verdict in {str(completion)[:80]!r}")
-        return float(3 - preference if switched else preference)
+        return REFERENCE + MODEL - preference if switched else preference
+
+
+def read_evaluator(name: str) -> dict[str, Any]:
+    """An evaluator of alpaca-eval as it has it, without importing it. Raises `MambabenchError` for one that it does not
+    have, or that needs more than a prompt with a text for a reply."""
+    import yaml
+
+    spec = importlib.util.find_spec("alpaca_eval")
+    if spec is None or spec.origin is None:
+        raise Unsupported("alpaca-eval is not installed (mambabench[eval])")
+    folder = Path(spec.origin).parent / "evaluators_configs"
+    file = folder / name / "configs.yaml"
+    if not file.is_file():
+        hint = suggest(name, [each.parent.name for each in folder.glob("*/configs.yaml")])
+        raise MambabenchError(f"annotator {name!r} is none of alpaca-eval's evaluators{hint}")
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))[name]
+    if any(tool in config.get("completions_kwargs", {}) for tool in TOOLS) or config.get("batch_size", 1) != 1:
+        raise MambabenchError(f"annotator {name!r} needs more than one prompt with a text for a reply")
+    return config
 
 
 def judged(
@@ -204,9 +187,19 @@ def judged(
     """What the judge prefers, row by row. Two equal answers are a draw, about which nobody is asked."""
     switched = evaluator.switched(rows)
     asked = [each for each in zip(rows, answers, switched, strict=True) if each[0].output != each[1]]
-    verdicts = {verdict.id: verdict for verdict in ask(judge, [evaluator.request(*each) for each in asked], review)}
-    known = {name: verdict.value if verdict.state == "ok" else None for name, verdict in verdicts.items()}
-    return [known.get(row.id, DRAW) for row in rows]
+    verdicts = ask(judge, [evaluator.request(*each) for each in asked], review)
+    known = {verdict.id: preference_of(verdict.value) if verdict.state == "ok" else None for verdict in verdicts}
+    return [DRAW if row.output == answer else known[row.id] for row, answer in zip(rows, answers, strict=True)]
+
+
+def preference_of(value: Any) -> Preference:
+    """What a judge or a recording says, if it is on the scale."""
+    return on_scale(value, REFERENCE, MODEL)
+
+
+def preference_by_alpaca_eval(value: Any) -> Preference:
+    """The same of what alpaca-eval says, which has 0 as an old way to write a draw."""
+    return preference_of(DRAW if value == 0 else value)
 
 
 def emit_preferences(
@@ -221,10 +214,12 @@ def emit_preferences(
     of the one is that of the other's own mean, over rows."""
     if all(preference is None for preference in preferences):
         raise MambabenchError(f"{TASK}: the judge gave no verdict on any of {len(rows)} answers")
-    controlled = length_controlled(rows, answers, preferences, gamed, model) if gamed else [None] * len(rows)
+    controlled: Sequence[float | None] = [None] * len(rows)
+    if gamed:
+        controlled = length_controlled([row.output for row in rows], answers, preferences, gamed, model)
     for row, preference, fitted in zip(rows, preferences, controlled, strict=True):
         figures = {
-            "win_rate": None if preference is None else preference - 1,
+            "win_rate": None if preference is None else preference - REFERENCE,
             "lc_win_rate": fitted,
             "no_verdict": float(preference is None),
         }
@@ -236,42 +231,12 @@ def emit_preferences(
     review.emit("fact", name="mean length of answers", value=mean, unit="characters")
 
 
-def length_controlled(
-    rows: Sequence[Row], answers: Sequence[str], preferences: Sequence[Preference], gamed: Path, model: str
-) -> list[float]:
-    """Each row's preference (0 to 1) at equal lengths, as alpaca-eval's fit `length_controlled_v1` predicts it."""
-    glm = importlib.import_module("alpaca_eval.metrics.glm_winrate")
-    frame = as_annotations(rows, answers, preferences, model)
-    with _local(glm, {GAMED: gamed}), warnings.catch_warnings():
-        # alpaca-eval's own use of scikit-learn, which our requirements hold to versions that take it.
-        warnings.simplefilter("ignore", FutureWarning)
-        glm.get_length_controlled_winrate(frame, save_weights_dir=None)
-    return [float(value) for value in frame["glm_preference"]]
-
-
-def as_annotations(
-    rows: Sequence[Row], answers: Sequence[str], preferences: Sequence[Preference], model: str
-) -> DataFrame:
-    """Judged answers as alpaca-eval has them. A model that is called like the reference is still another one."""
-    import pandas
-
-    return pandas.DataFrame(
-        {
-            "preference": [math.nan if value is None else value for value in preferences],
-            "output_1": [row.output for row in rows],
-            "output_2": list(answers),
-            "generator_1": "reference",
-            "generator_2": f"model {model}",
-        }
-    )
-
-
 def read_rows(file: Path) -> list[Row]:
     """Instructions and reference answers, in the order of the file, or of a source's folder."""
     file = file / "data.jsonl" if file.is_dir() else file
     seen: Counter[str] = Counter()
     rows = []
-    for number, record in enumerate(read_records(file, ("instruction", "output"))):
+    for number, record in enumerate(read_records(file, texts=("instruction", "output"))):
         instruction = record["instruction"]
         rows.append(Row(number, instruction, seen[instruction], record["output"]))
         seen[instruction] += 1
@@ -281,24 +246,25 @@ def read_rows(file: Path) -> list[Row]:
 def read_outputs(file: Path, rows: Sequence[Row]) -> list[str]:
     """A model's recorded answers in the order of the rows: AlpacaEval's model outputs, or a step's records."""
     records = read_records(file)
-    by_id = answers_of(records)
+    by_id = answers_of(records, file)
     if by_id:
         found = [by_id.get(row.id) for row in rows]
     else:
-        by_text = _by_instruction(with_fields(records, file, ("instruction", "output")))
+        by_text = _by_instruction(with_fields(records, file, texts=("instruction", "output")))
         found = [by_text[row.asks]["output"] if row.asks in by_text else None for row in rows]
     return _complete(found, file, "answers")
 
 
 def read_annotations(file: Path, rows: Sequence[Row]) -> tuple[list[str], list[Preference]]:
-    """Recorded answers with their preferences, in the order of the rows; 0 is an old way to write a draw."""
-    known = _by_instruction(read_records(file, ("instruction", "output_1", "output_2", "preference")))
+    """Recorded answers with their preferences, in the order of the rows. What is not on the scale, or missing, is no
+    verdict."""
+    known = _by_instruction(read_records(file, texts=("instruction", "output_1", "output_2")))
     found = _complete([known.get(row.asks) for row in rows], file, "judgments")
     for row, record in zip(rows, found, strict=True):
         if record["output_1"] != row.output:
             raise MambabenchError(f"{file}: item {row.number} was judged against another answer than the reference's")
-    preferences = [record["preference"] for record in found]
-    return [record["output_2"] for record in found], [None if value is None else value or DRAW for value in preferences]
+    preferences = [preference_by_alpaca_eval(record.get("preference")) for record in found]
+    return [record["output_2"] for record in found], preferences
 
 
 def _by_instruction(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
@@ -324,38 +290,6 @@ def _completion(reply: Reply) -> dict[str, Any]:
         for likeliest in reply.top_logprobs
     ]
     return {"text": reply.text, "logprobs": {"content": content}}
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    from .lm_eval_tasks import hub_answers
-
-    try:
-        return Path(
-            hf_hub_download(repo_id=HUB, filename=name, repo_type="dataset", local_files_only=not hub_answers())
-        )
-    except OSError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Unsupported(
-            f"alpaca-eval: {name} of {HUB} cannot be had ({reason}); the option `gamed` names a local copy, and "
-            "`length_controlled = false` does without"
-        ) from error
-
-
-@contextmanager
-def _local(module: Any, files: Mapping[str, Path]) -> Iterator[None]:
-    """Has alpaca-eval take files of the hub from here."""
-    original = module.hf_hub_download
-
-    def download(*arguments: Any, filename: str, **options: Any) -> str:
-        return str(files[filename])
-
-    module.hf_hub_download = download
-    try:
-        yield
-    finally:
-        module.hf_hub_download = original
 
 
 def _unused(*arguments: Any, **options: Any) -> None:

@@ -6,7 +6,9 @@ how they are scored, is up to the suite.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..interfaces import Choice, ChoiceOf, FileRef
@@ -65,6 +67,15 @@ class ReasoningConfig(AnsweredConfig):
     def questions(self) -> Choice | None:
         return None if self.answers else Choice("questions", "reasoning", _part(ReasoningQuestionsConfig, self))
 
+    def check_files(self, files: Mapping[str, Path]) -> None:
+        """Before models are trained, what they are asked."""
+        from .reasoning import read_problems, read_wording
+
+        if prompt := files.get(self.prompt or ""):
+            read_wording(prompt, self.task)
+        if data := files.get(self.data or ""):
+            read_problems(data, self.task)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MtBenchQuestionsConfig(AnsweringConfig):
@@ -95,6 +106,13 @@ class MtBenchConfig(AnsweredConfig):
         # Of the folder the questions alone: other words for the judge have nothing answered again.
         config = _part(MtBenchQuestionsConfig, self, data=f"{self.data}/question.jsonl")
         return Choice("questions", "mt-bench", config)
+
+    def check_files(self, files: Mapping[str, Path]) -> None:
+        """Before models answer, what is only read when their answers are judged."""
+        from .mt_bench import read_folder
+
+        if self.data in files:
+            read_folder(files[self.data], self.reference)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +147,19 @@ class AlpacaEvalConfig(AnsweredConfig):
         if self.answers or self.judgments:
             return None
         return Choice("questions", "alpaca-eval", _part(AlpacaEvalQuestionsConfig, self))
+
+    def check_files(self, files: Mapping[str, Path]) -> None:
+        """Before models answer, what is only read when their answers are judged."""
+        from .alpaca_eval import read_evaluator, read_rows
+        from .alpaca_fit import check_gamed
+
+        if self.judge:
+            read_evaluator(self.annotator)
+        if self.data not in files:
+            return
+        items = len(read_rows(files[self.data])[: self.limit or None])
+        if self.length_controlled and (gamed := files.get(self.gamed or "")):
+            check_gamed(gamed, files.get(self.difficulty or ""), items)
 
 
 def check_judged(judge: Choice | None, judgments: str | None) -> None:

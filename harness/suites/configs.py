@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..interfaces import DataRef, FileRef, ModelRef
+from ..templates import check_template
 from .recall_words import NAMES, NUMBERS, SPAN
 
 
@@ -39,6 +40,8 @@ class LmEvalConfig:
         _at_least(self, batch=0, limit=0)
         if self.shots is not None:
             _at_least(self, shots=0)
+            if not self.tasks:
+                raise ValueError("shots is for tasks; a preset has its table's numbers of examples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,10 +160,11 @@ class RecallConfig:
         _at_least(self, lengths=8, depths=0, items=1, choices=2, entries=2, span=2, batch=0)
         if max(self.depths) > 1:
             raise ValueError(f"depths is {list(self.depths)}; they are from 0 to 1")
-        for name in ("entry", "question", "shown"):
-            for part in {"entry": ("{key}", "{value}"), "question": ("{key}",), "shown": ("{span}",)}[name]:
-                if part not in getattr(self, name):
-                    raise ValueError(f"{name} is {getattr(self, name)!r}; it must have {part}")
+        for name, places in (("entry", ("key", "value")), ("question", ("key",)), ("shown", ("span",))):
+            try:
+                check_template(getattr(self, name), known=places, needed=places)
+            except ValueError as error:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; {error}") from None
         pools = {"keys": (self.keys_pool, self.entries), "values": (self.values_pool, max(self.choices, self.entries))}
         for name, (pool, least) in {**pools, "words": (self.words_pool, self.span)}.items():
             if len(set(pool)) < max(least, len(pool)):

@@ -77,6 +77,11 @@ def same_number(answer: Any, gold: str) -> bool:
     return own is not None and own == right
 
 
+def has_number(gold: str) -> bool:
+    """Whether there is a number for an answer to be equal to."""
+    return _number(gold.replace("#", "")) is not None
+
+
 def same_text(answer: Any, gold: str) -> bool:
     """Whether the answer is the literal as Python writes it. Quotes around either do not count, and nothing within them
     is no answer: so the recorded runs were scored.

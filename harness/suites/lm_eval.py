@@ -21,20 +21,20 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from numpy.typing import NDArray
 
-from ..interfaces import Bench, Emit, MambabenchError
+from ..interfaces import MISSING, Bench, Emit, MambabenchError, Unsupported
+from ..keys import digest
 from ..statistics import SE, bootstrap_se
 from ..store import write_text
 from .configs import LmEvalConfig
 from .lm_eval_model import StepperLM
 from .lm_eval_presets import PRESETS, Asked
-from .lm_eval_tasks import load_tasks
+from .lm_eval_tasks import NoData, load_tasks
 from .twins import twin_metrics, twin_requests
 
 log = logging.getLogger("mambabench")
 
-WEIGHTED = {"word_perplexity": "nll_per_word", "byte_perplexity": "nll_per_byte"}
-"""lm-eval's metrics whose items are (log-likelihood in nat, weight), and what we call them. Its `bits_per_byte` is made
-of the same items as `byte_perplexity`."""
+WEIGHTED = {"word_perplexity": "nll_per_word", "byte_perplexity": "nll_per_byte", "bits_per_byte": "nll_per_byte"}
+"""lm-eval's metrics whose items are (log-likelihood in nat, weight), and what we call them."""
 PASSAGES = ("passage", "article", "paragraph", "story", "context")
 """Fields of an item that hold a text. Items that share it are not independent of each other, and are one cluster."""
 DRAWS, MOST_DRAWN = 100, 1_000_000
@@ -53,7 +53,10 @@ class LmEval:
         random.seed(DEFAULT_RANDOM_SEED + bench.seed)
         np.random.seed(DEFAULT_OTHER_SEED + bench.seed)
         # Before the model: data that cannot be had are known at once.
-        tasks = list(self._tasks(bench))
+        tasks, missing = self._tasks(bench)
+        for name, reason in missing.items():
+            log.warning("%s", reason)
+            bench.emit("fact", name=MISSING, arm=name, value=reason)
         for _, _, name, task in tasks:
             if getattr(task, "UNSAFE_CODE", False):
                 raise MambabenchError(f"lm-eval: task {name!r} executes what models write; this suite does not")
@@ -61,8 +64,8 @@ class LmEval:
         bench.emit("progress", done=0, total=0, unit="requests")
         done = Path(bench.scratch) / "lm-eval"
         done.mkdir(parents=True, exist_ok=True)
-        for number, (asked, label, name, task) in enumerate(tasks, 1):
-            records = done / f"{number}.jsonl"
+        for asked, label, name, task in tasks:
+            records = done / f"{digest(name)}.jsonl"
             if not records.is_file():
                 found = self._records(asked, label, name, task, model, bench.seed)
                 write_text(records, "".join(json.dumps(record, default=float) + "\n" for record in found))
@@ -70,19 +73,28 @@ class LmEval:
                 record = json.loads(line)
                 bench.emit(record.pop("kind"), **record)
 
-    def _tasks(self, bench: Bench) -> Iterator[tuple[Asked, str, str, Any]]:
-        """Every task once, however often it is named, with the name that its items are counted under."""
+    def _tasks(self, bench: Bench) -> tuple[list[tuple[Asked, str, str, Any]], dict[str, str]]:
+        """Every task once, however often it is named, with the name that its items are counted under; and by name why
+        others are missing.
+
+        Raises `Unsupported` where all of them are, and for what another try may find.
+        """
         wanted = [Asked(name, (), self.config.shots) for name in self.config.tasks]
         if self.config.preset:
             wanted += PRESETS[self.config.preset]
         folder = bench.data[self.config.data] if self.config.data else None
         local = bench.data[self.config.local] if self.config.local else None
-        seen = set()
+        found: dict[str, tuple[Asked, str, str, Any]] = {}
+        missing: dict[str, str] = {}
         for asked in wanted:
-            for label, name, task in load_tasks([asked.task], folder, bench.scratch, local):
-                if name not in seen:
-                    yield asked, label, name, task
-                seen.add(name)
+            try:
+                for label, name, task in load_tasks(asked.task, folder, bench.scratch, local):
+                    found.setdefault(name, (asked, label, name, task))
+            except NoData as error:
+                missing[asked.task] = str(error)
+        if not found:
+            raise Unsupported("; ".join(missing.values()))
+        return list(found.values()), missing
 
     def _records(
         self, asked: Asked, label: str, name: str, task: Any, model: StepperLM, seed: int
@@ -113,6 +125,12 @@ class LmEval:
 
         emit_samples(name, samples, task, emit, asked.metrics)
         emit_aggregates(name, results["results"][name], samples, task, emit, asked.metrics)
+        if all(record["kind"] == "response" for record in records):
+            given = ", ".join(dict.fromkeys(metric for sample in samples for metric in sample["metrics"])) or "none"
+            raise MambabenchError(
+                f"lm-eval: task {name!r} gives no figure: no number comes of its metrics ({given})"
+                + (f", of which {', '.join(asked.metrics)} would be taken" if asked.metrics else "")
+            )
         if self.config.twins:
             self._twin(asked, name, samples, task, model, emit)
         return records
@@ -138,24 +156,24 @@ class LmEval:
 def emit_samples(
     name: str, samples: Sequence[Mapping[str, Any]], task: Any, emit: Emit, only: Sequence[str] = ()
 ) -> None:
-    """Emits what the model said of each item, and a sample for each metric that is a mean over items, of those in
-    `only` if there are any."""
+    """Emits what the model said of each item, with what metrics that are no mean over items make of it, and a sample
+    for each metric that is; of those in `only` if there are any."""
     filters = {sample["filter"] for sample in samples}
     higher = task.higher_is_better()
     for of_item, sample in _items(samples):
         about = {"task": name, **of_item}
         suffix = f" ({sample['filter']})" if len(filters) > 1 else ""
+        metrics = [metric for metric in sample["metrics"] if not only or metric in only]
+        parts = {metric: _plain(sample[metric]) for metric in metrics if _is_aggregate(metric, task)}
         responses = _plain(sample["filtered_resps"])
-        emit("response", task=name, item=about["item"], filter=sample["filter"], responses=responses)
-        for metric in sample["metrics"]:
-            if only and metric not in only:
-                continue
-            if metric in WEIGHTED:
-                nats, weight = sample[metric]
-                emit("sample", **about, metric=WEIGHTED[metric] + suffix, value=-nats, weight=weight, better="lower")
-            elif metric == "perplexity":
+        emit("response", **about, filter=sample["filter"], responses=responses, **({"parts": parts} if parts else {}))
+        # Two of lm-eval's metrics are made of the same items.
+        for metric, (nats, weight) in {WEIGHTED[each]: sample[each] for each in metrics if each in WEIGHTED}.items():
+            emit("sample", **about, metric=metric + suffix, value=-nats, weight=weight, better="lower")
+        for metric in metrics:
+            if metric == "perplexity":
                 emit("sample", **about, metric="nll_per_item" + suffix, value=-sample[metric], better="lower")
-            elif _is_mean(metric, task):
+            elif metric not in WEIGHTED and not _is_aggregate(metric, task):
                 better = "higher" if higher.get(metric, True) else "lower"
                 emit("sample", **about, metric=metric + suffix, value=float(sample[metric]), better=better)
 
@@ -171,9 +189,7 @@ def emit_aggregates(
     """Emits the metrics that are no mean over items as facts with standard errors, as lm-eval aggregates them."""
     for key, value in result.items():
         metric, _, of = key.partition(",")
-        if not of or metric.endswith("_stderr") or metric in (*WEIGHTED, "perplexity", "bits_per_byte"):
-            continue
-        if _is_mean(metric, task):
+        if not of or metric.endswith("_stderr") or not _is_aggregate(metric, task):
             continue
         if (not only or metric in only) and isinstance(value, float | int | np.number) and math.isfinite(value):
             called = f"{name}: {metric}" + ("" if of == "none" else f" ({of})")
@@ -220,14 +236,21 @@ def _text(doc: Any) -> str:
     return next((text for text in fields if isinstance(text, str) and text), "")
 
 
-def _is_mean(metric: str, task: Any) -> bool:
-    """Over items. Of what a task does not say how to aggregate, lm-eval takes the mean."""
+def _is_aggregate(metric: str, task: Any) -> bool:
+    """Whether a metric is no mean over items, weighted or not. Of what a task does not say how to aggregate, lm-eval
+    takes the mean."""
     of = task.aggregation().get(metric)
-    return of is None or getattr(of, "__name__", "") in ("mean", "nanmean")
+    is_mean = of is None or getattr(of, "__name__", "") in ("mean", "nanmean")
+    return not is_mean and metric not in (*WEIGHTED, "perplexity")
 
 
-def _plain(responses: Any) -> Any:
-    """lm-eval's answers as JSON has them: texts, or pairs of a log-likelihood in nat and whether it is greedy."""
-    if isinstance(responses, list | tuple):
-        return [_plain(response) for response in responses]
-    return responses if isinstance(responses, str | bool | int | float) or responses is None else str(responses)
+def _plain(value: Any) -> Any:
+    """What lm-eval says of an item as JSON has it: texts, numbers, pairs of a log-likelihood in nat and whether it is
+    greedy."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | bool | int | float) or value is None else str(value)

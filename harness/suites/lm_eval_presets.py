@@ -1,7 +1,8 @@
 """Sets of lm-eval's tasks by name: what the paper's tables are made of, and the biases of models.
 
 Each task has the number of examples and the metric that its table prints; other metrics of the task are left out, so
-that the mean of the table's columns is the mean of ours.
+that the average of a suite that has a preset alone is that over its table's columns. A report gives each of several
+suites an average of its own.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..answering import Answerer, Question, answers_file, answers_of, item_of, read_records
+from ..answering import Answerer, Question, answers_file, answers_of, by_name, item_of, read_records, read_text
 from ..documents import Message
 from ..interfaces import Bench, MambabenchError, Review
 from .chat_configs import ReasoningConfig, ReasoningQuestionsConfig
-from .extraction import find_answer, same_number, same_text, same_text_revised
+from .extraction import find_answer, has_number, same_number, same_text, same_text_revised
 
 REPLY = (
     "Work it out step by step. Then write one JSON object and nothing behind it, with two texts: `reasoning`, how you "
@@ -93,7 +93,7 @@ def score(task: str, text: str, gold: str) -> dict[str, bool]:
 
 def read_wording(file: Path, task: str) -> str:
     """How a problem is put. Raises `MambabenchError` where a part of it has no place in the file."""
-    wording = file.read_text(encoding="utf-8")
+    wording = read_text(file)
     for name in PLACES[task]:
         if f"{{{name}}}" not in wording:
             raise MambabenchError(f"{file}: has no {{{name}}}, where that of a problem of {task} would stand")
@@ -107,7 +107,10 @@ def read_problems(file: Path, task: str, wording: str = "") -> list[Problem]:
     for number, record in enumerate(read_records(file)):
         if not all(isinstance(record.get(name), str) for name in FIELDS[task]):
             raise MambabenchError(f"{file}: item {number} lacks the texts {', '.join(FIELDS[task])} of {task}")
-        problems.append(problem_of(record, task, number, wording or WORDINGS[task]))
+        problem = problem_of(record, task, number, wording or WORDINGS[task])
+        if task == "gsm8k" and ("####" not in record["answer"] or not has_number(problem.gold)):
+            raise MambabenchError(f"{file}: `answer` of item {number} must end with #### and a number, its result")
+        problems.append(problem)
     return problems
 
 
@@ -127,12 +130,12 @@ def read_answers(file: Path, problems: Sequence[Problem] | None) -> tuple[list[P
     """The problems that have a recorded answer, the answers, and how many problems have none. What ZeroEval recorded
     has its problems with it."""
     records = read_records(file)
-    answers = answers_of(records)
+    answers = answers_of(records, file)
     if not answers:
         wrong = next((number for number, record in enumerate(records) if not _by_zeroeval(record)), None)
         if wrong is not None or not records:
             raise MambabenchError(f"{file}: item {wrong or 0} is neither an answer by ZeroEval nor a record of one")
-        answers = {record["id"]: record["output"][0] for record in records}
+        answers = by_name(((record["id"], record["output"][0]) for record in records), file)
         problems = problems or [Problem(record["id"], record["question"], record["answer"]) for record in records]
     if problems is None:
         raise MambabenchError(f"{file}: answers without their questions, which the option `data` names")

@@ -7,11 +7,20 @@ prompts of the likelihood form, few-shot examples and chat template included.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
 
+WORD = re.compile(r"(?<!\w)[-+]?\d+(?:[.,]\d+)*\w*|\w+")
+"""A number has its sign and its point."""
+GOES_ON = re.compile(r"\w|(?<=\d)[.,]\d")
+"""What stands where a word or number does not end yet."""
+BEHIND = r"(?=\s*$|[^\w\s]+(?:\s|$)|\s+[-–—:=(]|\s+(?:is|because|since)\b)"
+"""What may stand behind a letter that is a label."""
+NAMING = r"\b(?:answer|option|choice|letter|is|be|choose|pick|select)|'s"
+"""Words that a label may follow."""
 MOST_TOKENS = 256
 SPARE_TOKENS = 8
 """Tokens that an answer may have beyond the longest choice: models write words around it."""
@@ -49,27 +58,54 @@ def right_choices(target: Any, choices: Sequence[str]) -> set[int]:
 
 
 def match(answer: str, choices: Sequence[str]) -> int | None:
-    """The choice that an answer gives: the longest that it begins with, or else the only one that it holds. Case, space
-    and punctuation do not count. None where there is no such choice.
+    """The choice that an answer gives: the longest that it begins with, or else the only one that it holds outside of
+    longer ones. Space does not count; case and punctuation do where choices differ in nothing else. Choices that are
+    single letters are labels (`label_of`). None where there is no such choice.
 
     >>> match(" Red wine, I think", ["red", "red wine", "white wine"])
-    1
-    >>> match("The answer is B.", ["A", "B", "C"])
     1
     >>> match("cats or dogs", ["dogs", "cats and dogs", "cats"])
     2
     >>> match("either dogs or cats", ["dogs", "cats"]) is None
     True
+    >>> match("It is C++.", ["C", "C#", "C++"]), match("-5", ["5", "-5"]), match("The answer is B.", ["A", "B", "C"])
+    (2, 1, 1)
     """
-    said = _words(answer)
-    forms = [_words(choice) for choice in choices]
-    begun = [at for at, form in enumerate(forms) if form and said[: len(form)] == form]
-    if begun:
-        most = max(len(forms[at]) for at in begun)
-        longest = [at for at in begun if len(forms[at]) == most]
-        return longest[0] if len(longest) == 1 else None
-    held = [at for at, form in enumerate(forms) if form and _holds(said, form)]
-    return held[0] if len(held) == 1 else None
+    forms = [" ".join(choice.split()) for choice in choices]
+    if forms and all(len(form) == 1 and form.isalpha() for form in forms):
+        return label_of(answer, forms)
+    said, held = _Text.of(answer), set[int]()
+    wanted = [_Text.of(form) for form in forms]
+    at = 0
+    while at < len(said.text):
+        found, end = _begun(said, at, wanted)
+        if found and at == 0:
+            return found[0] if len(found) == 1 else None
+        held.update(found)
+        at = end if found else said.behind_word(at)
+    return held.pop() if len(held) == 1 else None
+
+
+def label_of(answer: str, labels: Sequence[str]) -> int | None:
+    """The label that an answer begins with, else the only one that it names (`the answer is B`, `option B`), else the
+    only one in brackets. Case counts, and a letter with a word behind it is no label, since `A dog` has an article:
+    lm-eval's generative MMLU takes nothing but the letter, its MMLU-Pro and chain-of-thought tasks those two forms.
+    An answer of nothing but several labels gives none.
+
+    >>> [label_of(text, "ABCD") for text in ("B", "B. Paris", "(B) Paris", "B is right", "I'd say the answer is B!")]
+    [1, 1, 1, 1, 1]
+    >>> [label_of(text, "ABCD") for text in ("It is a dog", "A dog", "b", "Vitamin C", "A. B. C.", "not (A) but (B)")]
+    [None, None, None, None, None, None]
+    """
+    letter = f"([{re.escape(''.join(labels))}])"
+    if re.fullmatch(rf"(?:[\W_]|\b(?:and|or)\b|\b{letter}\b)*", answer):
+        alone = set(re.findall(rf"\b{letter}\b", answer))
+        return labels.index(alone.pop()) if len(alone) == 1 else None
+    for form in (rf"^[^\w\s]*\s?{letter}{BEHIND}", rf"(?i:{NAMING})\b\W*?{letter}{BEHIND}", rf"\({letter}\)"):
+        found = set(re.findall(form, answer.strip()))
+        if found:
+            return labels.index(found.pop()) if len(found) == 1 else None
+    return None
 
 
 def twin_metrics(sample: Mapping[str, Any], answer: str, choices: Sequence[str], metric: str) -> dict[str, float]:
@@ -82,9 +118,46 @@ def twin_metrics(sample: Mapping[str, Any], answer: str, choices: Sequence[str],
     return found
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold()) or text.split()
+class _Text(NamedTuple):
+    text: str
+    folded: str
+    """Without case, letter by letter, so that places stay the same."""
+    words: list[str]
+    ends: list[tuple[int, int]]
+    """Where the words begin and end."""
+
+    @classmethod
+    def of(cls, raw: str) -> _Text:
+        text = " ".join(raw.split())
+        folded = "".join(low if len(low := letter.casefold()) == 1 else letter for letter in text)
+        words = list(WORD.finditer(folded))
+        return cls(text, folded, [word.group() for word in words], [word.span() for word in words])
+
+    def behind_word(self, at: int) -> int:
+        """Where the next word ends; the text's end where there is none."""
+        number = self.word_from(at)
+        return self.ends[number][1] if number < len(self.words) else len(self.text)
+
+    def word_from(self, at: int) -> int:
+        """The number of the first word that begins at a place or behind it."""
+        return bisect_left(self.ends, (at, 0))
 
 
-def _holds(said: Sequence[str], form: Sequence[str]) -> bool:
-    return any(list(said[at : at + len(form)]) == list(form) for at in range(len(said) - len(form) + 1))
+def _begun(said: _Text, at: int, choices: Sequence[_Text]) -> tuple[list[int], int]:
+    """Which choices begin at a place of a text, punctuation before its next word aside, and where they end. The one
+    that begins first counts, of these the longest, and of these one that agrees in punctuation, then in case."""
+    number = said.word_from(at)
+    first = said.ends[number][0] if number < len(said.words) else len(said.text)
+    fits = []
+    for place, choice in enumerate(choices):
+        fits += [
+            ((-begin, end, len(choice.text), said.text.startswith(choice.text, begin)), place)
+            for begin in range(at, first + 1)
+            if choice.text and said.folded.startswith(choice.folded, begin)
+            if not GOES_ON.match(said.folded, end := begin + len(choice.text))
+        ]
+        behind = number + len(choice.words)
+        if choice.words and said.words[number:behind] == choice.words:
+            fits.append(((-first, said.ends[behind - 1][1], 0, False), place))
+    best = max((fit for fit, _ in fits), default=(0, at, 0, False))
+    return sorted({place for fit, place in fits if fit == best}), best[1]

@@ -312,6 +312,19 @@ def test_a_config_of_old_or_with_keys_left_out_means_what_transformers_reads_in_
             '{"model_type": "mambabench_hybrid", "mixers": ["attention"], "layer_types": ["sliding_attention"]}',
             "layer_types: 'sliding_attention' without a sliding_window",
         ),
+        ('{"model_type": "llama", "rope_parameters": [1]}', r"config\.json: rope_parameters: \[1\] is not an object"),
+        (
+            '{"model_type": "llama", "rope_scaling": {"type": ["yarn"]}}',
+            r"rope_type \['yarn'\] is not served; known are",
+        ),
+        (
+            '{"model_type": "llama", "rope_scaling": {"type": "longrope"}}',
+            "rope_type 'longrope' is not served; known are",
+        ),
+        (
+            '{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}',
+            r"config\.json: quantization_config: quantised weights are not served",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(
@@ -319,6 +332,37 @@ def test_what_is_not_served_is_refused_by_name(
 ) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(Unsupported, match=message):
+        teacher_backend.describe(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "4", None, True])
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("rope_theta", {}),
+        ("factor", {"rope_type": "linear"}),
+        ("factor", {"rope_type": "dynamic"}),
+        ("low_freq_factor", ROPES["llama3"]),
+    ],
+)
+def test_a_number_of_rope_that_is_none_is_named(
+    name: str, others: dict, value: object, teacher_backend: TeacherBackend, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "default"} | others | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rope_parameters": rope}))
+    with pytest.raises(
+        Unsupported, match=rf"config\.json: rope_parameters: {name} is {value!r}; it must be a number ab"
+    ):
+        teacher_backend.describe(tmp_path)
+
+
+def test_the_base_of_rope_is_named_where_configs_of_old_have_it(
+    teacher_backend: TeacherBackend, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rope_theta": "1e4"}))
+    with pytest.raises(
+        Unsupported, match=r"config\.json: rope_parameters: rope_theta is '1e4'; it must be a number ab"
+    ):
         teacher_backend.describe(tmp_path)
 
 

@@ -91,6 +91,17 @@ def test_packing_and_padding_go_together(make_mixed: Callable[..., HybridForCaus
             torch.testing.assert_close(row, want, rtol=1e-9, atol=1e-9)
 
 
+def test_padding_between_documents_keeps_them_apart(make_mixed: Callable[..., HybridForCausalLM]) -> None:
+    model = make_mixed()
+    ids, positions, (documents,) = batch([[5, 1, 9]])
+    real = torch.tensor([0, 1, 2, 3, 4, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18])
+    whole, places, mask = (torch.zeros(1, 20, dtype=torch.int64) for _ in range(3))
+    whole[:, real], places[:, real], mask[:, real] = ids, positions, 1
+    got = model(input_ids=whole, position_ids=places, attention_mask=mask).logits[0, real]
+    want = torch.cat([model(input_ids=part.unsqueeze(0)).logits[0] for part in documents])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 def test_a_sliding_window_stays_in_its_document(
     make_llama: Callable[..., Path], make_mixed: Callable[..., HybridForCausalLM]
 ) -> None:

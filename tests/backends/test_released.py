@@ -209,7 +209,19 @@ def test_a_tensor_that_is_not_right_is_named(
     [
         ({"d_xb": 64}, r"mamba_config\.json: d_xb is 64; a layer in the place of this attention has 32"),
         ({"n_layer": 5}, r"n_layer is 5; .* has 4"),
-        ({"attn_layers": [4]}, r"attn_layers is \[4\]; there are layers 0 to 3"),
+        ({"attn_layers": [4]}, r"attn_layers is \[4\]; it must be a list out of the layers 0 to 3"),
+        ({"attn_layers": None}, r"mamba_config\.json: attn_layers is None; it must be a list"),
+        ({"attn_layers": [[1]]}, r"mamba_config\.json: attn_layers is \[\[1\]\]; it must be a list"),
+        ({"ssm_cfg": None}, r"mamba_config\.json: ssm_cfg is None; it must be an object"),
+        (
+            {"ssm_cfg": {"d_conv": "4"}},
+            r"mamba_config\.json: ssm_cfg\.d_conv is '4'; it must be a whole number above 0",
+        ),
+        ({"d_model": "64"}, r"mamba_config\.json: d_model is '64'; .* has 64"),
+        (
+            {"attention_layers": [1]},
+            r"mamba_config\.json: attention_layers is not served; known are d_model, .*, attn_l",
+        ),
         ({"ssm_cfg": {"expand": 2, "ngroups": 2}}, r"ssm_cfg\.expand is 2; .* has 1"),
         ({"ssm_cfg": {"ngroups": 2, "repeat_kv_before_conv": True}}, r"repeat_kv_before_conv is True; .* has False"),
         ({"ssm_cfg": {"ngroups": 2, "D_has_hdim": True}}, r"ssm_cfg\.D_has_hdim is not served; known are d_state"),
@@ -221,6 +233,17 @@ def test_settings_that_are_not_served_are_named(
     with pytest.raises(MambabenchError, match=message) as caught:
         teacher_backend.convert(make("mamba2", **settings), [], tmp_path / "in", seed=0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{bad", "not JSON"), (b"[]", "not a JSON object"), (b'{"hidden_act": "\xe4"}', "not JSON")],
+)
+def test_settings_that_are_no_json_object_are_named(content: bytes, message: str, make: Make) -> None:
+    folder = make("mamba2")
+    (folder / released.SETTINGS).write_bytes(content)
+    with pytest.raises(MambabenchError, match=rf"mamba_config\.json: {message}"):
+        released.read_config(folder)
 
 
 @pytest.mark.parametrize(

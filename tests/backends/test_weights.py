@@ -9,7 +9,7 @@ import torch
 from mambabench import MambabenchError
 from mambabench.backends import weights
 from mambabench.backends.hybrid import Mamba2HybridBackend, TeacherBackend
-from mambabench.backends.weights import PICKLED, Weights, write
+from mambabench.backends.weights import PICKLED, SINGLE, Weights, index_of, write
 from transformers import AutoModelForCausalLM
 
 
@@ -124,6 +124,23 @@ def test_a_shard_that_is_missing_is_named(llama: Path, tmp_path: Path, monkeypat
     lost = next(tmp_path.glob("model-00002-*"))
     lost.unlink()
     with pytest.raises(MambabenchError, match=f"{lost.name}: the file is missing, but the index names it"):
+        Weights(tmp_path)
+
+
+@pytest.mark.parametrize("single", [SINGLE, PICKLED])
+def test_an_index_that_lacks_a_tensor_or_names_no_file_is_named(llama: Path, tmp_path: Path, single: str) -> None:
+    shard, (name, *others) = f"part{Path(single).suffix}", list(Weights(llama))
+    if single == SINGLE:
+        write(tmp_path, Weights(llama).items())
+        (tmp_path / SINGLE).replace(tmp_path / shard)
+    else:
+        torch.save(dict(Weights(llama)), tmp_path / shard)
+    index = index_of(tmp_path / single)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(others, shard)}))
+    with pytest.raises(MambabenchError, match=rf"{index.name}: weight_map lacks tensor {name}, which {shard} has"):
+        Weights(tmp_path)
+    index.write_text(json.dumps({"weight_map": {**dict.fromkeys(others, shard), name: 1}}))
+    with pytest.raises(MambabenchError, match=rf"{index.name}: weight_map names 1 as the file of tensor {name}"):
         Weights(tmp_path)
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from mambabench.distillers.data_configs import DatasetConfig, MixConfig, find_commit
-from mambabench.distillers.dataset import DatasetSource, Mix, read_file
+from mambabench.distillers.dataset import DatasetSource, Mix, read_file, read_folder
 from mambabench.distillers.rows import Reader
 from mambabench.harness.documents import read_documents, read_preferences
 from mambabench.harness.interfaces import MambabenchError, Unsupported
@@ -15,7 +15,7 @@ SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 
 
 def records(row, **options):
-    return list(Reader(DatasetConfig(path="x", **options), list(row), "x").records(row))
+    return list(Reader(DatasetConfig(path="x", **options), list(row), "x").records(row, 1))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,14 @@ def test_usual_columns_are_known(row, expected):
         ({"instruction": "a", "output": "b", "chosen": "c", "rejected": "d"}, {"form": "completion"}, "b"),
         ({"prompt": "Hi", "completion": "Hello"}, {"chat": "messages"}, [{"messages": [USER, BOT]}]),
         ({"messages": [USER, BOT, AGAIN, BYE]}, {"turns": "last"}, [{"messages": [USER, BOT, AGAIN, BYE]}]),
+        ({"messages": [USER, BOT, AGAIN, BYE]}, {"turns": "first"}, [{"messages": [USER, BOT]}]),
+        (
+            {"messages": [USER, BOT, AGAIN, BYE, AGAIN]},
+            {"learn": "all"},
+            [{"messages": [USER, BOT, AGAIN, BYE], "whole": True}],
+        ),
+        ({"messages": [USER, BOT]}, {"learn": "all", "chat": "plain"}, [{"text": "User: Hi\n\nAssistant: Hello"}]),
+        ({"prompt": "Hi", "completion": "Hello"}, {"learn": "all"}, [{"text": "Hi\n\nHello"}]),
         ({"messages": [USER, BOT]}, {"chat": "plain"}, [{"prompt": "User: Hi\n\nAssistant:", "completion": " Hello"}]),
         (
             {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"},
@@ -86,7 +94,19 @@ def test_options_say_what_columns_are_and_how_chats_are_written(row, options, ex
         ({"text": "a"}, {"form": "chat"}, "no column for messages; name it as `messages_column`"),
         ({"text": 3}, {}, "column 'text' holds int"),
         ({"messages": [{"role": "me", "content": "a"}]}, {}, "a turn of a chat has the role 'me'"),
+        (
+            {"messages": [{"role": ["user"], "content": "a"}]},
+            {},
+            r"a turn of a chat has the role \['user'\]; known: sys",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+            {},
+            "content of .* is list, where",
+        ),
         ({"messages": ["Hi"]}, {}, "a turn of a chat is str"),
+        ({"messages": 5}, {}, "a chat is int, where a list of turns is wanted"),
+        ({"messages": "Hi"}, {}, "a chat is str, where a list of turns is wanted"),
     ],
 )
 def test_what_a_row_lacks_is_said(row, options, complaint):
@@ -114,15 +134,49 @@ def test_each_kind_of_file_has_the_same_rows(tmp_path, name):
         ("a.json", "[1]", "rows are JSON objects"),
         ("a.json", "[", "not JSON"),
         ("a.jsonl", '{"text": "a"}\n[]\n', "a.jsonl:2: rows are JSON objects|a.jsonl:2"),
+        ("a.jsonl", '{"text": "\xe4"}', "not UTF-8 text"),
+        ("a.json", '[{"text": "\xe4"}]', "not UTF-8 text"),
+        ("a.txt", "\xe4", "not UTF-8 text"),
+        ("a.jsonl.xz", "a", "not a whole .xz file"),
+        ("a.txt.xz", lzma.compress(b"a" * 99)[:-9].decode("latin-1"), "not a whole .xz file"),
         ("a.parquet", "a", "not parquet"),
         ("a.csv", "a", "unknown kind of data"),
     ],
 )
 def test_a_file_that_is_none_is_named(tmp_path, name, content, complaint):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(MambabenchError, match=complaint) as error:
         list(read_file(tmp_path / name))
     assert str(error.value).startswith(str(tmp_path / name))
+
+
+def test_the_row_that_is_at_fault_is_named_by_its_number(tmp_path, make_job):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
+    with pytest.raises(MambabenchError, match=r"^a\.jsonl: row 3: column 'text' holds int"):
+        DatasetSource(DatasetConfig(path="a.jsonl", first=1)).write(make_job(data={"a.jsonl": file}))
+
+
+def test_a_parquet_file_with_damage_inside_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a" * 100}] * 9), file)
+    content = bytearray(file.read_bytes())
+    content[20:60] = b"\xff" * 40
+    file.write_bytes(content)
+    with pytest.raises(MambabenchError, match=r"^.*a\.parquet: not parquet"):
+        list(read_file(file))
+
+
+@pytest.mark.parametrize("content", [b'{"text": "\xe4"}\n', b"{bad\n"])
+def test_a_folder_with_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(content)
+    with pytest.raises(MambabenchError, match=r"^.*data: "):
+        list(read_folder(tmp_path / "data", DatasetConfig(path="data")))
 
 
 def test_rows_become_documents_that_can_be_read(tmp_path, make_job):

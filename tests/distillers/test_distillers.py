@@ -1,10 +1,12 @@
 """The two distillers end to end on a very small teacher, and text that a teacher writes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from mambabench.distillers.plugin import ProgressiveConfig, PseudoLabelsConfig, TrainTeacherConfig
+from mambabench.distillers.data_configs import PreferencePairsConfig, PseudoLabelsConfig
+from mambabench.distillers.plugin import ProgressiveConfig, TrainTeacherConfig
 from mambabench.distillers.progressive import Progressive
 from mambabench.distillers.pseudo_labels import WRITTEN, PseudoLabels, beginning
 from mambabench.distillers.train_teacher import TrainTeacher
@@ -99,10 +101,36 @@ def test_pseudo_labels_begin_with_the_begin_token_and_hold_what_was_sampled(make
 
 def test_pseudo_labels_continue_given_documents(make_job, write_tiny, teacher):
     text = write_tiny(part="prompts", documents=2)
-    documents = written(make_job, "job", teacher, data={"seeds": text}, documents=3, prompts="seeds", prompt_tokens=6)
+    documents = written(make_job, "job", teacher, data={"seeds": text}, documents=2, prompts="seeds", prompt_tokens=6)
     beginnings = [json.loads(line)["text"].split()[:3] for line in (text / "data.jsonl").read_text().splitlines()]
-    assert [document["prompt"] for document in documents] == [6, 6, 6]
-    assert [document["text"].split()[:3] for document in documents] == [*beginnings, beginnings[0]]
+    assert [document["prompt"] for document in documents] == [6, 6]
+    assert [document["text"].split()[:3] for document in documents] == beginnings
+
+
+def test_held_out_pseudo_labels_never_have_the_prompts_of_others(make_job, write_tiny, teacher):
+    options = {"data": {"seeds": write_tiny(part="prompts", documents=5)}, "prompts": "seeds", "prompt_tokens": 6}
+    whole = written(make_job, "whole", teacher, documents=5, **options)
+    assert written(make_job, "later", teacher, documents=2, first=3, **options) == whole[3:]
+    with pytest.raises(MambabenchError, match=r"5 prompts .*where first \+ documents is 7; lower documents"):
+        written(make_job, "beyond", teacher, documents=2, first=5, **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("temperature", -1.0, "temperature is -1.0; it must be a number, 0"),
+        ("temperature", float("nan"), "temperature is nan"),
+        ("top_p", 7.0, "top_p is 7.0; it must be above 0 and at most 1"),
+        ("top_p", 0.0, "top_p is 0.0"),
+        ("top_k", -3, "top_k is -3; it must be 0"),
+        ("first", -5, "first is -5; it must not be below 0"),
+        ("batch", 0, "batch is 0; it must be at least 1"),
+    ],
+)
+def test_what_a_teacher_cannot_write_by_is_refused(option, value, complaint):
+    for config, needed in ((PseudoLabelsConfig, {"documents": 4}), (PreferencePairsConfig, {"data": "x", "pairs": 4})):
+        with pytest.raises(ValueError, match=complaint):
+            config(**needed, **{option: value})
 
 
 def test_pseudo_labels_answer_whole_prompts_and_leave_out_long_ones(make_job, teacher, tmp_path):
@@ -113,12 +141,12 @@ def test_pseudo_labels_answer_whole_prompts_and_leave_out_long_ones(make_job, te
         {"prompt": "ask silk tea", "completion": " ,"},
     ]
     seeds.write_text("".join(json.dumps(record) + "\n" for record in records))
-    documents = written(make_job, "job", teacher, data={"seeds": seeds}, documents=3, prompts="seeds", prompt_tokens=6)
-    assert [document["prompt"] for document in documents] == [3, 4, 3]
+    documents = written(make_job, "job", teacher, data={"seeds": seeds}, documents=2, prompts="seeds", prompt_tokens=6)
+    assert [document["prompt"] for document in documents] == [3, 4]
     words = teacher.backend.tokenizer(teacher.path)
     prompts = [words.decode(document["ids"][1 : document["prompt"]]) for document in documents]
     assert prompts == [
-        words.decode(words.encode(text, add_special_tokens=False)) for text in ("ask coal", "ask silk tea", "ask coal")
+        words.decode(words.encode(text, add_special_tokens=False)) for text in ("ask coal", "ask silk tea")
     ]
 
 
@@ -134,6 +162,7 @@ def test_a_chat_is_answered_behind_its_template(teacher, tmp_path):
     (document,) = read_documents(seeds)
     assert words.decode(beginning(document, words, 9)) == "<s> ask balo ,"
     assert beginning(document, words, 3) == []
+    assert beginning(replace(document, whole=True), words, 9) == beginning(document, words, 9)
 
 
 def test_the_length_of_a_pseudo_label_does_not_depend_on_those_beside_it(make_job, teacher, tmp_path):

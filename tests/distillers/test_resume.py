@@ -123,6 +123,17 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path, mambabench, begun, en
     pd.testing.assert_frame_equal(whole, resumed, check_exact=begun == ended == 1, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_options_that_take_less_memory(tmp_path, mambabench):
+    less = [
+        f"stages.align.{option}" for option in ("accumulation=8", "checkpointing=true", "slice=64", "parallel=fsdp")
+    ]
+    ended = [word for option in ("limits.train_gpus=2", *less) for word in ("--set", option)]
+    whole, resumed, steps = interrupted(tmp_path, mambabench, ended=ended)
+    assert 0 < steps < whole["step"].max()
+    pd.testing.assert_frame_equal(whole, resumed, rtol=1e-3)
+
+
 @pytest.mark.gpu
 def test_a_killed_run_goes_on_to_the_same_losses_on_a_gpu(tmp_path, mambabench):
     """With frozen weights in bf16, trained ones in fp32, and kernels that add in any order (but need no tuning)."""

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from mambabench.distillers import progressive, training
-from mambabench.distillers.dpo import Dpo, answer_logprob, collate_pairs, read_pairs
+from mambabench.distillers import checkpoints, progressive, training
+from mambabench.distillers.dpo import Dpo, PreferenceTrainer, answer_logprob, collate_pairs, read_pairs
 from mambabench.distillers.losses import IGNORED
 from mambabench.distillers.mixers import choose_trained, give_back, lend, mixers, replaced
 from mambabench.distillers.plugin import DpoConfig, ProgressiveConfig, SftConfig
@@ -268,6 +268,30 @@ def test_a_reference_that_was_asked_beforehand_says_the_same(start, pairs):
         assert (job.scratch / "reference.pt").is_file() == precompute
     assert len(records[0]) == 3
     for one, two in zip(*records, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_killed_stage_may_go_on_with_a_reference_that_is_asked_beforehand(start, pairs, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SHARE", math.inf)
+    options = {"data": "data", "batch": 8, "epochs": 4, "lr": 1e-3, "reference": "teacher"}
+    whole, job = start("whole", pairs), start("killed", pairs, checkpoint_s=0.0)
+    Dpo(DpoConfig(**options)).train(whole)
+    losses = PreferenceTrainer.losses
+
+    def killed(self, model, inputs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return losses(self, model, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "losses", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Dpo(DpoConfig(**options)).train(job)
+    assert not (job.scratch / "reference.pt").exists()
+    Dpo(DpoConfig(**options, accumulation=4, precompute=True)).train(job)
+    assert (job.scratch / "reference.pt").is_file()
+    assert [record["step"] for record in job.emit.of("loss")] == list(range(1, 7))
+    for one, two in zip(whole.emit.of("loss"), job.emit.of("loss"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
 
 

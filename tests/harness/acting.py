@@ -23,6 +23,7 @@ class ActConfig:
     trace: str = ""
     """A file that gets a line at each start: what was done, and the process."""
     seconds: float = 0.0
+    sets: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,6 +140,39 @@ def test_a_star_stands_for_each_table_that_has_the_key(planner, plan_text):
         planner.read(plan_text, "stages.*.nothing=1")
 
 
+def test_a_star_gives_an_option_that_no_table_has_to_those_that_take_it(planner, plan_text):
+    text = plan_text.replace('use = "toy-stage"\ndata = "file"', 'use = "toy-together"\ndata = "file"')
+    plan = planner.read(text, "stages.*.batch=8", "stages.*.mask=false", "data.*.prompts=file", "models.*.width=8")
+    assert plan.stages["tune"].config.batch == 8
+    assert not plan.stages["tune"].config.mask
+    assert not plan.stages["align"].config.mask
+    assert plan.data["labels"].source.config.prompts == "file"
+    assert {model.backend.config.width for model in plan.models.values()} == {8}
+    for override, message in (
+        ("stages.*.bacth=8", "the plan has nothing of that name; did you mean 'batch'?"),
+        ("stages.a*.batch=8", "the plan has nothing of that name; known: data, lr, mask, sizes"),
+        ("stages.x*.lr=8", "the plan has nothing of that name"),
+        ("stages.*.lr.deep=8", "stages.*.lr is no table of the plan"),
+        ("decoders.*.draft.model=half", "the plan has nothing of that name"),
+        ("stagse.*.lr=8", "the plan has nothing of that name"),
+    ):
+        with pytest.raises(MambabenchError, match=re.escape(message)):
+            planner.read(text, override)
+
+
+def test_a_batch_that_so_many_gpus_cannot_share_is_refused(planner, plan_text):
+    text = plan_text.replace('use = "toy-stage"\ndata = "file"', 'use = "toy-together"\ndata = "file"')
+    for number in (1, 2, 3, 4, 6, 12):
+        assert planner.read(text, f"limits.train_gpus={number}").limits.train_gpus == number
+    for number in (5, 24):
+        with pytest.raises(MambabenchError) as caught:
+            planner.read(text, f"limits.train_gpus={number}")
+        file, message = planner.folder / "toy.toml", f"a multiple of limits.train_gpus = {number}"
+        assert str(caught.value) == f"{file}: stages.tune.batch: expected {message}, got 12"
+    # What one process trains alone is not shared.
+    assert planner.read(plan_text, "limits.train_gpus=5").limits.train_gpus == 5
+
+
 def test_a_broken_plug_in_s_traceback_is_shown_only_where_a_component_is_unknown(planner, plan_text, tmp_path):
     from mambabench.harness import plugins
 

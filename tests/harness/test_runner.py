@@ -164,6 +164,22 @@ def test_failures_wait_for_retry_and_the_blocked_follow(go: Go, store: Store, tm
     assert traced(tmp_path / "trace") == ["error", "finish"]
 
 
+def test_what_failed_is_tried_again_once_it_is_asked_for_otherwise(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, longer = {"trace": str(tmp_path / "trace"), "sets": ((1,),)}, Needs(timeout_s=7.0)
+    failing, otherwise = act("a", "memory", **config), act("a", "finish", **config, needs=longer)
+    for step in (failing, failing, act("a", "memory", **config, needs=longer)):
+        assert go(step).counts == {"out-of-memory": 1}
+    places = iter([None])  # it waits for one, and then all is stopped
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalLauncher, "start", lambda *_: next(places))
+        with pytest.raises(StopIteration):
+            go(otherwise)
+    assert go(otherwise).counts == go(failing).counts == {"ok": 1}
+    assert traced(tmp_path / "trace") == ["memory", "memory", "finish"]
+
+
 def test_a_crash_is_retried_once_over_all_runs(go: Go, tmp_path: Path) -> None:
     step = act("a", "kill", trace=str(tmp_path / "trace"))
     assert go(step).outcomes["a"].attempt == 2
@@ -295,17 +311,12 @@ def test_a_whole_chain_gets_its_inputs(go: Go, store: Store, tmp_path: Path) -> 
     (tmp_path / "teacher").mkdir()
     toy = {"kind": "backend", "name": "toy", "config": {}}
     decoder = {"plan_name": "plain", "kind": "decoder", "name": "toy-decoder", "config": {}}
+    select = {"kind": "selector", "name": "toy-select", "config": {}}
     train = {"kind": "distiller", "name": "toy-train", "config": {"data": "text"}}
     steps = [
         act("text"),
         made("teacher", "convert", toy, backend=toy, model="teacher", path=str(tmp_path / "teacher")),
-        made(
-            "selection",
-            "select",
-            {"kind": "selector", "name": "toy-select", "config": {}},
-            backend=toy,
-            inputs={"parent": "teacher", "teacher": "teacher"},
-        ),
+        made("selection", "select", select, backend=toy, inputs={"parent": "teacher", "teacher": "teacher"}),
         made("half", "convert", toy, backend=toy, model="half", inputs={"parent": "teacher", "selection": "selection"}),
         made(
             "trained",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from mambabench import Choice, ChoiceOf, Component, DataRef, FileRef, ModelRef, hookimpl
@@ -40,6 +40,12 @@ class ToyStage:
     lr: float = 0.1
     sizes: tuple[int, ...] = (1, 2)
     mask: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyTogether(ToyStage):
+    batch: int = 12
+    parts: int = field(default=1, metadata={"decides": False})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +116,7 @@ COMPONENTS = [
     component("source", "toy-teacher-source", ToySource, "teacher"),
     component("distiller", "toy-stage", ToyStage),
     component("distiller", "toy-scratch", ToyStage, "from-scratch"),
-    component("distiller", "toy-together", ToyStage, "ranks"),
+    component("distiller", "toy-together", ToyTogether, "ranks"),
     component("draft", "toy-draft", ToyDraft),
     component("decoder", "toy-plain", Nothing, "lossless"),
     component("decoder", "toy-lossless", ToyDecoder, "lossless"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from mambabench.harness.documents import Message
 from mambabench.harness.interfaces import Artifact, Bench, Choice, MambabenchError, Subject
-from mambabench.harness.judges import Reply, Request, ask
+from mambabench.harness.judges import Reply, Request, Verdict, ask, asking
 from mambabench.harness.judges.configs import RecordedConfig
 from mambabench.harness.judges.kept import Kept, question
 
@@ -65,6 +65,30 @@ def test_more_failures_than_allowed_end_the_step_when_all_is_on_record(bench: Be
         ask(recorded(), asked, bench)
     assert [record["state"] for record in records(bench) if record["kind"] == "judgment"] == ["ok", "failed"]
     assert [verdict.state for verdict in ask(recorded(allow_failed=0.5), asked, bench)] == ["ok", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "of 0 on 2 requests the first that differs is on None in place of 'one'"),
+        (None, "of 0 on 2 requests"),
+        (("one",), "of 1 on 2 requests the first that differs is on None in place of 'two'"),
+        (("two", "one"), "the first that differs is on 'two' in place of 'one'"),
+        (("one", "one"), "the first that differs is on 'one' in place of 'two'"),
+        (("one", "two", "three"), "of 3 on 2 requests the first that differs is on 'three' in place of None"),
+    ],
+)
+def test_a_judge_gives_one_verdict_on_each_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, given: Any, said: str
+) -> None:
+    class Careless:
+        def judge(self, requests: Any, desk: Any) -> Any:
+            return given and [Verdict(id=name, state="ok", value=1.0) for name in given]
+
+    monkeypatch.setattr(asking, "build", lambda choice: Careless())
+    with pytest.raises(MambabenchError, match=f"the judge 'careless' must give one verdict on each.*{said}"):
+        ask(Choice("judge", "careless", None), [request("one"), request("two")], bench)
+    assert not records(bench)
 
 
 def test_two_requests_of_one_name_are_an_error(bench: Bench) -> None:

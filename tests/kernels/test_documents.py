@@ -44,6 +44,16 @@ def test_padding_starts_no_document() -> None:
     assert Documents.of(positions, keep).index.tolist() == [[0] * 6, [0, 0, 0, 0, 1, 1]]
 
 
+def test_padding_between_documents_hides_no_start_and_makes_none_within_one() -> None:
+    keep = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 0, 1]]).bool()
+    restarted = torch.tensor([[1, 0, 1, 1, 1, 0, 1, 2, 0]])
+    documents = Documents.of(restarted, keep)
+    assert documents is not None
+    assert documents.index.tolist() == [[0] * 5 + [1] * 3 + [2]]
+    for counted in ((keep.long().cumsum(1) - 1).clamp(min=0), torch.arange(9).unsqueeze(0)):
+        assert Documents.of(counted, keep) is None
+
+
 @given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3), st.integers(0, 2))
 def test_spread_rows_have_a_place_in_front_of_every_document_but_the_first(rows: list[list[int]], known: int) -> None:
     length = max(sum(row) for row in rows)

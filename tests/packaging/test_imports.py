@@ -16,7 +16,7 @@ ALLOWED = {
     "harness": (),
     "backends": (*CONTRACT, "kernels"),
     "decoders": (*CONTRACT, "kernels"),
-    "distillers": (*CONTRACT, "harness.judges"),
+    "distillers": (*CONTRACT, "harness.parts", "harness.judges"),
     "kernels": (),
     "reports": (*CONTRACT, "harness.results", "harness.store", "harness.statistics", "harness.metrics"),
 }

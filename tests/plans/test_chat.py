@@ -102,8 +102,8 @@ def test_suites_that_differ_in_the_judge_share_answers_and_need_it_for_judging_a
 
 def test_the_code_that_scores_answers_decides_nothing_of_those_that_are_kept(tmp_path, monkeypatch):
     (tmp_path / "teacher").mkdir()
-    for file in ("teacher/config.json", "gsm.jsonl"):
-        (tmp_path / file).write_text("{}")
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    (tmp_path / "gsm.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}')
     plan = tmp_path / "plan.toml"
     plan.write_text(
         'teacher.path = "teacher"\ndecoders.plain.use = "standard"\n'

@@ -105,12 +105,15 @@ def test_by_distance_there_is_a_row_for_each_place_and_model(results):
     assert [cell.value for cell in near["written %"]] == [100] * 4
 
 
-def test_where_the_teacher_is_at_chance_nothing_is_recovered(results, stores, tmp_path):
-    builder = stores.Builder(tmp_path / "store")
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+@pytest.mark.parametrize("taught", [0.18, 0.0], ids=["at chance", "below"])
+def test_where_the_teacher_is_at_chance_nothing_is_recovered(stores, tmp_path, seeds, taught):
+    builder = stores.Builder(tmp_path / "store", seeds=seeds)
     for model in ("teacher", "half"):
         builder.model(model, 0.5, teacher=model == "teacher")
-        rows = list(questions(np.random.default_rng(len(model)), 0.18))
-        builder.step(f"{model}/-/asked@seed0", records={"sample": rows}, use="recall")
+        for seed in seeds[:1] if model == "teacher" else seeds:
+            rows = list(questions(np.random.default_rng(len(model) + seed), taught + 0.05 * seed))
+            builder.step(f"{model}/-/asked@seed{seed}", records={"sample": rows}, use="recall")
     frame = Recall(NoOptions()).frame(Results.read([builder.write()]))
     assert set(frame["written recovery %"]) == {"teacher at chance"}
 

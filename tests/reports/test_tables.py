@@ -79,6 +79,37 @@ def test_an_average_lacking_a_task_is_not_printed(stores, tmp_path, frames_of):
     assert row(quality, model="half")["two acc %"] == "error"
 
 
+def test_a_task_that_steps_did_without_is_told_and_has_no_average(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    rng = np.random.default_rng(0)
+    for model in ("teacher", "half"):
+        builder.step(
+            f"{model}/-/tasks@seed0",
+            records={"sample": [*stores.samples(rng, "one"), *stores.samples(rng, "two")]},
+            facts=[{"name": "missing", "arm": "three", "value": "no such folder", "unit": ""}],
+        )
+    frames = frames_of(builder.write())
+    quality = frames["quality"]
+    assert list(quality["three"]) == ["missing", "missing"]
+    assert list(frames["steps"]["reason"]) == ["no such folder"] * 2
+    assert not any(name.startswith(("average", "recovery")) for name in quality)
+
+
+def test_a_task_that_one_of_two_suites_did_without_is_told_of_that_one(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    rng = np.random.default_rng(0)
+    left_out = [{"name": "missing", "arm": "two", "value": "no such folder", "unit": ""}]
+    builder.step("teacher/-/few-shot@seed0", records={"sample": stores.samples(rng, "one")}, facts=left_out)
+    rows = [*stores.samples(rng, "one"), *stores.samples(rng, "two")]
+    builder.step("teacher/-/zero-shot@seed0", records={"sample": rows})
+    quality = frames_of(builder.write())["quality"]
+    assert list(quality["few-shot: two"]) == ["missing"]
+    assert quality.attrs["averages"] == {"zero-shot average %": ["zero-shot: one acc %", "two acc %"]}
+
+
 def test_seeds_that_failed_are_told_beside_the_number(stores, tmp_path, frames_of):
     builder = stores.Builder(tmp_path / "store", seeds=(0, 1))
     builder.model("teacher", teacher=True)
@@ -216,16 +247,18 @@ def test_the_teacher_has_a_row_of_cost_even_where_the_plan_does_not_train_it(sto
     assert [text(cell) for cell in cost["parameters"]] == ["–", "12"]
 
 
-def test_choosing_layers_by_trial_has_its_cost(stores, tmp_path, frames_of):
+@pytest.mark.parametrize("trains", [True, False])
+def test_choosing_layers_by_trial_has_its_cost(stores, tmp_path, frames_of, trains):
     builder = stores.Builder(tmp_path / "store")
     builder.model("teacher", teacher=True)
     builder.model("half", {"use": "kl-guided", "share": 0.5})
     told = [{"name": "kl_gain", "value": 0.1, "arm": "layer 0"}, {"name": "selection_tokens", "value": 5000}]
     told.append({"name": "selection_wall", "value": 7.5, "unit": "s"})
     builder.step("half/select@seed0", "select", facts=told)
-    builder.step("half/align@seed0", "train", facts=[{"name": "parameters", "value": 12}])
+    if trains:
+        builder.step("half/align@seed0", "train", facts=[{"name": "parameters", "value": 12}])
     cost = frames_of(builder.write())["cost"]
-    assert cost["stage"].tolist() == ["", "(layers chosen)", "align"]
+    assert cost["stage"].tolist() == ["", "(layers chosen)", "align" if trains else ""]
     chosen = cost.iloc[1]
     assert (chosen["model"], chosen["selection tokens"], chosen["selection wall s"]) == ("half", 5000, 7.5)
     assert "kl gain" not in cost
@@ -382,6 +415,53 @@ def test_seeds_that_failed_are_told_in_the_rows_of_decoding(stores, tmp_path, fr
     assert row(frames["losslessness"], decoder="lookup")["state"] == told
     assert row(frames["losslessness"], decoder="lookup")["lossless"] == "partly"
     assert row(frames["acceptance"], suite="speed")["state"] == told
+
+
+def test_each_of_several_suites_has_an_average_of_its_own(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store")
+    builder.model("teacher", teacher=True)
+    builder.model("half", 0.5)
+    tasks = {"zero-shot": ("piqa", "race", "copa"), "few-shot": ("piqa", "mmlu"), "written": ("gsm8k",)}
+    rng = np.random.default_rng(0)
+    for model, chance in (("teacher", 0.9), ("half", 0.6)):
+        for suite, names in tasks.items():
+            rows = [row for name in names for row in stores.samples(rng, name, chance=chance)]
+            if (model, suite) == ("half", "written"):
+                builder.step(f"{model}/-/{suite}@seed0", state="timeout")
+            else:
+                builder.step(f"{model}/-/{suite}@seed0", records={"sample": rows})
+    quality = frames_of(builder.write())["quality"]
+    assert list(quality)[2:8] == [
+        *("average %", "recovery %", "zero-shot average %", "zero-shot recovery %"),
+        *("few-shot average %", "few-shot recovery %"),
+    ]
+    teacher, half = row(quality, model="teacher"), row(quality, model="half")
+    columns = {
+        "zero-shot": ["zero-shot: piqa acc %", "race acc %", "copa acc %"],
+        "few-shot": ["few-shot: piqa acc %", "mmlu acc %"],
+    }
+    for suite, names in columns.items():
+        for of in (teacher, half):
+            assert of[f"{suite} average %"].value == pytest.approx(sum(of[name].value for name in names) / len(names))
+        recovery = half[f"{suite} recovery %"]
+        share = half[f"{suite} average %"].value / teacher[f"{suite} average %"].value
+        assert recovery.value == pytest.approx(100 * share)
+        assert recovery.low < recovery.value < recovery.high
+        assert text(teacher[f"{suite} recovery %"]) == "100.0"
+    assert text(half["average %"]) == text(half["recovery %"]) == "–"
+    every = [*columns["zero-shot"], *columns["few-shot"], "gsm8k acc %"]
+    assert teacher["average %"].value == pytest.approx(sum(teacher[name].value for name in every) / 6)
+    assert quality.attrs["averages"] == {
+        "average %": every,
+        **{f"{suite} average %": names for suite, names in columns.items()},
+    }
+
+
+def test_the_average_of_one_suite_stands_once(make, frames_of):
+    assert [name for name in frames_of(make())["quality"] if "average" in name or "recovery" in name] == [
+        "average %",
+        "recovery %",
+    ]
 
 
 def test_tasks_of_one_name_in_two_suites_are_two_in_the_average(stores, tmp_path, frames_of):

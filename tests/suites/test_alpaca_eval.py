@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("alpaca_eval")
 
@@ -13,7 +15,14 @@ from mambabench.harness.answering import read_records
 from mambabench.harness.interfaces import Choice, MambabenchError, Unsupported
 from mambabench.harness.judges import Reply, Verdict
 from mambabench.harness.suites import alpaca_eval
-from mambabench.harness.suites.alpaca_eval import AlpacaEval, Evaluator, read_annotations, read_outputs, read_rows
+from mambabench.harness.suites.alpaca_eval import (
+    AlpacaEval,
+    Evaluator,
+    preference_of,
+    read_annotations,
+    read_outputs,
+    read_rows,
+)
 from mambabench.harness.suites.chat_configs import AlpacaEvalConfig
 
 SYSTEMS = ("OpenHermes-2.5-Mistral-7B", "gemma-2b-it")
@@ -207,6 +216,43 @@ def test_no_verdict_is_no_loss_and_moves_no_other_row(chats, recorded, gamed, ju
         chats.play(AlpacaEval(config), data=tmp_path / "few.json", answers=answers, gamed=gamed)
 
 
+@pytest.mark.parametrize("preference", [-1, 0.5, 5, 2.01, math.nan, math.inf, "1.7", True, [1], None, "missing"])
+def test_a_recorded_preference_off_the_scale_is_no_verdict(chats, reference, tmp_path, preference):
+    records = [
+        {"instruction": row["instruction"], "output_1": row["output"], "output_2": "x", "preference": 2.0}
+        for row in ROWS
+    ]
+    records[1]["preference"] = preference
+    if preference == "missing":
+        del records[1]["preference"]
+    records[2]["preference"] = 0
+    (tmp_path / "annotations.json").write_text(json.dumps(records))
+    config = AlpacaEvalConfig(data="data", judgments="judgments", length_controlled=False)
+    chats.play(AlpacaEval(config), data=reference, judgments=tmp_path / "annotations.json")
+    assert list(figures(chats, "win_rate")) == [100, 50, 100, 100, 100]
+    assert list(figures(chats, "no_verdict")) == [0, 100, 0, 0, 0, 0]
+
+
+@given(value=st.floats() | st.integers() | st.text() | st.booleans() | st.none())
+def test_only_a_number_on_the_scale_is_a_preference(value):
+    found = preference_of(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    assert found == (value if number and 1 <= value <= 2 else None)
+
+
+def test_a_judges_value_off_the_scale_is_no_verdict(chats, reference, monkeypatch):
+    values = iter((1.25, 7, "2", math.nan, None, 2))
+
+    def ask(choice, requests, bench):
+        return [Verdict(id=request.id, state="ok", value=next(values)) for request in requests]
+
+    monkeypatch.setattr(alpaca_eval, "ask", ask)
+    config = AlpacaEvalConfig(data="data", judge=JUDGE, length_controlled=False, new_tokens=6)
+    chats.play(AlpacaEval(config), data=reference)
+    assert list(figures(chats, "win_rate")) == [25, 100]
+    assert chats.mean("no_verdict") == 4 / 6
+
+
 def test_a_missing_file_of_the_hub_is_told_before_anybody_is_asked(chats, reference, monkeypatch, judge):
     asked = judge({})
 
@@ -219,6 +265,13 @@ def test_a_missing_file_of_the_hub_is_told_before_anybody_is_asked(chats, refere
     assert not asked
 
 
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize(("reply", "preference"), [("5 5\nequal", 1.5), ("7 2\nbetter", 1.0)])
+def test_a_draw_that_alpaca_eval_reads_as_0_is_a_draw(reply, preference, switched):
+    read = Evaluator("lmsys_gpt4").read_completion(reply, switched)
+    assert read == (3 - preference if switched else preference)
+
+
 def test_files_that_do_not_belong_together_are_named(chats, reference, tmp_path):
     record = {"instruction": "Say b.", "output_1": "c", "output_2": "x", "preference": 1.0}
     file = tmp_path / "annotations.json"
@@ -229,6 +282,9 @@ def test_files_that_do_not_belong_together_are_named(chats, reference, tmp_path)
     file.write_text(json.dumps([{**record, "instruction": row["instruction"]} for row in ROWS]))
     with pytest.raises(MambabenchError, match="item 0 was judged against another answer"):
         chats.play(AlpacaEval(config), data=reference, judgments=file)
+    file.write_text(json.dumps([{**row, "output": None} for row in ROWS]))
+    with pytest.raises(MambabenchError, match="'output' of item 0 is no text"):
+        read_rows(file)
     with pytest.raises(MambabenchError, match="'gpt5' is none of alpaca-eval's evaluators"):
         Evaluator("gpt5")
     with pytest.raises(MambabenchError, match="needs more than one prompt"):

@@ -50,3 +50,25 @@ def test_facts_call_requests_by_what_a_step_has_several_of():
     assert both.name(both.requests[1]) == "batch 1, prompt 16, temperature 1"
     with pytest.raises(ConfigError, match="temperatures is"):
         choose("speed", temperatures=[0, -1])
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "said"),
+    [
+        ("entry", "{key} has {value} {thing}", "it has {thing}; what it may have is {key}, {value}"),
+        ("entry", "{key} has {}", "it has {}"),
+        ("entry", "{key.upper} has {value}", "it has {key.upper}"),
+        ("entry", "{key} has {value:>5}", "it has {value:>5}"),
+        ("entry", "{key} has {{value}}", "it must have {value}"),
+        ("entry", "{key has {value}", "braces do not match"),
+        ("question", "What has {key}? {value}", "it has {value}"),
+        ("shown", "{span} {0}", "it has {0}; what it may have is {span}"),
+        ("shown", "They said", "it must have {span}"),
+    ],
+)
+def test_a_template_with_other_places_is_refused(name, template, said):
+    with pytest.raises(ConfigError) as error:
+        Structurer(registry()).choice("suite", {"use": "recall", name: template})
+    assert f"{name} is {template!r}; " in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)

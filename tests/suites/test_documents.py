@@ -50,6 +50,10 @@ def test_the_folder_of_a_source_is_read(tmp_path):
         ('{"messages": []}', '"messages" must be a list of messages'),
         ('{"messages": [{"role": "me", "content": "a"}]}', 'a "content" and a "role": system, user'),
         ('{"messages": [{"role": "user", "content": "a"}]}', "ends with one of the assistant"),
+        (
+            json.dumps({"messages": [{"role": r, "content": "a"} for r in ("user", "assistant")], "whole": 1}),
+            '"whole" must',
+        ),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "a preference, where documents"),
     ],
 )
@@ -124,6 +128,7 @@ CHAT = [{"role": "user", "content": "bb"}, {"role": "assistant", "content": "cab
         ({"prompt": "ab", "completion": "cc"}, "ab", "cc$"),
         ({"prompt": "", "completion": "cc"}, "", "cc$"),
         ({"messages": CHAT}, "u[bb]a[", "cab]"),
+        ({"messages": CHAT, "whole": False}, "u[bb]a[", "cab]"),
     ],
 )
 @pytest.mark.parametrize("bos", [True, False])
@@ -134,6 +139,14 @@ def test_only_the_answer_is_learnt(tmp_path, record, before, after, bos):
     lead = "^" if bos else "" if "messages" in record else "$"
     assert tokenizer.decode(ids) == lead + before + after
     assert tokenizer.decode(ids[:context]) == lead + before
+
+
+def test_all_of_a_whole_chat_is_learnt_but_its_first_token(tmp_path):
+    tokenizer = Chatty("abcu[]")
+    records = [{"messages": CHAT}, {"messages": CHAT, "whole": True}]
+    answer, whole = read_documents(write_lines(tmp_path / "a.jsonl", *records))
+    assert encode_ended(whole, tokenizer) == (encode_ended(answer, tokenizer)[0], 1)
+    assert whole.item != answer.item
 
 
 def test_a_chat_without_a_template_is_unsupported():

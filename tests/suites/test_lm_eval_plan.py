@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from mambabench.harness.suites.lm_eval_data import ASK_S
+
 PLAN = """
 schema = 1
 name = "far"
@@ -55,7 +57,8 @@ def test_it_is_unsupported_within_seconds_and_the_rest_of_the_plan_has_its_figur
     far, near = found["teacher/-/far@seed0"], found["teacher/-/near@seed0"]
     assert (far["state"], near["state"]) == ("unsupported", "ok"), done.stdout + done.stderr
     assert "the data of task 'arc_easy' cannot be had" in far["reason"]
-    assert far["wall_s"] < 60
+    # Both take what it takes to import everything; what the hub may add is seconds.
+    assert far["wall_s"] < near["wall_s"] + 2 * ASK_S
     report = mambabench("report", tmp_path / "store", "--to", "csv")
     assert report.returncode == 0, report.stderr
     table = (tmp_path / "store" / "report" / "csv" / "quality.csv").read_text()

@@ -37,7 +37,7 @@ def test_our_class_and_lm_evals_own_agree_on_every_item(shared, tmp_path):
     model = shared / "models" / "stories-260k"
     ours = StepperLM(TeacherBackend(TeacherConfig()).load(model, "cpu", "float32"), None, 16, 0, silent)
     theirs = HFLM(pretrained=str(model), batch_size=16, device="cpu", dtype="float32")
-    tasks = [task for _, _, task in load_tasks(["minimal_pairs"], FOLDER, tmp_path)]
+    tasks = [task for _, _, task in load_tasks("minimal_pairs", FOLDER, tmp_path)]
     assert len(tasks) == 4
     found = [simple_evaluate(each, tasks=list(tasks), bootstrap_iters=0, verbosity="ERROR") for each in (ours, theirs)]
     for name in found[1]["samples"]:

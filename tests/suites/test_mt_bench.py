@@ -1,6 +1,8 @@
 """MT-Bench as FastChat plays it: recorded judgments and prompts, two turns, and verdicts that are none."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from mambabench.harness.answering import read_records, write
@@ -8,7 +10,15 @@ from mambabench.harness.interfaces import Choice, MambabenchError, Unsupported
 from mambabench.harness.judges import Reply, Verdict
 from mambabench.harness.suites import mt_bench
 from mambabench.harness.suites.chat_configs import MtBenchConfig
-from mambabench.harness.suites.mt_bench import Message, MtBench, rate, read_answers, read_folder, requests
+from mambabench.harness.suites.mt_bench import (
+    Message,
+    MtBench,
+    rate,
+    read_answers,
+    read_folder,
+    read_judgments,
+    requests,
+)
 
 RECORDED = {"mamba_0_5_dpo_ep3": (7.7375, 6.8875), "mamba_0_75_dpo_ep1": (7.41875, 6.65)}
 JUDGE = Choice("judge", "openai", None)
@@ -93,6 +103,14 @@ def test_the_judge_is_asked_in_the_recorded_words_and_its_ratings_are_read_as_re
         assert rate(record["judgment"]) == record["score"]
 
 
+def test_ratings_are_looked_for_as_fastchat_looks_for_them():
+    package = Path(pytest.importorskip("fastchat").__file__).parent
+    # Importing it wants clients of endpoints that nothing here asks.
+    source = (package / "llm_judge" / "common.py").read_text()
+    theirs = re.findall(r'^one_score_pattern(?:_backup)? = re\.compile\("(.*)"\)$', source, re.MULTILINE)
+    assert [form.pattern for form in mt_bench.RATINGS] == theirs
+
+
 def test_the_second_turn_is_answered_and_judged_with_the_first(chats, folder, judge):
     asked = judge({})
     chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
@@ -127,6 +145,7 @@ def test_the_same_questions_are_answered_once(chats, folder, judge):
     assert chats.of("answer") == answers
     assert chats.of("sample") != scores
     assert chats.backend.loaded == 1
+    chats.records.clear()
     chats.play(suite, data=folder, kept_as="of another model")
     assert chats.backend.loaded == 2
 
@@ -143,6 +162,26 @@ def test_a_verdict_without_a_rating_is_counted_and_no_score(chats, folder, judge
     assert chats.mean("turn 2") == 8
     assert chats.mean("no_verdict") == 2 / 5
     assert "writing" not in {record["metric"] for record in chats.of("sample")}
+
+
+def test_no_verdict_at_all_is_no_result(chats, folder, judge):
+    judge(dict.fromkeys(("1/turn 1", "1/turn 2", "2/turn 1", "2/turn 2", "3/turn 1"), "I cannot say."))
+    with pytest.raises(MambabenchError, match="mt_bench: the judge gave no verdict on any of 5 answers"):
+        chats.play(MtBench(MtBenchConfig(data="data", judge=JUDGE, new_tokens=6)), data=folder)
+    assert not chats.of("sample")
+
+
+def test_recorded_judgments_that_are_none_are_counted(chats, folder):
+    file = folder.with_name("judgments.jsonl")
+    texts = {(1, 1): "[[7]]", (1, 2): None, (2, 1): 7, (2, 2): "[[0]]", (3, 1): ""}
+    records = [
+        {"question_id": number, "model": "mock", "turn": turn, "judgment": text}
+        for (number, turn), text in texts.items()
+    ]
+    file.write_text(json.dumps(records))
+    chats.play(MtBench(MtBenchConfig(data="data", judgments="judgments")), data=folder, judgments=file)
+    assert chats.mean("score") == 7
+    assert chats.mean("no_verdict") == 4 / 5
 
 
 def test_turns_of_a_question_are_one_cluster(chats, folder, judge):
@@ -167,6 +206,57 @@ def test_what_is_missing_is_said_at_once(chats, folder, tmp_path, judge):
     (folder / "reference_answer" / "gpt-4.jsonl").write_text('{"question_id": 2, "choices": [{"turns": ["2", "3"]}]}')
     with pytest.raises(MambabenchError, match=r"events\.jsonl: 5 answers are missing, the first of 1/turn 1"):
         suite.judge(chats.review(data=folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "records", "said"),
+    [
+        ("question", [{"question_id": 1, "category": "a", "turns": "Hi"}], "`turns` of question 1 must be a list"),
+        ("question", [{"question_id": 1, "category": "a", "turns": 3}], "`turns` of question 1 must be a list"),
+        ("question", [{"question_id": 1, "category": "a", "turns": [3]}], "`turns` of question 1 must be a list"),
+        ("question", [{"question_id": 1, "category": "a", "turns": []}], "`turns` of question 1 must be a list"),
+        ("question", [{"question_id": 1, "category": None, "turns": ["Hi"]}], "'category' of item 0 is no text"),
+        ("question", [{"question_id": 1, "category": "a", "turns": ["Hi"]}] * 2, "question 1 is in it twice"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": []}], "`choices` of question 2 must begin with"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": [{}]}], "`choices` of question 2 must begin with"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": [{"turns": 3}]}], "`choices` of question 2 must"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": [{"turns": "ab"}]}], "`choices` of question 2 must"),
+        ("reference_answer/gpt-4", [{"question_id": 2, "choices": [{"turns": ["2"]}]}] * 2, "2/turn 1 is in it twice"),
+    ],
+)
+def test_a_file_that_is_not_as_it_should_be_is_named_with_the_item(folder, file, records, said):
+    (folder / f"{file}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(MambabenchError, match=f"{file}.jsonl: {said}") as error:
+        read_folder(folder, "gpt-4")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "said"),
+    [
+        ("single-v1", "{question} {oops}", r"it has \{oops\}; what it may have is \{question\}, \{answer\}"),
+        ("single-v1", "{question} {ref_answer_1}", r"it has \{ref_answer_1\}"),
+        ("single-v1-multi-turn", "{question}", r"it has \{question\}; .*\{question_1\}, \{answer_1\}, \{question_2\}"),
+        ("single-math-v1", "{0}", r"it has \{0\}"),
+        ("single-math-v1", "{answer", "its braces do not match"),
+    ],
+)
+def test_a_prompt_with_a_place_for_something_unknown_is_refused(folder, name, template, said):
+    file = folder / "judge_prompts.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    (record,) = (record for record in records if record["name"] == name)
+    record["prompt_template"] = template
+    file.write_text(json.dumps(records))
+    with pytest.raises(MambabenchError, match=f"judge_prompts.jsonl: the prompt '{name}': {said}"):
+        read_folder(folder, "gpt-4")
+
+
+def test_two_judgments_of_one_turn_are_refused(folder):
+    file = folder.with_name("judgments.jsonl")
+    record = {"question_id": 1, "model": "mock", "turn": 1, "judgment": "[[7]]"}
+    file.write_text(json.dumps([record, {**record, "judgment": "[[2]]"}]))
+    with pytest.raises(MambabenchError, match=r"judgments.jsonl: 1/turn 1 is in it twice"):
+        read_judgments(file, "mock")
 
 
 def test_judgments_of_another_model_are_not_taken(chats, folder):

@@ -63,6 +63,13 @@ def test_a_wording_without_a_place_for_the_problem_is_refused(tmp_path):
         read_wording(file, "crux")
 
 
+def test_a_wording_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("Größe von {code} und {input}".encode("latin-1"))
+    with pytest.raises(MambabenchError, match=r"prompt.txt: cannot be read as text in UTF-8"):
+        read_wording(file, "crux")
+
+
 def test_nothing_that_a_model_wrote_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     harm = "__import__('pathlib').Path('harmed').touch() or 6/1"
@@ -161,12 +168,21 @@ def test_a_question_that_fills_the_context_has_no_answer_and_is_counted(chats, c
     assert len({sample["item"] for sample in chats.of("sample")}) == 4
 
 
+def test_texts_may_hold_any_separator_that_json_does_not_escape(tmp_path):
+    rows = [{"question": f"a{mark}b", "answer": "#### 1"} for mark in ("\u2028", "\x85", "\u2029", "\x7f")]
+    file = tmp_path / "questions.jsonl"
+    file.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert read_records(file) == rows
+
+
 def test_bad_files_are_named(chats, questions, tmp_path):
     wrong = tmp_path / "wrong.jsonl"
     for text, message in (
         ('{"question": "a"}\n', "item 0 lacks the texts question, answer of gsm8k"),
         ("what", "neither a JSON array nor JSON lines"),
         ("[1]", "no JSON object"),
+        ('{"question": "a", "answer": "6 times 7 is 42"}', "`answer` of item 0 must end with #### and a number"),
+        ('{"question": "a", "answer": "42 #### none"}', "`answer` of item 0 must end with #### and a number"),
     ):
         wrong.write_text(text)
         with pytest.raises(MambabenchError, match=f"{wrong}: .*{message}"):
@@ -174,5 +190,13 @@ def test_bad_files_are_named(chats, questions, tmp_path):
     wrong.write_text('[{"id": "a", "output": []}]')
     with pytest.raises(MambabenchError, match=f"{wrong}: item 0 is neither an answer by ZeroEval"):
         chats.play(Reasoning(ReasoningConfig(task="gsm8k", answers="wrong")), wrong=wrong)
+    record = {"id": "a", "question": "b", "answer": "1", "output": ["c"]}
+    wrong.write_text(json.dumps([record, {**record, "output": ["d"]}]))
+    with pytest.raises(MambabenchError, match=f"{wrong}: a is in it twice"):
+        chats.play(Reasoning(ReasoningConfig(task="gsm8k", answers="wrong")), wrong=wrong)
+    wrong.write_text(2 * '{"kind": "answer", "id": "gsm8k-main-test-#0", "text": "c"}\n')
+    suite = Reasoning(ReasoningConfig(task="gsm8k", data="questions", answers="wrong"))
+    with pytest.raises(MambabenchError, match=f"{wrong}: gsm8k-main-test-#0 is in it twice"):
+        chats.play(suite, questions=questions, wrong=wrong)
     with pytest.raises(ValueError, match="data is missing"):
         ReasoningConfig(task="crux")
