@@ -18,6 +18,7 @@ from ..support import Support, chosen, installed, kernel, served
 from .reference import multistep, visible
 
 MODULE = f"{__package__}.triton2"
+CONVOLUTION = f"{__package__}.triton_convolve"
 DTYPES = (torch.bfloat16, torch.float32)
 WIDEST = 256
 """Of states and heads, and the most tokens of a replay: tiles of the kernel are held in registers."""
@@ -190,7 +191,7 @@ def convolve(
     """
     given = u, weight, bias, dt_bias, window, ring, dt, start, silu
     if chosen("convolve", convolve_supports(u, weight, window, ring, dt)):
-        left: Tensor = kernel(MODULE, "convolve")(*given)
+        left: Tensor = kernel(CONVOLUTION, "convolve")(*given)
         return left
     return plain_convolve(*given)
 
