@@ -58,7 +58,7 @@ class Channels:
 
 @dataclass(frozen=True, slots=True)
 class Projected:
-    """T new tokens a row, as the projections made them."""
+    """T new tokens a row, as the projections made them; B and C rotated by their positions, if these are."""
 
     x: Tensor
     """[B, T, X]."""
@@ -75,14 +75,11 @@ class Projected:
         return [t for t in (self.x, self.B, self.C, self.dt, self.z) if t is not None]
 
 
-def selective_ring_supports(like: Tensor, size: int, steps: int, turned: bool) -> Support:
-    """Whether layers with `size` states a channel keep a ring for the kernel, in the dtype and on the device of `like`.
-    `turned`: B and C are rotated."""
+def selective_ring_supports(like: Tensor, size: int, steps: int) -> Support:
+    """Whether layers with `size` states a channel keep a ring for the kernel, in the dtype and on the device of `like`."""
     support = served(like, DTYPES)
     if not support:
         return support
-    if turned:
-        return Support.no("the kernel does not rotate B and C")
     if size > WIDEST or steps > LONGEST:
         return Support.no(f"the kernel has {WIDEST} states of a channel and calls of up to {LONGEST} tokens")
     return installed("triton")
@@ -90,7 +87,7 @@ def selective_ring_supports(like: Tensor, size: int, steps: int, turned: bool) -
 
 def supports(new: Projected, layer: Channels, ring: Tensor, state: Tensor) -> Support:
     """Whether `selective_ring_multistep` runs as a kernel."""
-    support = selective_ring_supports(new.x, state.shape[2], new.x.shape[1], False)
+    support = selective_ring_supports(new.x, state.shape[2], new.x.shape[1])
     if not support:
         return support
     if any(t.dtype != new.x.dtype for t in (*new.parts(), ring)):
