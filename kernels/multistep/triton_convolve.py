@@ -57,11 +57,11 @@ def _before(kept, start, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, AHEAD: 
 
 
 @triton.jit
-def _given(place, there, u_row, FIRST: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _given(u_ptr, channel, there, u_row, FIRST: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The new inputs from token FIRST on."""
     found = ()
     for t in tl.static_range(TOKENS):
-        found += (tl.load(place + (FIRST + t) * u_row, mask=there, other=0.0),)  # type: ignore[assignment]
+        found += (tl.load(u_ptr + (FIRST + t) * u_row + channel, mask=there, other=0.0),)  # type: ignore[assignment]
     return found
 
 
@@ -125,17 +125,17 @@ def _convolve(  # type: ignore[no-untyped-def]
         gdc_wait()
         gdc_launch_dependents()
     if part < parts:
-        given = _given(u_ptr + channel, there, u_row, 0, min(AT_ONCE, COUNT))
+        given = _given(u_ptr, channel, there, u_row, 0, min(AT_ONCE, COUNT))
         if rotary_ptr is not None:
-            other_given = _given(u_ptr + other, turned, u_row, 0, min(AT_ONCE, COUNT))
+            other_given = _given(u_ptr, other, turned, u_row, 0, min(AT_ONCE, COUNT))
             angles = _angles(rotary_ptr + place, turned, start, POSITIONS, SIZE, 0, min(AT_ONCE, COUNT))
             other_before = _before(other_kept, start, WINDOW_SLOTS, TAPS, AHEAD)
         before = _before(kept, start, WINDOW_SLOTS, TAPS, AHEAD)
         for t in tl.static_range(COUNT):
             if t % AT_ONCE == 0 and t > 0:
-                given = _given(u_ptr + channel, there, u_row, t, min(AT_ONCE, COUNT - t))
+                given = _given(u_ptr, channel, there, u_row, t, min(AT_ONCE, COUNT - t))
                 if rotary_ptr is not None:
-                    other_given = _given(u_ptr + other, turned, u_row, t, min(AT_ONCE, COUNT - t))
+                    other_given = _given(u_ptr, other, turned, u_row, t, min(AT_ONCE, COUNT - t))
                     angles = _angles(rotary_ptr + place, turned, start, POSITIONS, SIZE, t, min(AT_ONCE, COUNT - t))
             u = given[t % AT_ONCE]
             before += (u,)
