@@ -68,7 +68,7 @@ class Mamba1(Mamba):
         self, projected: Tensor, turn: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What `in_proj` made -> gate z [B, L, D], C [B, L, D], x and B [B, L, G P], raw dt [B, L, D]. B and C are
-        rotated, if these are."""
+        rotated by `turn`, if they are at all."""
         z, x, b, c, low = projected.split((self.inner, self.shared, self.shared, self.inner, self.rank), dim=-1)
         b, c = self._normed(b, c)
         if self.turned and turn is not None:
@@ -151,7 +151,7 @@ class Mamba1(Mamba):
         """T tokens a row, between the two projections: [B * T, …] -> [B * T, D]."""
         if cache.by_kernel:
             return self._mix_by_kernel(projected, cache, call)
-        z, c, *left = self._projected(projected, call)
+        z, c, *left = self._project(projected.unflatten(0, (call.batch, call.count)), newest(call.turn, call.count))
         kept = torch.cat(left, dim=2).flatten(0, 1)
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
@@ -168,13 +168,9 @@ class Mamba1(Mamba):
             y = selective_multistep(*given, call.settle)
         return self._gated(y, z).flatten(0, 1)
 
-    def _projected(self, projected: Tensor, call: MambaStep) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`_project` of T tokens a row."""
-        return self._project(projected.unflatten(0, (call.batch, call.count)), newest(call.turn, call.count))
-
     def _mix_by_kernel(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
-        """The same, with the convolution and the gate."""
-        z, c, x, b, raw = self._projected(projected, call)
-        ring, new = cache.inputs, Projected(x, b, c, raw, z)
+        """The same, with the convolution, the gate and the rotation."""
+        z, c, x, b, raw = self._project(projected.unflatten(0, (call.batch, call.count)), None)
+        ring, new = cache.inputs, Projected(x, b, c, raw, z, call.state.rotary if self.turned else None)
         y = selective_ring_multistep(new, self._channels, ring, cache.state, call.start, call.saved, call.plan)
         return y.to(z.dtype).flatten(0, 1)

@@ -233,7 +233,8 @@ def plain_convolve(
     convolved = conv_few(joined, weight, bias)
     convolved = F.silu(convolved) if silu else convolved
     if rotation is not None:
-        convolved = _turned(convolved, rotation, new)
+        x, others = convolved.tensor_split((rotation.unturned,), dim=2)
+        convolved = torch.cat((x, turned(others, rotation.table, new)), dim=2)
     kept, left = convolved.tensor_split((ring.shape[2],), dim=2)
     ring[rows, new % ring.shape[1]] = kept
     dt[rows, new % dt.shape[1]] = F.softplus(u[..., channels:].to(dt.dtype) + dt_bias.to(dt.dtype))
@@ -241,8 +242,7 @@ def plain_convolve(
     return left
 
 
-def _turned(convolved: Tensor, rotation: Rotation, positions: Tensor) -> Tensor:
-    """x | B | C [B, T, E] of tokens at int64 [B, T]."""
-    table, (x, others) = rotation.table, convolved.tensor_split((rotation.unturned,), dim=2)
+def turned(numbers: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """[B, T, n N], rotated by N as the `table` [capacity, 2, N] says for positions int64 [B, T]."""
     cos, sin = table[positions.clamp(max=len(table) - 1)].unsqueeze(3).unbind(2)
-    return torch.cat((x, rotate(others.unflatten(2, (-1, table.shape[2])), cos, sin).flatten(2)), dim=2)
+    return rotate(numbers.unflatten(2, (-1, table.shape[2])), cos, sin).flatten(2)
