@@ -247,8 +247,8 @@ class Form(NamedTuple):
 
 
 FORMS = (Form(32, 4, 1), Form(32, 2, 2), Form(64, 4, 2), Form(32, 1, 4), Form(64, 2, 4), Form(128, 4, 4))
-COPIED = 2048
-"""Numbers of new tokens that a warp copies into the ring."""
+COPIED, TURNED = 2048, 512
+"""Numbers of new tokens that a warp copies into the ring, and where it rotates B, which takes more registers."""
 
 _best: dict[tuple[Any, ...], Form] = {}
 
@@ -291,7 +291,7 @@ def selective_ring_multistep(
     form = form or form_for(new, layer, ring, state, plan)
     y = torch.empty(batch, plan.count, channels, dtype=new.x.dtype, device=state.device)
     numbers, wide, tile = new.B.shape[2], triton.next_power_of_2(size), triton.next_power_of_2(plan.count)
-    copy = max(32, COPIED * form.warps // tile)
+    copy = max(32, (COPIED if new.rotary is None else TURNED) * form.warps // tile)
     programs = triton.cdiv(channels, form.block) + triton.cdiv(ring.shape[2], copy)
     z = new.x if new.z is None else new.z
     gate = layer.D if layer.gate_bias is None else layer.gate_bias

@@ -207,7 +207,7 @@ def convolve(
             u, weight, bias, dt_bias, window, ring, left, dt, start, table, between_tokens(u), channels, kept, heads,
             None if table is None else len(table), unturned, SIZE=0 if table is None else table.shape[2],
             WINDOW_SLOTS=window.shape[1], SLOTS=ring.shape[1], COUNT=count, TAPS=weight.shape[1], SILU=silu,
-            BLOCK=block, H=8 * warps, AT_ONCE=min(16, triton.next_power_of_2(count)),
+            BLOCK=block, H=8 * warps, AT_ONCE=min(16 if table is None else 8, triton.next_power_of_2(count)),
             AHEAD=ahead and window.shape[1] <= AHEAD, num_warps=warps,
             grid=(triton.cdiv(channels, block) + triton.cdiv(heads, 8 * warps), batch), warmup=warmup, **begun_early(u),
         )  # fmt: skip
