@@ -44,6 +44,7 @@ class Front:
     taps: Tensor
     """`tap_by_tap`."""
     rotation: Rotation | None = None
+    """Of B and C, where they are rotated."""
 
 
 def tap_by_tap(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:

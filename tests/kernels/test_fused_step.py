@@ -194,6 +194,7 @@ def test_in_the_interpreter_convolutions_may_have_other_widths(kernels, taps):
         ({"count": 17}, "calls of up to 16 tokens"),
         ({"replay": 33}, "replays of up to 32"),
         ({"dtype": torch.float16}, "does not serve float16"),
+        ({"angles": torch.float32}, "contiguous cos and sin in the inputs' dtype"),
         ({"gate": (2, True)}, "the product behind divides whole rows"),
         ({"faster": False}, "separate kernels are faster for 2 rows of 3 tokens"),
     ],
@@ -201,12 +202,14 @@ def test_in_the_interpreter_convolutions_may_have_other_widths(kernels, taps):
 )
 def test_a_reason_is_given_where_separate_kernels_run(monkeypatch, asked, changes, reason):
     case = {"taps": 4, "count": 3, "replay": 5, "dtype": torch.bfloat16, "gate": (4, True), "faster": True} | changes
+    case = {"angles": case["dtype"]} | case
     monkeypatch.setattr(support, "on_cuda", lambda tensor: True)
     for module in (ring, room):
         monkeypatch.setattr(module, "kernel", lambda module, name: lambda *given: case["faster"])
         monkeypatch.setattr(module, "installed", lambda module: support.Support.yes(), raising=False)
     plan = Plan(case["count"], max(3, case["count"]), max(case["replay"], case["count"]), settle=True)
-    layer = Layer(SHAPES["C per head"], plan, [1, 2], [0, 4], case["dtype"], case["taps"])
+    layer = Layer(SHAPES["C per head"], plan, [1, 2], [0, 4], case["dtype"], case["taps"], turned=True)
+    layer.tensors["rotary"] = layer.tensors["rotary"].to(case["angles"])
     layer.left = True
     found = layer.run(lambda *given: given, case["gate"])["out"]
     u, z, front, rings, _, _, state, *_, gate = found
