@@ -256,6 +256,11 @@ def fill(
     )
 
 
+def newest(turn: tuple[Tensor, Tensor] | None, count: int) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of the last `count` of their tokens."""
+    return None if turn is None else (turn[0][:, -count:], turn[1][:, -count:])
+
+
 def _turn(state: State, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [B, L, 1, P] of positions [B, L]; those outside of a row stand for tokens that nothing reads."""
     cos, sin = state.rotary[positions.clamp(0, state.capacity - 1)].unsqueeze(3).unbind(2)

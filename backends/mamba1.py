@@ -18,7 +18,7 @@ from ..kernels.multistep import Channels, Projected, selective_multistep, select
 from ..kernels.multistep.snapshot import selective_snapshot_multistep
 from ..kernels.scan.reference import compute_dtype
 from ..kernels.selective_scan import selective_scan, step_sizes
-from .calls import Fill, MambaStep
+from .calls import Fill, MambaStep, newest
 from .config import HybridConfig
 from .mamba import Mamba, uniform
 from .rope import rotate
@@ -64,19 +64,19 @@ class Mamba1(Mamba):
         bound = self.rank**-0.5
         uniform(self.dt_proj.weight, -bound, bound, generator)
 
-    def _project(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What `in_proj` made -> gate z [..., D], C [..., D], x and B [..., G P], raw dt [..., D]."""
+    def _project(
+        self, projected: Tensor, turn: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `in_proj` made -> gate z [B, L, D], C [B, L, D], x and B [B, L, G P], raw dt [B, L, D]. B and C are
+        rotated by `turn`, if they are at all."""
         z, x, b, c, low = projected.split((self.inner, self.shared, self.shared, self.inner, self.rank), dim=-1)
         b, c = self._normed(b, c)
+        if self.turned and turn is not None:
+            b, c = (rotate(t.unflatten(2, (-1, self.width)), *turn).flatten(2) for t in (b, c))
         return z, c, x, b, self.dt_proj(low)
 
-    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `in_proj` made -> z; C; what a token leaves for later ones: x | B | raw dt [..., 2 G P + D]."""
-        z, c, *left = self._project(projected)
-        return z, c, torch.cat(left, dim=-1)
-
     def _parts(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x and B [..., G P], raw dt [..., D]."""
+        """What a token leaves for later ones: x and B [..., G P], raw dt [..., D]."""
         return kept.split((self.shared, self.shared, self.inner), dim=-1)
 
     def _repeat(self, t: Tensor) -> Tensor:
@@ -87,10 +87,8 @@ class Mamba1(Mamba):
         each = t.view(*t.shape[:2], self.shared // self.block, 1, self.block)
         return each.expand(-1, -1, -1, self.heads // self.groups, -1).reshape(*t.shape[:2], self.inner)
 
-    def _grouped(self, t: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """B or C [B, L, n P] of n heads -> [B, L, K, N], rotated if these are, repeated to all heads if need be."""
-        if self.turned and turn is not None:
-            t = rotate(t.view(*t.shape[:2], -1, self.width), *turn).flatten(2)
+    def _grouped(self, t: Tensor) -> Tensor:
+        """B or C [B, L, n P] of n heads -> [B, L, K, N], repeated to all heads if need be."""
         whole = t if t.shape[2] == self.inner else self._repeat(t)
         return whole.view(*t.shape[:2], -1, self.size)
 
@@ -114,11 +112,11 @@ class Mamba1(Mamba):
     ) -> Tensor:
         """A whole sequence. h [B, L, E]; keep bool [B, L, 1] marks real tokens: padding enters neither the
         convolution nor the state, so that left padding is as if it were not there; nor does another document."""
-        z, c, x, b, raw = self._project(self.in_proj(h))
+        z, c, x, b, raw = self._project(self.in_proj(h), (cos, sin))
         if keep is not None:
             x = x * keep
         x = self._conv(self._repeat(x), documents=documents)[0]
-        b, c = self._grouped(b, (cos, sin)), self._grouped(c, (cos, sin))
+        b, c = self._grouped(b), self._grouped(c)
         real = None if keep is None else keep.squeeze(-1)
         decay = self._decay(self.A_log.dtype)
         y, _ = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, keep=real, documents=documents)
@@ -127,7 +125,7 @@ class Mamba1(Mamba):
     def prefill(self, h: Tensor, cache: MambaState, fill: Fill) -> Tensor:
         """Prompts. h [n, L, E]; leaves the state and the convolution's window at each row's end. What is replayed
         stands before the prompt."""
-        z, c, x, b, raw = self._project(self.in_proj(h))
+        z, c, x, b, raw = self._project(self.in_proj(h), newest(fill.turn, h.shape[1]))
         window = state = None
         replayed = fill.longest
         if not fill.fresh:
@@ -143,7 +141,7 @@ class Mamba1(Mamba):
         cache.inputs[*fill.tail, : self.shared] = end
         before = None if window is None else self._repeat(window)
         x = self._conv(self._repeat(x), before)[0]
-        b, c = self._grouped(b, fill.turn), self._grouped(c, fill.turn)
+        b, c = self._grouped(b), self._grouped(c)
         decay = self._decay(self.A_log.dtype)
         y, state = selective_scan(x, raw, decay, b, c, self.D, self.step_bias, state, fill.real)
         cache.put(fill.rows, fill.into, fill.end, state)
@@ -153,7 +151,8 @@ class Mamba1(Mamba):
         """T tokens a row, between the two projections: [B * T, …] -> [B * T, D]."""
         if cache.by_kernel:
             return self._mix_by_kernel(projected, cache, call)
-        z, c, kept = self._split(projected)
+        z, c, *left = self._project(projected.unflatten(0, (call.batch, call.count)), newest(call.turn, call.count))
+        kept = torch.cat(left, dim=2).flatten(0, 1)
         ring = cache.inputs.view(-1, kept.shape[1])
         ring.index_copy_(0, call.new, kept)
         x, b, raw = self._parts(ring.index_select(0, call.read).view(call.batch, -1, kept.shape[1]))
@@ -161,18 +160,17 @@ class Mamba1(Mamba):
         dt = step_sizes(raw[:, -x.shape[1] :], self.step_bias, None)
         if call.live is not None:
             dt = dt * call.live
-        new = None if call.turn is None else (call.turn[0][:, -call.count :], call.turn[1][:, -call.count :])
-        b = self._grouped(b[:, -x.shape[1] :], call.turn)
-        c = self._grouped(c.view(call.batch, call.count, -1), new)
+        b, c = self._grouped(b[:, -x.shape[1] :]), self._grouped(c)
         given = x, dt, self._decay(dt.dtype), b, c, self.D, cache.state
         if cache.snapshots:
-            return self._gated(selective_snapshot_multistep(*given, call.start), z)
-        return self._gated(selective_multistep(*given, call.settle), z)
+            y = selective_snapshot_multistep(*given, call.start)
+        else:
+            y = selective_multistep(*given, call.settle)
+        return self._gated(y, z).flatten(0, 1)
 
     def _mix_by_kernel(self, projected: Tensor, cache: MambaState, call: MambaStep) -> Tensor:
-        """The same, with the convolution and the gate."""
-        parts = (t.unflatten(0, (call.batch, call.count)) for t in self._project(projected))
-        z, c, x, b, raw = parts
-        ring, new = cache.inputs, Projected(x, b, c, raw, z)
+        """The same, with the convolution, the gate and the rotation."""
+        z, c, x, b, raw = self._project(projected.unflatten(0, (call.batch, call.count)), None)
+        ring, new = cache.inputs, Projected(x, b, c, raw, z, call.state.rotary if self.turned else None)
         y = selective_ring_multistep(new, self._channels, ring, cache.state, call.start, call.saved, call.plan)
         return y.to(z.dtype).flatten(0, 1)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ..kernels.documents import Documents
 from ..kernels.few_rows import Projection, Unscaled, divides
 from ..kernels.gated_norm import gated_norm
-from ..kernels.multistep import convolve, folded, multistep
+from ..kernels.multistep import Rotation, convolve, folded, multistep
 from ..kernels.multistep.fused_step import Front, Gate, fused_step, tap_by_tap
 from ..kernels.multistep.snapshot import snapshot_multistep, snapshot_ring_multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
-from .calls import Fill, MambaStep
+from .calls import Fill, MambaStep, newest
 from .config import HybridConfig
 from .mamba import Mamba, uniform
 from .rope import rotate
@@ -132,7 +132,7 @@ class Mamba2(Mamba):
         u, raw = self._parts(kept)
         dt = self._dt(raw) * fill.counted[:, fill.longest - replayed :]
         convolved, end = self._conv(u, window, None if fill.fresh else fill.lengths + replayed)
-        x, b, c = self._heads(convolved, fill.turn)
+        x, b, c = self._heads(convolved, newest(fill.turn, convolved.shape[1]))
         y, state = scan(x, dt, self._decay(dt.dtype), b, c, self.D, state, chunk=self.chunk)
         cache.put(fill.rows, fill.into, fill.end, state)
         cache.inputs[*fill.tail, : self.channels] = fill.window(u) if fill.fresh else end
@@ -160,12 +160,13 @@ class Mamba2(Mamba):
         """The same over a ring of what goes into the state: the convolution is not made again."""
         new, decay = kept.unflatten(0, (call.batch, call.count)), self._decay(ring.dt.dtype)
         weight, bias = self._taps
+        rotation = Rotation(call.state.rotary, self.shape.parts[0]) if self.turned else None
         if cache.snapshots:
             made = cache.inputs, ring.convolved, ring.dt
-            c = convolve(new, weight, bias, self.dt_bias, *made, call.start, self.active)
+            c = convolve(new, weight, bias, self.dt_bias, *made, call.start, self.active, rotation)
             c = c.unflatten(2, (-1, self.shape.states))
             return self._gated(snapshot_ring_multistep(ring.views, c, decay, self.D, cache.state, call.start), z)
-        window = cache.inputs, ring.convolved, self.active, self._tap_by_tap
+        window = cache.inputs, ring.convolved, self.active, self._tap_by_tap, rotation
         front, gate = Front(weight, bias, self.dt_bias, *window), None
         if self.norm is not None:
             left = self.shape.normed == self.inner and divides(self._behind, z.new_empty(z.shape))

@@ -45,7 +45,7 @@ class StateRing:
     """Position p lies in slot p mod S, S = replay + steps."""
 
     convolved: Tensor
-    """[B, S, E']: x and B behind the convolution."""
+    """[B, S, E']: x and B behind the convolution, and B behind its rotation, if any."""
     dt: Tensor
     """[B, S, H], behind softplus."""
     views: Ring
@@ -66,7 +66,8 @@ class MambaState:
     state: Tensor
     """fp32 or fp64: Mamba-2 [B, H, P, N], Mamba-1 [B, D, N]."""
     inputs: Tensor
-    """Mamba-2 [B, S, E + H]: the convolution's E inputs and the raw dt. Mamba-1 [B, S, 2 G P + D]: x, B, raw dt."""
+    """Mamba-2 [B, S, E + H]: the convolution's E inputs and the raw dt. Mamba-1 [B, S, 2 G P + D]: x, B behind its
+    rotation, if any, raw dt."""
 
     snapshots: bool = False
     """Whether there is a state for each position since `settled`, as `kernels.multistep.snapshot` keeps them."""
@@ -153,10 +154,10 @@ def recurrent(config: HybridConfig, mixer: str) -> tuple[tuple[int, ...], int]:
 def steps_by_kernel(config: HybridConfig, mixer: str, like: Tensor, steps: int) -> bool:
     """Whether Mamba layers of this kind and dtype and on this device make steps by their kernel."""
     if mixer == "mamba":
-        support = selective_ring_supports(like, config.d_state, steps, config.mamba_rope)
+        support = selective_ring_supports(like, config.d_state, steps)
         return chosen("selective_ring_multistep", support)
     widest = max(config.mamba2.width, config.mamba2.states)
-    return chosen("ring_multistep", ring_supports(like, widest, steps, config.mamba_rope))
+    return chosen("ring_multistep", ring_supports(like, widest, steps))
 
 
 def replayable(config: HybridConfig, like: Tensor, steps: int) -> int:

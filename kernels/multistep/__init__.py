@@ -1,7 +1,7 @@
 """Several tokens from a state that can be taken back: the decoding step of a Mamba-2 and of a Mamba-1 layer."""
 
 from .reference import multistep, multistep_loop, visible
-from .ring import Plan, Ring, convolve, folded, ring_multistep, ring_supports
+from .ring import Plan, Ring, Rotation, convolve, folded, ring_multistep, ring_supports
 from .selective import selective_multistep, selective_multistep_loop
 from .selective_ring import Channels, Projected, selective_ring_multistep, selective_ring_supports
 
@@ -10,6 +10,7 @@ __all__ = [
     "Plan",
     "Projected",
     "Ring",
+    "Rotation",
     "convolve",
     "folded",
     "multistep",

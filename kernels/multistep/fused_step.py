@@ -14,7 +14,7 @@ from torch import Tensor
 from ..few_rows import Unscaled
 from ..gated_norm import gated_norm
 from ..support import Support, chosen, kernel
-from .ring import Plan, Ring, convolve, convolve_supports, ring_multistep
+from .ring import Plan, Ring, Rotation, convolve, convolve_supports, ring_multistep
 from .ring import supports as steps_support
 
 MODULE = f"{__package__}.triton2_fused"
@@ -43,6 +43,8 @@ class Front:
     silu: bool
     taps: Tensor
     """`tap_by_tap`."""
+    rotation: Rotation | None = None
+    """Of B and C, where they are rotated."""
 
 
 def tap_by_tap(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,7 +69,7 @@ class Gate:
 
 def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> Support:
     """Whether one kernel makes these steps, faster than one after the other."""
-    support = convolve_supports(u, front.weight, front.window, front.kept, ring.dt)
+    support = convolve_supports(u, front.weight, front.window, front.kept, ring.dt, front.rotation)
     if not support:
         return support
     support = steps_support(ring, ring.B, state, plan)
@@ -132,7 +134,7 @@ def separate_step(
 ) -> Tensor:
     """The same by one kernel after the other."""
     made = front.window, front.kept, ring.dt
-    C = convolve(u, front.weight, front.bias, front.dt_bias, *made, start, front.silu)
+    C = convolve(u, front.weight, front.bias, front.dt_bias, *made, start, front.silu, front.rotation)
     y = ring_multistep(ring, C.unflatten(2, (-1, state.shape[3])), A, D, state, start, saved, plan)
     return gated(y.reshape(z.shape), z, gate)
 

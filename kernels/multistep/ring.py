@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conv.reference import conv_few
+from ..pointwise.reference import rotate
 from ..support import Support, chosen, installed, kernel, served
 from .reference import multistep, visible
 
 MODULE = f"{__package__}.triton2"
+CONVOLUTION = f"{__package__}.triton_convolve"
 DTYPES = (torch.bfloat16, torch.float32)
 WIDEST = 256
 """Of states and heads, and the most tokens of a replay: tiles of the kernel are held in registers."""
@@ -64,14 +66,23 @@ class Plan:
         return (replayed > 0) & (replayed + self.steps > self.replay) & self.settle
 
 
-def ring_supports(like: Tensor, width: int, steps: int, turned: bool) -> Support:
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Turns B and C behind the convolution, as Llama turns queries and keys: a number of the first half of a group with
+    that of the second."""
+
+    table: Tensor
+    """[capacity, 2, N]: cos and sin of every position, whose halves are alike. A call goes no further than these."""
+    unturned: int
+    """Channels in front of those of B and C, which are x's."""
+
+
+def ring_supports(like: Tensor, width: int, steps: int) -> Support:
     """Whether layers with states up to `width` wide keep a ring for the kernel, in the dtype and on the device of
-    `like`. `turned`: B and C are rotated behind the convolution."""
+    `like`."""
     support = served(like, DTYPES)
     if not support:
         return support
-    if turned:
-        return Support.no("the kernel does not rotate B and C")
     if width > WIDEST or steps > LONGEST:
         return Support.no(f"the kernel has states of up to {WIDEST} and calls of up to {LONGEST} tokens")
     return installed("triton")
@@ -156,7 +167,9 @@ def between_tokens(t: Tensor) -> int:
     return stride if even and t.stride(2) == 1 else 0
 
 
-def convolve_supports(u: Tensor, weight: Tensor, window: Tensor, ring: Tensor, dt: Tensor) -> Support:
+def convolve_supports(
+    u: Tensor, weight: Tensor, window: Tensor, ring: Tensor, dt: Tensor, rotation: Rotation | None = None
+) -> Support:
     """Whether `convolve` runs as a kernel."""
     support = served(u, DTYPES)
     if not support:
@@ -167,6 +180,8 @@ def convolve_supports(u: Tensor, weight: Tensor, window: Tensor, ring: Tensor, d
         return Support.no("the kernel takes contiguous rings")
     if not between_tokens(u):
         return Support.no("the kernel takes tokens one behind the other")
+    if rotation is not None and (rotation.table.dtype != u.dtype or not rotation.table.is_contiguous()):
+        return Support.no("the kernel takes contiguous cos and sin in the inputs' dtype")
     return installed("triton")
 
 
@@ -180,6 +195,7 @@ def convolve(
     dt: Tensor,
     start: Tensor,
     silu: bool,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """Puts T new tokens at `start` int32 [B] into the rings. Returns what these do not keep of the convolution's
     outputs, those of the last E - E' channels [B, T, E - E'].
@@ -187,10 +203,11 @@ def convolve(
     u [B, T, E + H]: the convolution's inputs, and dt before its bias dt_bias [H] and softplus; weight [E, W] and bias
     [E] fp32 or better; window [B, S', E + H]: earlier u, S' >= T + W - 1, of which the W - 1 before `start` are read
     and to which u is added; ring [B, S, E'] gets the outputs of the first E' channels, dt [B, S, H] the step sizes.
+    With a `rotation` outputs are rotated as the positions of their tokens say.
     """
-    given = u, weight, bias, dt_bias, window, ring, dt, start, silu
-    if chosen("convolve", convolve_supports(u, weight, window, ring, dt)):
-        left: Tensor = kernel(MODULE, "convolve")(*given)
+    given = u, weight, bias, dt_bias, window, ring, dt, start, silu, rotation
+    if chosen("convolve", convolve_supports(u, weight, window, ring, dt, rotation)):
+        left: Tensor = kernel(CONVOLUTION, "convolve")(*given)
         return left
     return plain_convolve(*given)
 
@@ -205,6 +222,7 @@ def plain_convolve(
     dt: Tensor,
     start: Tensor,
     silu: bool,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """The same in PyTorch, which rounds as the convolution of whole sequences does in PyTorch: twice."""
     (batch, count), (channels, taps) = u.shape[:2], weight.shape
@@ -213,8 +231,18 @@ def plain_convolve(
     new = positions[:, taps - 1 :]
     joined = torch.cat((window[rows, positions[:, : taps - 1] % window.shape[1]], u), dim=1)[..., :channels]
     convolved = conv_few(joined, weight, bias)
-    kept, left = (F.silu(convolved) if silu else convolved).tensor_split((ring.shape[2],), dim=2)
+    convolved = F.silu(convolved) if silu else convolved
+    if rotation is not None:
+        x, others = convolved.tensor_split((rotation.unturned,), dim=2)
+        convolved = torch.cat((x, turned(others, rotation.table, new)), dim=2)
+    kept, left = convolved.tensor_split((ring.shape[2],), dim=2)
     ring[rows, new % ring.shape[1]] = kept
     dt[rows, new % dt.shape[1]] = F.softplus(u[..., channels:].to(dt.dtype) + dt_bias.to(dt.dtype))
     window[rows, new % window.shape[1]] = u
     return left
+
+
+def turned(numbers: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """[B, T, n N], rotated by N as the `table` [capacity, 2, N] says for positions int64 [B, T]."""
+    cos, sin = table[positions.clamp(max=len(table) - 1)].unsqueeze(3).unbind(2)
+    return rotate(numbers.unflatten(2, (-1, table.shape[2])), cos, sin).flatten(2)

@@ -1,8 +1,9 @@
 """The decoding step of a Mamba-1 layer over a ring of its projections, by a Triton kernel where it serves.
 
 A layer keeps a checkpoint of its state and, in a ring, what the input projections made of the tokens since then: x
-before the convolution, B, and dt before softplus. Position p lies in slot p mod S. Each channel has a convolution and
-step sizes of its own, so that a replay makes them again from little; docs/decoding-kernels.md has the figures.
+before the convolution, B behind its rotation, if there is one, and dt before softplus. Position p lies in slot p mod S.
+Each channel has a convolution and step sizes of its own, so that a replay makes them again from little;
+docs/decoding-kernels.md has the figures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..conv.reference import conv_few
 from ..support import Support, chosen, installed, kernel, served
-from .ring import DTYPES, LONGEST, Plan, between_tokens
+from .ring import DTYPES, LONGEST, Plan, between_tokens, turned
 from .selective import selective_multistep
 
 MODULE = f"{__package__}.triton1"
@@ -70,19 +71,19 @@ class Projected:
     """[B, T, D], before its bias and softplus."""
     z: Tensor | None = None
     """[B, T, D]: y is multiplied by SiLU(z + gate_bias)."""
+    rotary: Tensor | None = None
+    """[capacity, 2, P]: cos and sin of every position, whose halves are alike, by which each P numbers of B and C are
+    rotated first, as Llama rotates queries and keys."""
 
     def parts(self) -> list[Tensor]:
         return [t for t in (self.x, self.B, self.C, self.dt, self.z) if t is not None]
 
 
-def selective_ring_supports(like: Tensor, size: int, steps: int, turned: bool) -> Support:
-    """Whether layers with `size` states a channel keep a ring for the kernel, in the dtype and on the device of `like`.
-    `turned`: B and C are rotated."""
+def selective_ring_supports(like: Tensor, size: int, steps: int) -> Support:
+    """Whether layers with `size` states a channel keep a ring for the kernel, in `like`'s dtype and on its device."""
     support = served(like, DTYPES)
     if not support:
         return support
-    if turned:
-        return Support.no("the kernel does not rotate B and C")
     if size > WIDEST or steps > LONGEST:
         return Support.no(f"the kernel has {WIDEST} states of a channel and calls of up to {LONGEST} tokens")
     return installed("triton")
@@ -90,7 +91,7 @@ def selective_ring_supports(like: Tensor, size: int, steps: int, turned: bool) -
 
 def supports(new: Projected, layer: Channels, ring: Tensor, state: Tensor) -> Support:
     """Whether `selective_ring_multistep` runs as a kernel."""
-    support = selective_ring_supports(new.x, state.shape[2], new.x.shape[1], False)
+    support = selective_ring_supports(new.x, state.shape[2], new.x.shape[1])
     if not support:
         return support
     if any(t.dtype != new.x.dtype for t in (*new.parts(), ring)):
@@ -100,6 +101,8 @@ def supports(new: Projected, layer: Channels, ring: Tensor, state: Tensor) -> Su
         return Support.no("the kernel takes a contiguous ring, and a contiguous state and parameters in fp32")
     if not all(between_tokens(t) for t in new.parts()):
         return Support.no("the kernel takes tokens one behind the other")
+    if new.rotary is not None and (new.rotary.dtype != new.x.dtype or not new.rotary.is_contiguous()):
+        return Support.no("the kernel takes contiguous cos and sin in the projections' dtype")
     return Support.yes()
 
 
@@ -108,7 +111,7 @@ def selective_ring_multistep(
 ) -> Tensor:
     """T tokens at `start` int32 [B], which are added to the ring.
 
-    ring [B, S, X + K N + D] holds x, B and dt of earlier tokens, S >= plan.replay + plan.steps + W - 1; state
+    ring [B, S, X + K N + D] holds x, rotated B and dt of earlier tokens, S >= plan.replay + plan.steps + W - 1; state
     [B, D, N]: the checkpoint at `saved` int32 [B], moved to `start` in the rows that are `plan.due`, of which the
     caller takes note behind its last layer. saved <= start <= saved + plan.replay. Returns y [B, T, D] in x's dtype,
     or better in plain PyTorch.
@@ -128,7 +131,10 @@ def plain_selective_ring_multistep(
     rows = torch.arange(batch, device=start.device).unsqueeze(1)
     positions = start.long().unsqueeze(1) + torch.arange(1 - taps - plan.replay, count, device=start.device)
     slots = positions % ring.shape[1]
-    ring[rows, slots[:, -count:]] = torch.cat((new.x, new.B, new.dt), dim=2)
+    B, C = new.B, new.C
+    if new.rotary is not None:
+        B, C = (turned(t, new.rotary, positions[:, -count:]) for t in (B, C))
+    ring[rows, slots[:, -count:]] = torch.cat((new.x, B, new.dt), dim=2)
     x, b, raw = ring[rows, slots].split((layer.sources, new.B.shape[2], channels), dim=2)
     gone = (positions[:, taps - 1 :] < saved.unsqueeze(1)).unsqueeze(2)
     source, taken = layer.source(), plan.replay + count
@@ -138,7 +144,7 @@ def plain_selective_ring_multistep(
     dt = F.softplus(raw).masked_fill(gone, 0)
     b = b[:, taps - 1 :].masked_fill(gone, 0).unflatten(2, (-1, size))
     b = b[:, :, source // (layer.sources // b.shape[2])]
-    c = new.C.unflatten(2, (-1, size))
+    c = C.unflatten(2, (-1, size))
     c = c.repeat_interleave(channels // c.shape[2], dim=2)
     moved = state.clone()
     y = selective_multistep(x[:, -taken:], dt, layer.A, b, c, layer.D, moved, True)

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..support import begun_early
 from .forms import fastest, measurable
 from .ring import between_tokens
-from .triton_pieces import softplus
+from .triton_pieces import rotated, softplus
 
 if TYPE_CHECKING:
     from .ring import Plan
@@ -45,6 +45,29 @@ def _pieces(  # type: ignore[no-untyped-def]
         if PARTS * Q > SIZE:
             there = there & (n[None, :] + j * Q < SIZE)
         found = found + (tl.load(pointers[:, None] + j * Q + n[None, :], mask=there, other=0.0, cache_modifier=CACHE),)
+    return found
+
+
+@triton.jit
+def _turned(  # type: ignore[no-untyped-def]
+    place, first, angles, inside, PARTS: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr
+):
+    """`_pieces` at numbers `first` [BLOCK] of `place`, a token's B or C, behind the rotation that mixes the halves of
+    each WIDE numbers; `angles` has the cos of its position, then the sin."""
+    n = tl.arange(0, Q)
+    half: tl.constexpr = WIDE // 2
+    found = ()
+    for j in tl.static_range(PARTS):
+        there = inside[:, None]
+        if PARTS * Q > SIZE:
+            there = there & (n[None, :] + j * Q < SIZE)
+        at = first[:, None] + j * Q + n[None, :]
+        within = at % WIDE
+        own = tl.load(place + at, mask=there, other=0.0)
+        other = tl.load(place + tl.where(within < half, at + half, at - half), mask=there, other=0.0)
+        cos = tl.load(angles + within, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+        sin = tl.load(angles + WIDE + within, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+        found = found + (rotated(own, other, cos, tl.where(within < half, -sin, sin)),)
     return found
 
 
@@ -71,11 +94,11 @@ def _token(  # type: ignore[no-untyped-def]
 @triton.jit
 def _selective(  # type: ignore[no-untyped-def]
     x_ptr, b_ptr, c_ptr, raw_ptr, z_ptr, ring_ptr, state_ptr, start_ptr, saved_ptr, y_ptr,
-    taps_ptr, bias_ptr, step_ptr, decay_ptr, skip_ptr, gate_ptr,
-    x_token, b_token, c_token, raw_token, z_token, SLOTS, STEPS, REPLAY,
+    taps_ptr, bias_ptr, step_ptr, decay_ptr, skip_ptr, gate_ptr, rotary_ptr,
+    x_token, b_token, c_token, raw_token, z_token, SLOTS, STEPS, REPLAY, POSITIONS,
     CHANNELS: tl.constexpr, SOURCES: tl.constexpr, NUMBERS: tl.constexpr, SPAN: tl.constexpr, REPEAT: tl.constexpr,
     GROUP: tl.constexpr, C_GROUP: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, SETTLE: tl.constexpr,
-    TAPS: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, OPEN: tl.constexpr,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, OPEN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, COPY: tl.constexpr, T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs behind those of the channels copy what new tokens leave in the ring: nobody reads it in this call.
@@ -144,8 +167,15 @@ def _selective(  # type: ignore[no-untyped-def]
         y_at = y_ptr + row * COUNT * CHANNELS + d
         x = tl.load(x_ptr + source, mask=there)
         raw = tl.load(raw_ptr + d, mask=there)
-        b = _pieces(b_ptr + group, there, PARTS, Q, SIZE, "")
-        c = _pieces(c_at, there, PARTS, Q, SIZE, "")
+        if rotary_ptr is not None:
+            c_group = d // C_GROUP * SIZE
+            c_ptr += row * COUNT * c_token
+            angles = rotary_ptr + tl.minimum(start, POSITIONS - 1) * (2 * WIDE)
+            b = _turned(b_ptr, group, angles, there, PARTS, Q, SIZE, WIDE)
+            c = _turned(c_ptr, c_group, angles, there, PARTS, Q, SIZE, WIDE)
+        else:
+            b = _pieces(b_ptr + group, there, PARTS, Q, SIZE, "")
+            c = _pieces(c_at, there, PARTS, Q, SIZE, "")
         z = tl.load(z_at, mask=there) if GATED else x
         if SETTLE:  # noqa: SIM102 - one of the two is known when the kernel is compiled
             if (replayed > 0) & (replayed + STEPS > REPLAY):
@@ -161,8 +191,13 @@ def _selective(  # type: ignore[no-untyped-def]
             after = tl.minimum(t + 1, COUNT - 1)
             x = tl.load(x_ptr + after * x_token + source, mask=there)
             raw = tl.load(raw_ptr + after * raw_token + d, mask=there)
-            b = _pieces(b_ptr + after * b_token + group, there, PARTS, Q, SIZE, "")
-            c = _pieces(c_at + after * c_token, there, PARTS, Q, SIZE, "")
+            if rotary_ptr is not None:
+                angles = rotary_ptr + tl.minimum(start + after, POSITIONS - 1) * (2 * WIDE)
+                b = _turned(b_ptr + after * b_token, group, angles, there, PARTS, Q, SIZE, WIDE)
+                c = _turned(c_ptr + after * c_token, c_group, angles, there, PARTS, Q, SIZE, WIDE)
+            else:
+                b = _pieces(b_ptr + after * b_token + group, there, PARTS, Q, SIZE, "")
+                c = _pieces(c_at + after * c_token, there, PARTS, Q, SIZE, "")
             z = tl.load(z_at + after * z_token, mask=there) if GATED else x
             total, states = _token(now, window, taps, bias, now_raw, step, decays, states, now_b, TAPS, PARTS, SILU)
             if TAPS > 1:
@@ -185,7 +220,17 @@ def _selective(  # type: ignore[no-untyped-def]
         inside = (new < COUNT) & (column < kept)
         first = tl.load(x_ptr + new * x_token + column, mask=inside & of_x, other=0.0)
         second = b_ptr + new * b_token + column - SOURCES
-        first += tl.load(second, mask=inside & (column >= SOURCES) & (column < SOURCES + NUMBERS), other=0.0)
+        of_b = inside & (column >= SOURCES) & (column < SOURCES + NUMBERS)
+        if rotary_ptr is not None:
+            within = (column - SOURCES) % WIDE
+            low = within < WIDE // 2
+            other = tl.load(second + tl.where(low, WIDE // 2, -(WIDE // 2)), mask=of_b, other=0.0)
+            angle = rotary_ptr + tl.minimum(start + new, POSITIONS - 1) * (2 * WIDE) + within
+            cos = tl.load(angle, mask=of_b, other=0.0, cache_modifier=".cg").to(tl.float32)
+            sin = tl.load(angle + WIDE, mask=of_b, other=0.0, cache_modifier=".cg").to(tl.float32)
+            first += rotated(tl.load(second, mask=of_b, other=0.0), other, cos, tl.where(low, -sin, sin))
+        else:
+            first += tl.load(second, mask=of_b, other=0.0)
         third = raw_ptr + new * raw_token + column - SOURCES - NUMBERS
         first += tl.load(third, mask=inside & of_raw, other=0.0)
         tl.store(ring_ptr + (start + new) % SLOTS * kept + column, first, mask=inside)
@@ -202,8 +247,8 @@ class Form(NamedTuple):
 
 
 FORMS = (Form(32, 4, 1), Form(32, 2, 2), Form(64, 4, 2), Form(32, 1, 4), Form(64, 2, 4), Form(128, 4, 4))
-COPIED = 2048
-"""Numbers of new tokens that a warp copies into the ring."""
+COPIED, TURNED = 2048, 512
+"""Numbers of new tokens that a warp copies into the ring, and where it rotates B, which takes more registers."""
 
 _best: dict[tuple[Any, ...], Form] = {}
 
@@ -216,7 +261,7 @@ def forms_for(state: Tensor) -> list[Form]:
 def form_for(new: Projected, layer: Channels, ring: Tensor, state: Tensor, plan: Plan) -> Form:
     """The fastest where memory is large enough for that to matter and can be measured now, else one that keeps a GPU
     busy."""
-    kind = *state.shape, layer.repeat, plan, new.x.dtype, state.device
+    kind = *state.shape, layer.repeat, plan, new.rotary is None, new.x.dtype, state.device
     if kind not in _best and measurable(state):
         scratch = torch.zeros_like(ring)
 
@@ -246,19 +291,21 @@ def selective_ring_multistep(
     form = form or form_for(new, layer, ring, state, plan)
     y = torch.empty(batch, plan.count, channels, dtype=new.x.dtype, device=state.device)
     numbers, wide, tile = new.B.shape[2], triton.next_power_of_2(size), triton.next_power_of_2(plan.count)
-    copy = max(32, COPIED * form.warps // tile)
+    copy = max(32, (COPIED if new.rotary is None else TURNED) * form.warps // tile)
     programs = triton.cdiv(channels, form.block) + triton.cdiv(ring.shape[2], copy)
     z = new.x if new.z is None else new.z
     gate = layer.D if layer.gate_bias is None else layer.gate_bias
     with torch.cuda.device_of(state):
         _selective.run(
             new.x, new.B, new.C, new.dt, z, ring, state, start, saved, y,
-            layer.weight, layer.bias, layer.dt_bias, layer.A, layer.D, gate,
+            layer.weight, layer.bias, layer.dt_bias, layer.A, layer.D, gate, new.rotary,
             *(between_tokens(t) for t in (new.x, new.B, new.C, new.dt, z)), ring.shape[1], plan.steps, plan.replay,
+            None if new.rotary is None else len(new.rotary),
             CHANNELS=channels, SOURCES=layer.sources, NUMBERS=numbers, SPAN=layer.span, REPEAT=layer.repeat,
             GROUP=layer.sources * size // numbers, C_GROUP=channels * size // new.C.shape[2], SIZE=size,
             COUNT=plan.count, SETTLE=plan.settle, TAPS=layer.weight.shape[1], SILU=layer.silu,
-            GATED=new.z is not None, OPEN=layer.gate_bias is not None, BLOCK=form.block, PARTS=form.parts,
+            GATED=new.z is not None, OPEN=layer.gate_bias is not None,
+            WIDE=0 if new.rotary is None else new.rotary.shape[2], BLOCK=form.block, PARTS=form.parts,
             Q=wide // form.parts, COPY=copy, T=tile, num_warps=form.warps, grid=(programs, batch), warmup=warmup,
             **begun_early(state, early),
         )  # fmt: skip

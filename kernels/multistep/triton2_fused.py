@@ -28,12 +28,15 @@ from .forms import fastest
 from .fused_step import gated, separate_step
 from .ring import between_tokens
 from .triton_fused_pieces import (
+    angles,
     convolved_tokens,
     decayed_by,
     held_back,
     inner_products,
     joined_inputs,
+    mixed_with,
     own_inputs,
+    rotated_tokens,
     summed_tokens,
     tap_weights,
     window_inputs,
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 @triton.jit
 def _few_step(  # type: ignore[no-untyped-def]
     u_ptr, z_ptr, taps_ptr, dt_bias_ptr, window_ptr, x_ptr, b_ptr, dt_ptr, decay_ptr, skip_ptr,
-    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, squares_ptr, eps,
+    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, squares_ptr, rotary_ptr, POSITIONS, eps,
     U_TOKEN: tl.constexpr, Z_TOKEN: tl.constexpr, KEPT: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr,
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
@@ -92,6 +95,11 @@ def _few_step(  # type: ignore[no-untyped-def]
     b_weights = tap_weights(taps_ptr, b_channel + 0 * t, new_b, CHANNELS, TAPS)
     c_weights = tap_weights(taps_ptr, c_channel + 0 * t, new_b, CHANNELS, TAPS)
     x_weights = tap_weights(taps_ptr, x_channel + 0 * t, new_x, CHANNELS, TAPS)
+    if rotary_ptr is not None:
+        b_other = b_channel - n[None, :] + mixed_with(n, SIZE)[None, :]
+        c_other = c_channel - n[None, :] + mixed_with(n, SIZE)[None, :]
+        b_mixed_weights = tap_weights(taps_ptr, b_other + 0 * t, new_b, CHANNELS, TAPS)
+        c_mixed_weights = tap_weights(taps_ptr, c_other + 0 * t, new_b, CHANNELS, TAPS)
     dt_bias = tl.load(dt_bias_ptr + head)
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
@@ -100,6 +108,10 @@ def _few_step(  # type: ignore[no-untyped-def]
     b_window = window_inputs(window_ptr + b_channel, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
     c_window = window_inputs(window_ptr + c_channel, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
     x_window = window_inputs(window_ptr + x_channel, new_x, t, start, entries, WINDOW_SLOTS, TAPS)
+    if rotary_ptr is not None:
+        turn = angles(rotary_ptr, start + t, POSITIONS, n[None, :], new_b, SIZE)
+        b_mixed_window = window_inputs(window_ptr + b_other, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
+        c_mixed_window = window_inputs(window_ptr + c_other, new_b, t, start, entries, WINDOW_SLOTS, TAPS)
     u_first = u_ptr + CHANNELS + head
     raws = u_first + token * U_TOKEN
     u_ptr += t * U_TOKEN
@@ -114,6 +126,9 @@ def _few_step(  # type: ignore[no-untyped-def]
     b_own = own_inputs(u_ptr + b_channel, new_b, t, U_TOKEN, COUNT, TAPS)
     c_own = own_inputs(u_ptr + c_channel, new_b, t, U_TOKEN, COUNT, TAPS)
     x_own = own_inputs(u_ptr + x_channel, new_x, t, U_TOKEN, COUNT, TAPS)
+    if rotary_ptr is not None:
+        b_mixed_own = own_inputs(u_ptr + b_other, new_b, t, U_TOKEN, COUNT, TAPS)
+        c_mixed_own = own_inputs(u_ptr + c_other, new_b, t, U_TOKEN, COUNT, TAPS)
     raw = tl.load(raws, mask=new, other=0.0)
     arrived = tl.load(u_first).to(tl.float32)
     if NORM:
@@ -127,6 +142,11 @@ def _few_step(  # type: ignore[no-untyped-def]
     b = convolved_tokens(b_inputs, b_weights, replayed, TAPS, SILU)
     c = convolved_tokens(c_inputs, c_weights, replayed, TAPS, SILU)
     x = convolved_tokens(x_inputs, x_weights, replayed, TAPS, SILU)
+    if rotary_ptr is not None:
+        mixed = joined_inputs(b_mixed_window, b_mixed_own, t, COUNT, TAPS)
+        b = rotated_tokens(b, mixed, b_mixed_weights, turn, n[None, :], replayed, TAPS, SILU, SIZE)
+        mixed = joined_inputs(c_mixed_window, c_mixed_own, t, COUNT, TAPS)
+        c = rotated_tokens(c, mixed, c_mixed_weights, turn, n[None, :], replayed, TAPS, SILU, SIZE)
     dt = tl.where(new, softplus(raw.to(tl.float32) + dt_bias), 0.0)
 
     kept = (start + token) % SLOTS
@@ -175,7 +195,7 @@ def _few_step(  # type: ignore[no-untyped-def]
 @triton.jit
 def _single_step(  # type: ignore[no-untyped-def]
     u_ptr, z_ptr, taps_ptr, dt_bias_ptr, window_ptr, x_ptr, b_ptr, dt_ptr, decay_ptr, skip_ptr,
-    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, squares_ptr, eps,
+    gate_bias_ptr, norm_ptr, state_ptr, start_ptr, saved_ptr, out_ptr, squares_ptr, rotary_ptr, POSITIONS, eps,
     U_TOKEN: tl.constexpr, Z_TOKEN: tl.constexpr, KEPT: tl.constexpr, CHANNELS: tl.constexpr, HEADS: tl.constexpr,
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
@@ -226,6 +246,11 @@ def _single_step(  # type: ignore[no-untyped-def]
     b_weights = tap_weights(taps_ptr, b_channel + 0 * t, new_b, CHANNELS, TAPS)
     c_weights = tap_weights(taps_ptr, c_channel + 0 * t, new_b, CHANNELS, TAPS)
     x_weights = tap_weights(taps_ptr, x_channel, new_x, CHANNELS, TAPS)
+    if rotary_ptr is not None:
+        b_other = b_channel - n[None, :] + mixed_with(n, SIZE)[None, :] + 0 * t
+        c_other = c_channel - n[None, :] + mixed_with(n, SIZE)[None, :] + 0 * t
+        b_mixed_weights = tap_weights(taps_ptr, b_other, new_b, CHANNELS, TAPS)
+        c_mixed_weights = tap_weights(taps_ptr, c_other, new_b, CHANNELS, TAPS)
     dt_bias = tl.load(dt_bias_ptr + head)
     decay = tl.load(decay_ptr + head)
     skip = tl.load(skip_ptr + head)
@@ -234,6 +259,10 @@ def _single_step(  # type: ignore[no-untyped-def]
     b_window = window_inputs(window_ptr + b_channel + 0 * t, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
     c_window = window_inputs(window_ptr + c_channel + 0 * t, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
     x_window = window_inputs(window_ptr + x_channel, new_x, 0, start, entries, WINDOW_SLOTS, TAPS)
+    if rotary_ptr is not None:
+        turn = angles(rotary_ptr, start, POSITIONS, n[None, :] + 0 * t, new_b, SIZE)
+        b_mixed_window = window_inputs(window_ptr + b_other, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
+        c_mixed_window = window_inputs(window_ptr + c_other, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
     if NORM:
         norm = tl.load(norm_ptr + head * WIDTH + p, mask=new_x, other=0.0)
         if gate_bias_ptr is not None:
@@ -245,6 +274,9 @@ def _single_step(  # type: ignore[no-untyped-def]
     b_own = own_inputs(u_ptr + b_channel + 0 * t, new_b, 0, U_TOKEN, COUNT, TAPS)
     c_own = own_inputs(u_ptr + c_channel + 0 * t, new_b, 0, U_TOKEN, COUNT, TAPS)
     x_own = own_inputs(u_ptr + x_channel, new_x, 0, U_TOKEN, COUNT, TAPS)
+    if rotary_ptr is not None:
+        b_mixed_own = own_inputs(u_ptr + b_other, new_b, 0, U_TOKEN, COUNT, TAPS)
+        c_mixed_own = own_inputs(u_ptr + c_other, new_b, 0, U_TOKEN, COUNT, TAPS)
     raw = tl.load(u_ptr + CHANNELS + head)
     if NORM:
         z = tl.load(z_ptr + row * Z_TOKEN + head * WIDTH + p, mask=new_x, other=0.0)
@@ -257,6 +289,11 @@ def _single_step(  # type: ignore[no-untyped-def]
     b = convolved_tokens(b_inputs, b_weights, replayed, TAPS, SILU)
     c = convolved_tokens(c_inputs, c_weights, replayed, TAPS, SILU)
     x = convolved_tokens(x_inputs, x_weights, replayed, TAPS, SILU)
+    if rotary_ptr is not None:
+        mixed = joined_inputs(b_mixed_window, b_mixed_own, 0, COUNT, TAPS)
+        b = rotated_tokens(b, mixed, b_mixed_weights, turn, n[None, :], replayed, TAPS, SILU, SIZE)
+        mixed = joined_inputs(c_mixed_window, c_mixed_own, 0, COUNT, TAPS)
+        c = rotated_tokens(c, mixed, c_mixed_weights, turn, n[None, :], replayed, TAPS, SILU, SIZE)
     dt = softplus(raw.to(tl.float32) + dt_bias)
 
     kept = start % SLOTS
@@ -353,6 +390,7 @@ def form_for(
     key = None if gate is None else (gate.width, gate.bias is None, gate.left)
     groups = ring.x.shape[2], ring.B.shape[2], front.weight.shape
     kind = *state.shape, *groups, plan.count, plan.replay, key, ring.dt.shape[1], ring.x.dtype, state.device
+    kind = *kind, front.rotation is None
     if kind not in _best:
         few = state.nbytes < MEASURED or not state.is_cuda
         if few or torch.cuda.is_current_stream_capturing():
@@ -411,11 +449,12 @@ def fused_step(
     out = torch.empty(batch * plan.count, heads * width, dtype=z.dtype, device=z.device)
     squares = torch.empty(batch * plan.count, programs, dtype=torch.float32, device=z.device) if left else None
     exact = ring.x.dtype == torch.float32
+    rotary = None if front.rotation is None else front.rotation.table
     with torch.cuda.device_of(state):
         (_single_step if plan.count == 1 else _few_step).run(
             u, z, front.taps, front.dt_bias, front.window, ring.x, ring.B, ring.dt, A, D,
             None if norm is None else norm.bias, None if norm is None else norm.weight, state, start, saved, out,
-            squares, 0.0 if norm is None else norm.eps,
+            squares, rotary, None if rotary is None else len(rotary), 0.0 if norm is None else norm.eps,
             U_TOKEN=between_tokens(u), Z_TOKEN=z.stride(0), KEPT=front.kept.shape[2], CHANNELS=channels, HEADS=heads,
             X_HEADS=heads // ring.x.shape[2], B_HEADS=heads // ring.B.shape[2],
             C_HEADS=heads // ((channels - front.kept.shape[2]) // size), MARGIN=plan.steps, SLOTS=ring.dt.shape[1],

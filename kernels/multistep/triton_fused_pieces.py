@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_pieces import after, exp, taken, times
+from .triton_pieces import after, exp, rotated, taken, times
 
 
 @triton.jit
@@ -89,6 +89,32 @@ def convolved_tokens(inputs, weights, replayed, TAPS: tl.constexpr, SILU: tl.con
     if SILU:
         total = total * tl.sigmoid(total)
     return after(total.to(inputs[0].dtype), replayed)
+
+
+@triton.jit
+def mixed_with(n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a rotation mixes numbers n of a group with: as far into its other half, so that they lie side by side."""
+    half: tl.constexpr = SIZE // 2
+    run: tl.constexpr = half & -half
+    return tl.max_contiguous(tl.multiple_of(tl.where(n < half, n + half, n - half), run), run)
+
+
+@triton.jit
+def angles(rotary_ptr, position, POSITIONS, n, there, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """cos and sin as `rotated` takes them."""
+    at = rotary_ptr + tl.minimum(position, POSITIONS - 1) * (2 * SIZE) + n
+    cos = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+    return cos, tl.load(at + SIZE, mask=there, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def rotated_tokens(own, inputs, weights, turn, n, replayed, TAPS: tl.constexpr, SILU: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """B or C behind the convolution, rotated: `own`, and the same `inputs` and `weights` of what that is mixed with."""
+    sin = turn[1].to(tl.float32)
+    sin = tl.where(n < SIZE // 2, -sin, sin)
+    return after(
+        rotated(own, convolved_tokens(inputs, weights, replayed, TAPS, SILU), turn[0].to(tl.float32), sin), replayed
+    )
 
 
 @triton.jit

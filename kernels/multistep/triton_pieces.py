@@ -25,6 +25,13 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def rotated(own, other, cos, sin):  # type: ignore[no-untyped-def]
+    """B or C by their positions, from what was rounded already: `other` is what `own` is mixed with; cos and sin are
+    fp32, and sin is negative where `own` is of the first half."""
+    return (own.to(tl.float32) * cos + other.to(tl.float32) * sin).to(own.dtype)
+
+
+@triton.jit
 def times(a, b, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
     """a fp32 [M, K] times b [K, N]: in fp32 if PIECES is 0, in tf32 if 1, else with a as the sum of PIECES bf16."""
     if PIECES == 0:

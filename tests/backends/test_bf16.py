@@ -35,6 +35,7 @@ MODELS = {
     "mamba2": [(Mamba2HybridBackend(Mamba2HybridConfig(chunk=8)), [1, 3])],
     "mamba2 with options": [(Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, **OPTIONS)), [1, 3])],
     "mamba": [(MambaBackend(MambaConfig()), [1, 3])],
+    "mamba with options": [(MambaBackend(MambaConfig(gate="open", rope="kept", q_scale="attention")), [1, 3])],
     "mamba2 and mamba": [
         (Mamba2HybridBackend(Mamba2HybridConfig(chunk=8)), [1, 3]),
         (MambaBackend(MambaConfig()), [3]),
@@ -62,8 +63,8 @@ WAYS = {
     "graphs, longer rings": Way(replay="7"),
     "graphs, kernels one after the other": Way(early=False),
 }
-RINGS = "mamba", "mamba2", "mamba2 and mamba", "mamba-ssm"
-"""Models whose layers kernels read rings of; these turn no queries and keys."""
+RINGS = MODELS.keys() - {"attention", "removed"}
+"""Models whose layers kernels read rings of."""
 CASES = [
     pytest.param(model, way, id=f"{model}-{name}", marks=[pytest.mark.gpu] if way.device != "cpu" else [])
     for model, (name, way) in itertools.product(MODELS, WAYS.items())

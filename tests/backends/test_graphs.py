@@ -234,9 +234,11 @@ def test_on_a_gpu_a_graph_is_what_its_kernels_are(half: Path, dtype: str) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recorded", [True, False], ids=["graphs", "eager"])
-@pytest.mark.parametrize("kind", [Mamba2HybridBackend(Mamba2HybridConfig(chunk=8)), MambaBackend(MambaConfig())])
+@pytest.mark.parametrize("rope", ["dropped", "kept"])
+@pytest.mark.parametrize("family", ["mamba2", "mamba"])
 def test_on_a_gpu_kernels_that_begin_early_give_the_same_bits(
-    kind: Mamba2HybridBackend | MambaBackend,
+    family: str,
+    rope: str,
     recorded: bool,
     dtype: str,
     make_llama: Callable[..., Path],
@@ -244,6 +246,9 @@ def test_on_a_gpu_kernels_that_begin_early_give_the_same_bits(
     begin_early: Callable[[bool], None],
 ) -> None:
     """Over rounds of drafts of which any number stands, one behind the other without a pause."""
+    kind = MambaBackend(MambaConfig(rope=rope))
+    if family == "mamba2":
+        kind = Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, rope=rope))
     llama = make_llama(hidden_size=256, intermediate_size=384, num_attention_heads=4, head_dim=64)
     kind.convert(llama, [1, 3], tmp_path / "artifact", seed=0)
     dice, rounds = torch.Generator().manual_seed(0), 24

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from mambabench.backends.hybrid import MambaBackend
-from mambabench.backends.plugin import MambaConfig
+from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend
+from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig
 
 SCRIPT = """
 import sys
@@ -60,6 +60,12 @@ def test_of_a_hybrid(half):
     logits_are_the_models(half, "enter", "decode_attention", "fused_step")
 
 
-def test_of_mamba_1(llama, tmp_path):
-    MambaBackend(MambaConfig()).convert(llama, [1], tmp_path / "mamba", seed=0)
+def test_of_a_hybrid_that_rotates_b_and_c(llama, tmp_path):
+    Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, rope="kept")).convert(llama, [1], tmp_path / "mamba2", seed=0)
+    logits_are_the_models(tmp_path / "mamba2", "enter", "decode_attention", "fused_step")
+
+
+@pytest.mark.parametrize("rope", ["dropped", "kept"])
+def test_of_mamba_1(rope, llama, tmp_path):
+    MambaBackend(MambaConfig(rope=rope)).convert(llama, [1], tmp_path / "mamba", seed=0)
     logits_are_the_models(tmp_path / "mamba", "enter", "selective_ring_multistep")

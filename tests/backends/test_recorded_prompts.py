@@ -26,6 +26,7 @@ FAMILIES = {
     "mamba2": (["mamba2"] * 2, {}),
     "mamba2 with options": (["mamba2", "attention"], {"mamba_rope": True, "mamba_gate_bias": True, "qk_norm": True}),
     "mamba": (["mamba", "attention"], {}),
+    "mamba with options": (["mamba", "attention"], {"mamba_rope": True, "mamba_gate_bias": True, "qk_norm": True}),
     "mamba2 and mamba": (["mamba2", "mamba", "attention"], {}),
     "removed": (["none", "mamba2"], {}),
     "mamba-ssm": (["mamba2"] * 2, OWN),

@@ -29,7 +29,7 @@ def rings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(states, name, lambda *given: Support.yes())
 
 
-@pytest.fixture(params=["mamba", "mamba2", "both"])
+@pytest.fixture(params=["mamba", "mamba2", "both", "mamba, rotated", "mamba2, rotated"])
 def artifact(
     request: pytest.FixtureRequest,
     half: Path,
@@ -41,8 +41,12 @@ def artifact(
     if request.param == "mamba2":
         return half
     out = tmp_path_factory.mktemp(request.param) / "artifact"
-    parent, keep = (llama, [1, 3]) if request.param == "mamba" else (half, [3])
-    mamba_backend.convert(parent, keep, out, seed=0)
+    rope = "kept" if "rotated" in request.param else "dropped"
+    backend = Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, rope=rope))
+    if not request.param.startswith("mamba2"):
+        backend = MambaBackend(MambaConfig(rope=rope))
+    parent, keep = (half, [3]) if request.param == "both" else (llama, [1, 3])
+    backend.convert(parent, keep, out, seed=0)
     return out
 
 
@@ -77,7 +81,16 @@ def test_on_a_gpu_the_kernels_keep_it(
         assert operation not in used or used[operation]["fused"]
 
 
-@pytest.mark.parametrize("options", [{"d_conv": 1}, {"d_conv": 6, "activation": "none", "norm": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"d_conv": 1},
+        {"d_conv": 6, "activation": "none", "norm": "none"},
+        {"d_conv": 1, "rope": "kept"},
+        {"rope": "kept", "gate": "open", "activation": "none", "conv": "identity"},
+    ],
+    ids=str,
+)
 def test_any_mamba2_layer_keeps_it_over_rings(rings: None, options: dict, llama: Path, tmp_path: Path) -> None:
     backend = Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, **options))
     backend.convert(llama, [2], tmp_path / "artifact", seed=0)
@@ -90,6 +103,8 @@ def test_any_mamba2_layer_keeps_it_over_rings(rings: None, options: dict, llama:
         {"d_conv": 1, "dt_bias": "twice"},
         {"d_conv": 6, "activation": "none", "sub_block_order": "released"},
         {"gate": "open"},
+        {"rope": "kept"},
+        {"d_conv": 1, "rope": "kept", "sub_block_order": "released"},
     ],
     ids=str,
 )
@@ -102,16 +117,17 @@ def test_any_mamba_layer_keeps_it_over_rings(
     check_backend(backend, tmp_path / "artifact", rounds=60, seed=4, batch=3, steps=5)
 
 
-@pytest.mark.parametrize("replay", [0, 5])
+@pytest.mark.parametrize(("rope", "replay"), [("dropped", 0), ("dropped", 5), ("kept", 5)])
 def test_in_the_interpreter_the_mamba_kernel_keeps_it(
     rings: None,
+    rope: str,
     replay: int,
     llama: Path,
     tmp_path: Path,
     interpret: Callable[[str], object],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module, backend, ran = interpret(selective_ring.MODULE), MambaBackend(MambaConfig()), []
+    module, backend, ran = interpret(selective_ring.MODULE), MambaBackend(MambaConfig(rope=rope)), []
 
     def kernel(_: str, name: str) -> Callable[..., torch.Tensor]:
         ran.append(name)
@@ -126,7 +142,7 @@ def test_in_the_interpreter_the_mamba_kernel_keeps_it(
     assert set(ran) == {"selective_ring_multistep"}
 
 
-@pytest.mark.parametrize(("model", "replay"), [("hybrid", 5), ("mamba-ssm", 0)])
+@pytest.mark.parametrize(("model", "replay"), [("hybrid", 5), ("hybrid, rotated", 5), ("mamba-ssm", 0)])
 def test_in_the_interpreter_one_kernel_of_a_mamba2_layer_keeps_it(
     rings: None,
     model: str,
@@ -148,10 +164,10 @@ def test_in_the_interpreter_one_kernel_of_a_mamba2_layer_keeps_it(
     monkeypatch.setattr(fused_step, "supports", lambda *_: Support.yes())
     monkeypatch.setattr(mamba2, "divides", lambda *_: True)
     monkeypatch.setenv(states.VARIABLE, str(replay))
-    backend = Mamba2HybridBackend(Mamba2HybridConfig(chunk=8))
-    folder, keep = (llama, [0, 1, 3]) if model == "hybrid" else (make_native(headdim=16, d_state=8)[0], [])
+    rope = "kept" if model == "hybrid, rotated" else "dropped"
+    backend, folder, keep = Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, rope=rope)), llama, [0, 1, 3]
     if model == "mamba-ssm":
-        backend = TeacherBackend(TeacherConfig())
+        backend, folder, keep = TeacherBackend(TeacherConfig()), make_native(headdim=16, d_state=8)[0], []
     backend.convert(folder, keep, tmp_path / "artifact", seed=0)
     check = {"rounds": 3, "batch": 2, "steps": 2, "context": 6, "dtype": "float32", "tolerance": 1e-4}
     check_backend(backend, tmp_path / "artifact", **check)
@@ -159,12 +175,15 @@ def test_in_the_interpreter_one_kernel_of_a_mamba2_layer_keeps_it(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rope", ["dropped", "kept"])
 def test_on_a_gpu_separate_kernels_of_a_mamba2_layer_keep_it(
-    half: Path, mamba_backend: MambaBackend, monkeypatch: pytest.MonkeyPatch
+    rope: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As calls of many rows have them."""
     monkeypatch.setattr(fused_step, "supports", lambda *_: Support.no("separate kernels were asked for"))
-    check_backend(mamba_backend, half, rounds=50, device="cuda:0", dtype="float32", tolerance=1e-4)
+    backend = Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, rope=rope))
+    backend.convert(llama, [1, 3], tmp_path / "artifact", seed=0)
+    check_backend(backend, tmp_path / "artifact", rounds=50, device="cuda:0", dtype="float32", tolerance=1e-4)
     used = support.record()
     assert all(used[operation]["fused"] for operation in ("ring_multistep", "convolve", "gated_norm"))
 

@@ -41,20 +41,21 @@ def snapshots(backend: Mamba2HybridBackend | MambaBackend) -> Mamba2HybridBacken
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("options", [{}, {"d_conv": 1}, {"d_conv": 6, "activation": "none"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"d_conv": 1}, {"d_conv": 6, "activation": "none"}, {"rope": "kept"}], ids=str)
 def test_snapshots_keep_the_stepping_contract(kind: str, options: dict, llama: Path, tmp_path: Path) -> None:
     backend = BACKENDS[kind](**options)
     backend.convert(llama, [2], tmp_path / "artifact", seed=0)
     check_backend(snapshots(backend), tmp_path / "artifact", rounds=60, seed=3)
 
 
+@pytest.mark.parametrize("rope", ["dropped", "kept"])
 @pytest.mark.parametrize("kind", BACKENDS)
 def test_they_keep_it_where_a_kernel_reads_rings(
-    kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, rope: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("ring_supports", "selective_ring_supports"):
         monkeypatch.setattr(states, name, lambda *given: Support.yes())
-    backend = BACKENDS[kind]()
+    backend = BACKENDS[kind](rope=rope)
     backend.convert(llama, [2], tmp_path / "artifact", seed=0)
     check_backend(snapshots(backend), tmp_path / "artifact", rounds=60, seed=5)
     model = backend.load(tmp_path / "artifact", "cpu", "float32")
@@ -119,9 +120,10 @@ def test_each_strategy_tells_the_memory_that_it_takes(models, kind: str) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rope", ["dropped", "kept"])
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_on_a_gpu_snapshots_keep_it(kind: str, llama: Path, tmp_path: Path) -> None:
-    backend = BACKENDS[kind]()
+def test_on_a_gpu_snapshots_keep_it(kind: str, rope: str, llama: Path, tmp_path: Path) -> None:
+    backend = BACKENDS[kind](rope=rope)
     backend.convert(llama, [2], tmp_path / "artifact", seed=0)
     check = {"rounds": 60, "device": "cuda:0", "dtype": "float32", "tolerance": 1e-4}
     check_backend(snapshots(backend), tmp_path / "artifact", **check)

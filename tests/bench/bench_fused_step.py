@@ -1,10 +1,11 @@
 """Times what a Mamba-2 layer does between its projections, by one kernel and by separate ones, on one GPU:
 
     python tests/bench/bench_fused_step.py [--batch 1 2 8 32] [--tokens 1 5 9] [--shape NAME …] [--alone] [--form N]
+        [--rotated]
 
 In CUDA graphs whose calls go over enough copies of all buffers that none is in the L2 cache: each form alone, then
 layers with their projections, which is what decoding waits for. What a form makes is held against separate steps in
-fp64 before it is timed.
+fp64 before it is timed. `--rotated` has B and C turned by their positions; 2.7B and 130M have no such layers.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SHAPES = {
     "Mamba2-2.7B": (inputs.MAMBA2["Mamba2-2.7B"], 2560),
     "Mamba2-130M": (inputs.Shape2(24, 24, 1, 1, 64, 128, 1536), 768),
     "Mamba2-paper": (inputs.MAMBA2["Mamba2-paper"], 4096),
+    "Mamba2-28M": (inputs.MAMBA2["Mamba2-28M"], 512),
 }
 """Layers, and the stream's width."""
 COLD = 200 << 20
@@ -41,9 +43,9 @@ class Layer:
     """Buffers of one copy of a layer with its projections; rows are at every stage between two writes of the
     checkpoint."""
 
-    def __init__(self, name: str, batch: int, count: int) -> None:
+    def __init__(self, name: str, batch: int, count: int, rotated: bool) -> None:
         shape, hidden = SHAPES[name]
-        self.count, self.made = count, inputs.Mamba2(shape, batch, Plan(count, count, REPLAY, True))
+        self.count, self.made = count, inputs.Mamba2(shape, batch, Plan(count, count, REPLAY, True), rotated=rotated)
         start = (1 + torch.arange(batch, device="cuda") % (REPLAY - count + 1)).int()
         self.turn = inputs.Turn(start, torch.zeros_like(start))
         self.inner, self.lines = len(self.made.norm), len(self.made.norm) + self.made.u.shape[2]
@@ -101,8 +103,8 @@ def layer_us(layers: list[Layer], way: Callable[..., Tensor | Unscaled]) -> floa
 
 
 def measure(name: str, batch: int, count: int, args: argparse.Namespace) -> None:
-    first = Layer(name, batch, count)
-    layers = [first, *(Layer(name, batch, count) for _ in range(min(15, COLD // first.bytes())))]
+    first = Layer(name, batch, count, args.rotated)
+    layers = [first, *(Layer(name, batch, count, args.rotated) for _ in range(min(15, COLD // first.bytes())))]
     *_, state, _, _, plan, gate = first.given()
     forms = triton2_fused.forms_for(state, plan, gate)
     forms = forms if args.form is None else [forms[args.form]]
@@ -115,7 +117,8 @@ def measure(name: str, batch: int, count: int, args: argparse.Namespace) -> None
     ways = {form: lambda *given, form=form: triton2_fused.fused_step(*given, form) for form in forms}
     times = {form: step_us(layers, ways[form]) for form in forms if not wrong[form]}
     apart = step_us(layers, separate_step)
-    line = f"{name}, batch {batch}, {count} tokens: separate {apart:.1f} us"
+    turned = ", rotated" if args.rotated else ""
+    line = f"{name}{turned}, batch {batch}, {count} tokens: separate {apart:.1f} us"
     if times:
         best = min(times, key=times.__getitem__)
         line += f", one {times[best]:.1f} us {tuple(best)}"
@@ -134,6 +137,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=[*SHAPES], nargs="+", default=[*SHAPES])
     parser.add_argument("--alone", action="store_true", help="no layers with their projections")
     parser.add_argument("--form", type=int, help="only the form of this number")
+    parser.add_argument("--rotated", action="store_true", help="B and C are rotated")
     args = parser.parse_args()
     print(torch.cuda.get_device_name())
     for name in args.shape:

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mambabench.kernels.multistep import forms, triton1, triton2
+from mambabench.kernels.multistep import forms, triton1, triton2, triton_convolve
 from mambabench.kernels.multistep.ring import Plan, Ring, plain_ring_multistep
 from mambabench.kernels.multistep.selective_ring import Channels, Projected, plain_selective_ring_multistep
 from mambabench.kernels.scan.fused import TUNED
@@ -121,17 +121,17 @@ def replaying(rounds: Rounds, replayed: int) -> Rounds:
     return [(start, start - replayed) for start, _ in rounds]
 
 
-def time_convolutions(made: list[Any], start: Tensor) -> dict[triton2.Cut, float]:
+def time_convolutions(made: list[Any], start: Tensor) -> dict[triton_convolve.Cut, float]:
     """Microseconds of the convolution in front of the step, however it is cut up."""
     given = [layer.convolution(start) for layer in made]
     with side_by_side(ignore_errors=False):
-        for cut in triton2.CUTS:
-            triton2.convolve(*given[0], cut, warmup=True)
+        for cut in triton_convolve.CUTS:
+            triton_convolve.convolve(*given[0], cut, warmup=True)
 
-    def call(cut: triton2.Cut, i: int) -> Callable[[], object]:
-        return lambda: triton2.convolve(*given[i], cut)
+    def call(cut: triton_convolve.Cut, i: int) -> Callable[[], object]:
+        return lambda: triton_convolve.convolve(*given[i], cut)
 
-    return {cut: graph_us(rotated(functools.partial(call, cut), len(made)), 8) for cut in triton2.CUTS}
+    return {cut: graph_us(rotated(functools.partial(call, cut), len(made)), 8) for cut in triton_convolve.CUTS}
 
 
 def time_update(made: list[Any]) -> float:

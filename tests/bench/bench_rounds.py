@@ -1,10 +1,12 @@
 """Takes rounds of decoding apart on one GPU, with random weights: where the time of a round goes, and tokens a second.
 
-    python tests/bench/bench_rounds.py [--shape 28m 8b] [--batch 1 32] [--k 4] [--temperature 0 1] [--json FILE]
+    python tests/bench/bench_rounds.py [--shape 28m 8b] [--batch 1 32] [--k 4] [--temperature 0 1] [--mixers NAME …]
+        [--rotated] [--json FILE]
 
 Decoders: plain; a draft of some of the model's own layers, and n-grams, with scripted acceptance of `--accepted` tokens
 a round, since drafts of random weights say nothing. Rejected tokens are replayed, or taken back by snapshots of the
-state. Times are means of 30 rounds. `--tiny` runs small shapes anywhere.
+state. Times are means of 30 rounds. `--tiny` runs small shapes anywhere, `--mixers` have the layers' mixers in turn,
+with `--rotated` B and C are turned by their positions.
 
 `--rollbacks` measures in their place what the target does in a round, by how it takes rejected tokens back: by replay,
 by snapshots, and for the record by re-decoding: a round runs on a copy of the recurrent states, and then the tokens
@@ -215,6 +217,8 @@ def main() -> None:
     parser.add_argument("--accepted", type=float, default=3.0)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--mixers", nargs="+", choices=["mamba2", "mamba", "attention"], help="of the layers, in turn")
+    parser.add_argument("--rotated", action="store_true", help="layers of Mamba rotate B and C")
     parser.add_argument("--rollbacks", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -223,7 +227,10 @@ def main() -> None:
     rows = []
     for name in given.shape:
         shape = SHAPES[name] | (TINY | {"mixers": SHAPES[name]["mixers"][:4]} if given.tiny else {})
-        model = build(shape, device)
+        if given.mixers:
+            layers = len(shape["mixers"])
+            shape |= {"mixers": (given.mixers * layers)[:layers]}
+        model = build(shape | {"mamba_rope": given.rotated}, device)
         for batch in given.batch:
             context = 24 if given.tiny else given.context
             if given.rollbacks:

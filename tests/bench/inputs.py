@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mambabench.kernels.multistep import Channels, Plan, Projected, Ring
+from mambabench.kernels.multistep import Channels, Plan, Projected, Ring, Rotation
 from mambabench.kernels.multistep.fused_step import Front, Gate, tap_by_tap
 from torch import Tensor
 
@@ -15,6 +15,8 @@ TAPS = 4
 """Of convolutions."""
 STATES = 16
 """Of a channel of Mamba-1."""
+POSITIONS = 4096
+"""That rotations have angles for."""
 
 
 class Shape2(NamedTuple):
@@ -49,6 +51,7 @@ class Shape1(NamedTuple):
 MAMBA2 = {
     "Mamba2-2.7B": Shape2(80, 80, 1, 1, 64, 128, 5120),
     "Mamba2-paper": Shape2(32, 8, 8, 32, 128, 128, 128),
+    "Mamba2-28M": Shape2(8, 4, 4, 8, 64, 64, 64),
     "tiny": Shape2(4, 2, 2, 4, 8, 16, 16),
 }
 MAMBA1 = {
@@ -56,7 +59,7 @@ MAMBA1 = {
     "Mamba1-paper": Shape1(4096, 1024, 64, 256, 128, 4),
     "tiny": Shape1(32, 16, 2, 4, 8, 2),
 }
-"""The paper's are layers of its 8B hybrids."""
+"""The paper's are layers of its 8B hybrids, 28M is one of a hybrid of a Llama of that size."""
 
 
 class Turn(NamedTuple):
@@ -85,9 +88,12 @@ def means(plan: Plan, rounds: list[Turn]) -> tuple[float, float]:
 
 
 class Mamba2:
-    """Buffers of a Mamba-2 layer, and T new tokens: in the ring already, and in front of the convolution."""
+    """Buffers of a Mamba-2 layer, and T new tokens: in the ring already, and in front of the convolution, whose B and C
+    may be `rotated`."""
 
-    def __init__(self, shape: Shape2, batch: int, plan: Plan, device: torch.device | str = "cuda") -> None:
+    def __init__(
+        self, shape: Shape2, batch: int, plan: Plan, device: torch.device | str = "cuda", rotated: bool = False
+    ) -> None:
         heads, x_groups, b_groups, c_groups, width, size, _ = shape
         self.shape, self.batch, self.plan = shape, batch, plan
         slots, inner, kept = plan.replay + plan.steps, heads * width, x_groups * width + b_groups * size
@@ -107,6 +113,12 @@ class Mamba2:
         self.weight, self.bias = normal(channels, TAPS).float(), torch.zeros(channels, device=device)
         self.taps = tap_by_tap(self.weight, self.bias, self.u.dtype)
         self.norm = normal(inner)
+        angles = 6.3 * torch.rand(POSITIONS if rotated else 0, size // 2, device=device).repeat(1, 2)
+        self.rotary = torch.stack((angles.cos(), angles.sin()), dim=1).bfloat16()
+
+    @property
+    def rotation(self) -> Rotation | None:
+        return Rotation(self.rotary, self.shape.x_groups * self.shape.width) if len(self.rotary) else None
 
     @property
     def ring(self) -> Ring:
@@ -119,7 +131,7 @@ class Mamba2:
         one, some = copy.copy(self), slice(row, row + 1)
         for name in ("whole", "C", "dt", "state", "z", "u", "window"):
             setattr(one, name, getattr(self, name)[some].double())
-        for name in ("A", "D", "dt_bias", "weight", "bias", "taps", "norm"):
+        for name in ("A", "D", "dt_bias", "weight", "bias", "taps", "norm", "rotary"):
             setattr(one, name, getattr(self, name).double())
         return one
 
@@ -129,7 +141,7 @@ class Mamba2:
 
     def fused_step(self, turn: Turn) -> tuple[object, ...]:
         """Arguments of `fused_step`, of which the division of a norm over all heads is left to the product behind."""
-        front = Front(self.weight, self.bias, self.dt_bias, self.window, self.whole, True, self.taps)
+        front = Front(self.weight, self.bias, self.dt_bias, self.window, self.whole, True, self.taps, self.rotation)
         gate = Gate(self.norm, None, self.shape.normed, 1e-5, left=self.shape.normed == len(self.norm))
         given = self.u, self.z.flatten(0, 1), front, self.ring
         return *given, self.A, self.D, self.state, *turn, self.plan, gate
@@ -137,7 +149,7 @@ class Mamba2:
     def convolution(self, start: Tensor) -> tuple[object, ...]:
         """Arguments of `convolve`."""
         rings = self.window, self.whole, self.dt
-        return self.u, self.weight, self.bias, self.dt_bias, *rings, start, True
+        return self.u, self.weight, self.bias, self.dt_bias, *rings, start, True, self.rotation
 
     def state_bytes(self, written: float) -> float:
         """The checkpoint read, and written in a part of the rows."""

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mambabench.kernels import support
 from mambabench.kernels.few_rows import Unscaled
 from mambabench.kernels.multistep import fused_step as room
 from mambabench.kernels.multistep import ring
 from mambabench.kernels.multistep.fused_step import Front, Gate, separate_step, tap_by_tap
-from mambabench.kernels.multistep.ring import Plan, Ring
+from mambabench.kernels.multistep.ring import Plan, Ring, Rotation
 
 SHAPES = {
     "one state": (1, 1, 1, 1, 1, 1),
@@ -28,7 +30,7 @@ class Layer:
     """A layer whose rows have `replayed` tokens between checkpoint and start, around the end of the ring. What nobody
     may read is NaN."""
 
-    def __init__(self, shape, plan, replayed, first, dtype, taps=4, silu=True, device="cpu", seed=0):
+    def __init__(self, shape, plan, replayed, first, dtype, taps=4, silu=True, device="cpu", seed=0, turned=False):
         heads, *groups, width, size = shape
         self.heads, self.width, self.size, self.plan, self.dtype = heads, width, size, plan, dtype
         batch, self.dice, self.device = len(replayed), torch.Generator().manual_seed(seed), device
@@ -53,6 +55,9 @@ class Layer:
             "norm": self.normal(heads * width).to(dtype), "gate": self.normal(heads * width),
             "start": start.int(), "saved": torch.tensor(first, dtype=torch.int32),
         }  # fmt: skip
+        if turned:
+            angles = self.normal(int(start.max()) + plan.count, size // 2).repeat(1, 2)
+            self.tensors["rotary"] = torch.stack((angles.cos(), angles.sin()), dim=1).to(dtype)
         self.tensors = {name: t.to(device) for name, t in self.tensors.items()}
         self.sizes, self.silu = [groups[0] * width, groups[1] * size], silu
 
@@ -70,7 +75,8 @@ class Layer:
         x, B = t["kept"].split(self.sizes, dim=2)
         ring = Ring(x.unflatten(2, (-1, self.width)), B.unflatten(2, (-1, self.size)), t["dt"])
         taps = tap_by_tap(t["weight"], t["bias"], t["kept"].dtype)
-        front = Front(t["weight"], t["bias"], t["dt_bias"], t["window"], t["kept"], self.silu, taps)
+        rotation = Rotation(t["rotary"], self.sizes[0]) if "rotary" in t else None
+        front = Front(t["weight"], t["bias"], t["dt_bias"], t["window"], t["kept"], self.silu, taps, rotation)
         if gate is not None:
             gate = Gate(t["norm"], t["gate"] if gate[1] else None, gate[0] * self.width, 1e-5, self.left)
         cursors = t["start"], t["saved"]
@@ -128,6 +134,36 @@ def test_in_the_interpreter_one_kernel_is_as_exact_as_separate_ones(kernels, dty
     check(layer, lambda *given: kernels.fused_step(*given, form), gate and (gate[0] or layer.heads, gate[1]))
 
 
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    groups=st.sampled_from([(6, 2, 2, 6), (4, 4, 1, 1), (6, 3, 2, 1), (8, 4, 4, 8)]),
+    width=st.integers(1, 17),
+    half=st.integers(1, 16),
+    count=st.sampled_from([1, 2, 3, 5, 9]),
+    taps=st.integers(1, 5),
+    rows=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 60)), min_size=1, max_size=3),
+    silu=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_in_the_interpreter_b_and_c_may_be_rotated(kernels, groups, width, half, count, taps, rows, silu, dtype, seed):
+    """Rows at any place of the ring, up to the last position that there is an angle for. Without a norm, behind which
+    errors of heads that come out near 0 are any size."""
+    plan = Plan(count=count, steps=count, replay=10, settle=True)
+    replayed, first = (list(numbers) for numbers in zip(*rows, strict=True))
+    shape = (*groups, width, 2 * half)
+    layer = Layer(shape, plan, replayed, first, dtype, taps, silu, seed=seed, turned=True)
+    check(layer, lambda *given: kernels.fused_step(*given, kernels.Form(16, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 5])
+def test_in_the_interpreter_a_norm_may_stand_behind_what_is_rotated(kernels, dtype, count):
+    plan = Plan(count=count, steps=5, replay=7, settle=True)
+    layer = Layer(SHAPES["C per head"], plan, [0, 7, 3], [0, 1003, 10], dtype, turned=True)
+    check(layer, lambda *given: kernels.fused_step(*given, kernels.Form(16, 1, True)), BIASED)
+
+
 @pytest.mark.parametrize("shape", ["odd", "three kinds of groups"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_in_the_interpreter_the_norm_s_division_may_be_left(kernels, shape, count):
@@ -158,6 +194,7 @@ def test_in_the_interpreter_convolutions_may_have_other_widths(kernels, taps):
         ({"count": 17}, "calls of up to 16 tokens"),
         ({"replay": 33}, "replays of up to 32"),
         ({"dtype": torch.float16}, "does not serve float16"),
+        ({"angles": torch.float32}, "contiguous cos and sin in the inputs' dtype"),
         ({"gate": (2, True)}, "the product behind divides whole rows"),
         ({"faster": False}, "separate kernels are faster for 2 rows of 3 tokens"),
     ],
@@ -165,12 +202,14 @@ def test_in_the_interpreter_convolutions_may_have_other_widths(kernels, taps):
 )
 def test_a_reason_is_given_where_separate_kernels_run(monkeypatch, asked, changes, reason):
     case = {"taps": 4, "count": 3, "replay": 5, "dtype": torch.bfloat16, "gate": (4, True), "faster": True} | changes
+    case = {"angles": case["dtype"]} | case
     monkeypatch.setattr(support, "on_cuda", lambda tensor: True)
     for module in (ring, room):
         monkeypatch.setattr(module, "kernel", lambda module, name: lambda *given: case["faster"])
         monkeypatch.setattr(module, "installed", lambda module: support.Support.yes(), raising=False)
     plan = Plan(case["count"], max(3, case["count"]), max(case["replay"], case["count"]), settle=True)
-    layer = Layer(SHAPES["C per head"], plan, [1, 2], [0, 4], case["dtype"], case["taps"])
+    layer = Layer(SHAPES["C per head"], plan, [1, 2], [0, 4], case["dtype"], case["taps"], turned=True)
+    layer.tensors["rotary"] = layer.tensors["rotary"].to(case["angles"])
     layer.left = True
     found = layer.run(lambda *given: given, case["gate"])["out"]
     u, z, front, rings, _, _, state, *_, gate = found
@@ -178,28 +217,39 @@ def test_a_reason_is_given_where_separate_kernels_run(monkeypatch, asked, change
     assert bool(reason) is not bool(room.supports(u, z, front, rings, state, plan, gate))
 
 
+TURNED = {f"{name}, rotated": (shape, True) for name, shape in SHAPES.items() if shape[5] % 2 == 0}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "turned"), [*((shape, False) for shape in SHAPES.values()), *TURNED.values()], ids=[*SHAPES, *TURNED]
+)
 @pytest.mark.parametrize(("count", "replay"), [(1, 2), (5, 16), (9, 24)])
-def test_on_a_gpu_one_kernel_is_as_exact_as_separate_ones(dtype, shape, count, replay):
+@pytest.mark.parametrize("way", ["one kernel", "separate kernels"])
+def test_on_a_gpu_one_kernel_is_as_exact_as_separate_ones(dtype, shape, turned, count, replay, way):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=count, steps=count, replay=replay, settle=True)
-    layer = Layer(shape, plan, [0, replay, 1, replay // 2], [0, 3, 1003, 10], dtype, device="cuda")
-    check(layer, kernels.fused_step, (1, True))
+    layer = Layer(shape, plan, [0, replay, 1, replay // 2], [0, 3, 1003, 10], dtype, device="cuda", turned=turned)
+    check(layer, kernels.fused_step if way == "one kernel" else separate_step, (1, True))
 
 
 LARGE = {"Mamba2-2.7B": (80, 80, 1, 1, 64, 128), "8B hybrid": (32, 8, 8, 32, 128, 128)}
+FORMED = {
+    **{name: (shape, False) for name, shape in LARGE.items()},
+    "8B hybrid, rotated": (LARGE["8B hybrid"], True),
+    "28M hybrid, rotated": ((8, 4, 4, 8, 64, 64), True),
+}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("left", [False, True], ids=["divided", "not divided"])
-@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize(("shape", "turned"), FORMED.values(), ids=FORMED)
 @pytest.mark.parametrize("count", [1, 5, 9])
-def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, count, left):
+def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, turned, count, left):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=count, steps=count, replay=16, settle=True)
-    layer = Layer(shape, plan, [0, 16, 16 - count], [0, 3, 1003], torch.bfloat16, device="cuda")
+    layer = Layer(shape, plan, [0, 16, 16 - count], [0, 3, 1003], torch.bfloat16, device="cuda", turned=turned)
     layer.left, gate = left, (layer.heads if left else 1, True)
     forms = layer.run(lambda *given: tuple(kernels.forms_for(given[6], *given[9:])), gate)["out"]
     assert forms
