@@ -72,15 +72,10 @@ class TinyConfig:
     """Documents or pairs written (not for `tasks` and `chat`), of at most 128 tokens each."""
     items: int = 200
     """Items of each task (only for `tasks`)."""
-    once: float = 0.5
-    """The share of documents that tell every fact once rather than twice. A model that is only ever told twice learns to
-    look up many times sooner, and hardly to copy."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "documents", "items")
-        if not 0 <= self.once <= 1:
-            raise ValueError(f"once is {self.once}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ class Tiny:
         if part == "chat":
             write_chat(job.out, seed)
             return
-        writers = (Writer(part, index, seed, self.config.once) for index in range(self.config.documents))
+        writers = (Writer(part, index, seed) for index in range(self.config.documents))
         if part == "preferences":
             write_lines(job.out / "data.jsonl", (writer.preference() for writer in writers))
             return

@@ -37,11 +37,10 @@ class Item:
 
 
 class Writer:
-    """Writes one document or item of a part; it depends on the arguments alone. `once` is the share of documents that
-    tell every fact once."""
+    """Writes one document or item of a part; it depends on part, index and seed alone."""
 
-    def __init__(self, part: str, index: int, seed: int, once: float = 0.5) -> None:
-        self.random, self.once = random.Random(f"{seed}/{part}/{index}"), once
+    def __init__(self, part: str, index: int, seed: int) -> None:
+        self.random = random.Random(f"{seed}/{part}/{index}")
         self.held = part not in TRAINED
         self.names = OF_PART[self.held]
 
@@ -54,7 +53,7 @@ class Writer:
         sections = [["ask", *fact, "."] for fact in told(pairs)]
         sections += [make() for make in dice.choices(others, (5, 3, 3, 3), k=dice.randint(1, 3))]
         dice.shuffle(sections)
-        return fit([noted(pairs, times=1 if dice.random() < self.once else 2), *sections])
+        return fit([noted(pairs, times=dice.randint(1, 2)), *sections])
 
     def prompt(self) -> str:
         """A document whose first 30 tokens, with the begin token, are two facts and a span of three names that is about

@@ -126,12 +126,6 @@ def test_all_that_a_document_asks_is_answered_by_what_stands_before(part):
     assert told == {1, 2}
 
 
-@pytest.mark.parametrize(("once", "times"), [(0, {2}), (1, {1})])
-def test_how_often_facts_are_told_can_be_chosen(write_tiny, once, times):
-    rows = lines(write_tiny(documents=40, once=once) / "data.jsonl")
-    assert {facts_of(row["text"])[1] for row in rows} == times
-
-
 def test_prompts_end_where_a_span_is_about_to_be_copied():
     words = tokenizer()
     for index in range(50):
