@@ -400,6 +400,7 @@ def mambabench_components() -> Iterable[Component]:
         target=f"{room}.tiny.source:Tiny",
         config=TinyConfig,
         summary="the tiny world: a small seeded language with known truth, its lm-eval tasks and preferences",
+        revision=2,
     )
     yield Component(
         kind="teacher",
