@@ -84,6 +84,11 @@ class TinyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TinyTeacherConfig:
+    """The weights have no options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TinyJudgeConfig:
     """The rules have no options."""
 
@@ -367,6 +372,13 @@ def mambabench_components() -> Iterable[Component]:
         config=TinyConfig,
         summary="the tiny world: a small seeded language with known truth, its lm-eval tasks and preferences",
         revision=2,
+    )
+    yield Component(
+        kind="teacher",
+        name="tiny",
+        target=f"{room}.tiny.weights:folder",
+        config=TinyTeacherConfig,
+        summary="a Llama of 0.7M parameters that knows the tiny world, trained by plans/gpu/tiny-teacher.toml",
     )
     yield Component(
         kind="judge",

@@ -7,7 +7,6 @@ import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plans" / "chain.toml"
 SMALL = (
-    "stages.teach.tokens=20_000",
     "stages.align.tokens=4_000",
     "stages.tune.tokens=4_000",
     "data.pairs.documents=64",

@@ -10,7 +10,6 @@ from mambabench.distillers.tiny.writer import noted
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plans" / "recall.toml"
 SMALL = (
-    "stages.teach.tokens=20_000",
     "stages.align.tokens=4_000",
     "data.unseen.documents=8",
     "data.tasks.items=8",

@@ -15,7 +15,6 @@ from mambabench.harness.steps import expand
 
 PLAN = Path(__file__).resolve().parents[2] / "plans" / "tiny.toml"
 SMALL = (
-    "stages.teach.tokens=20_000",
     "stages.align.tokens=8_000",
     "stages.tune.tokens=4_000",
     "data.pairs.documents=32",
@@ -37,7 +36,7 @@ def words(store, *more):
 def test_the_default_plan_takes_nothing_but_the_package(tmp_path):
     loaded = registry()
     plan = read_plan(PLAN, loaded)
-    assert plan.teacher.path is None
+    assert Path(plan.teacher.path) == PLAN.parents[1] / "distillers" / "tiny" / "teacher"
     assert not any(entry.file for entry in plan.data.values())
     steps = expand(plan, loaded, Fingerprints(tmp_path / "cache"), {})
     by_label = {label: step for step in steps for label in step.labels}
@@ -48,11 +47,11 @@ def test_the_default_plan_takes_nothing_but_the_package(tmp_path):
     assert asked == {**questions, "inside": "question.jsonl"}
     assert not any(step.obstacle for step in steps)
     # Every stage, both decoders, and each task in both forms.
-    assert {stage.name for stage in plan.stages.values()} == {"train-teacher", "progressive", "sft", "dpo"}
+    assert {stage.name for stage in plan.stages.values()} == {"progressive", "sft", "dpo"}
     assert {decoder.name for decoder in plan.decoders.values()} == {"standard", "speculative"}
     tasks = set(plan.suites["tasks"].config.tasks)
     assert {task.removesuffix("_generate") + "_generate" for task in tasks} < tasks
-    assert {task.removeprefix("tiny_").removesuffix("_generate") for task in tasks} < set(TASKS)
+    assert {task.removeprefix("tiny_").removesuffix("_generate") for task in tasks} == set(TASKS)
 
 
 def finished(store):

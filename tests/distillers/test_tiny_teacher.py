@@ -1,0 +1,70 @@
+"""The teacher that ships: a plan finds it by name, its recipe is the plan's, and it knows the tiny world."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from mambabench.backends.hybrid import TeacherBackend
+from mambabench.backends.plugin import TeacherConfig
+from mambabench.distillers.tiny.language import tokenizer
+from mambabench.distillers.tiny.writer import TASKS, Writer
+from mambabench.harness.plan import read_plan
+from mambabench.harness.plugins import registry
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TEACHER = ROOT / "distillers" / "tiny" / "teacher"
+ITEMS = 40
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TeacherBackend(TeacherConfig()).module(TEACHER).eval()
+
+
+def test_a_plan_finds_it_by_name_without_torch(tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text('schema = 1\n[teacher]\npath = "builtin:tiny"\n')
+    assert read_plan(plan, registry()).teacher.path == str(TEACHER)
+    code = "import sys; from mambabench.distillers.tiny.weights import folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_its_recipe_is_a_plan_that_makes_its_shape():
+    recipe = json.loads((TEACHER / "recipe.json").read_text())
+    stage = tomllib.loads((ROOT / recipe["plan"]).read_text())["stages"]["teach"]
+    config = json.loads((TEACHER / "config.json").read_text())
+    names = {
+        "layers": "num_hidden_layers",
+        "hidden": "hidden_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "intermediate": "intermediate_size",
+        "context": "max_position_embeddings",
+    }
+    assert {name: stage[name] for name in names} == {name: config[key] for name, key in names.items()}
+
+
+def test_its_tokenizer_is_the_language_s():
+    words = AutoTokenizer.from_pretrained(TEACHER)
+    assert words.get_vocab() == tokenizer().get_vocab()
+    assert words.chat_template == tokenizer().chat_template
+
+
+@pytest.mark.parametrize(
+    ("task", "least"), [("lookup", 0.95), ("copy", 0.9), ("arithmetic", 0.7), ("story", 0.7), ("instruct", 0.8)]
+)
+@torch.no_grad()
+def test_it_writes_the_answers_to_held_out_items(model, task, least):
+    words = tokenizer()
+    right = 0
+    for index in range(ITEMS):
+        item = TASKS[task](Writer(f"tasks/{task}", index, 0))
+        context, answer = words.encode(item.context), words.encode(item.answer, add_special_tokens=False)
+        logits = model(input_ids=torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
+        right += logits.argmax(-1).tolist() == answer
+    assert right / ITEMS >= least
