@@ -26,7 +26,7 @@ use = "standard"
 use = "alpaca-eval"
 data = "rows.json"
 gamed = "gamed.csv"
-judge = "match"
+judge = "tiny"
 """
 
 
@@ -61,7 +61,7 @@ def write_gamed(tmp_path):
 
 
 def checked(files, suite="alpaca-eval", **options):
-    judge = {} if suite == "reasoning" else {"judge": "match"}
+    judge = {} if suite == "reasoning" else {"judge": "tiny"}
     choice = Structurer(registry()).choice("suite", {"use": suite, "data": "data", **judge, **options})
     return unfit({"component": ("suites.chat", choice)}, {name: {"file": str(file)} for name, file in files.items()})
 
