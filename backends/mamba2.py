@@ -167,10 +167,10 @@ class Mamba2(Mamba):
             c = c.unflatten(2, (-1, self.shape.states))
             return self._gated(snapshot_ring_multistep(ring.views, c, decay, self.D, cache.state, call.start), z)
         window = cache.inputs, ring.convolved, self.active, self._tap_by_tap, rotation
-        front, gate = Front(weight, bias, self.dt_bias, *window), None
+        front, gate = Front(weight, bias, self.dt_bias, *window), Gate(None, self.gate_bias)
         if self.norm is not None:
             left = self.shape.normed == self.inner and divides(self._behind, z.new_empty(z.shape))
             gate = Gate(self.norm.weight, self.gate_bias, self.shape.normed, self.eps, left)
-        given = new, z, front, ring.views, decay, self.D, cache.state, call.start, call.saved, call.plan, gate
-        y = fused_step(*given)
-        return self._gated(y, z) if gate is None and isinstance(y, Tensor) else y
+        return fused_step(
+            new, z, front, ring.views, decay, self.D, cache.state, call.start, call.saved, call.plan, gate
+        )

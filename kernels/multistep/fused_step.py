@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..few_rows import Unscaled
 from ..gated_norm import gated_norm
+from ..scan.reference import compute_dtype
 from ..support import Support, chosen, kernel
 from .ring import Plan, Ring, Rotation, convolve, convolve_supports, ring_multistep
 from .ring import supports as steps_support
@@ -55,19 +57,20 @@ def tap_by_tap(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """The gated norm behind the steps, as `gated_norm` has it."""
+    """The gate behind the steps, and its norm as `gated_norm` has it."""
 
-    weight: Tensor
-    """[H P]."""
+    weight: Tensor | None
+    """[H P], of the norm; None where there is none."""
     bias: Tensor | None
-    """[H P]."""
-    width: int
-    eps: float
+    """[H P], of the gate."""
+    width: int = 0
+    """Of the norm."""
+    eps: float = 0.0
     left: bool = False
     """The division by the root mean square may be left to the product behind. The norm is over all of a row then."""
 
 
-def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> Support:
+def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate) -> Support:
     """Whether one kernel makes these steps, faster than one after the other."""
     support = convolve_supports(u, front.weight, front.window, front.kept, ring.dt, front.rotation)
     if not support:
@@ -84,9 +87,9 @@ def supports(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan
         return Support.no("the kernel reads no slot that it writes")
     if not z.dtype == u.dtype == front.taps.dtype or z.stride(1) != 1 or state.dtype != front.weight.dtype:
         return Support.no("the kernel takes inputs and gate in one dtype, weights in fp32")
-    if gate is not None and gate.width % state.shape[2]:
+    if gate.width % state.shape[2]:
         return Support.no("the kernel norms whole heads")
-    if gate is not None and gate.left and gate.width != z.shape[1]:
+    if gate.left and gate.width != z.shape[1]:
         return Support.no("the product behind divides whole rows")
     if not kernel(MODULE, "faster")(u, z, front, ring, state, plan, gate):
         return Support.no(f"separate kernels are faster for {u.shape[0]} rows of {plan.count} tokens")
@@ -104,13 +107,13 @@ def fused_step(
     start: Tensor,
     saved: Tensor,
     plan: Plan,
-    gate: Gate | None,
+    gate: Gate,
 ) -> Tensor | Unscaled:
     """T tokens from `start` int32 [B].
 
     u [B, T, E + H]: the convolution's inputs and dt, z [B * T, H P] the gate's; both are rows of one projection. The
-    rest is as `convolve` and `ring_multistep` have it. Returns [B * T, H P], gated and normed if there is a `gate`,
-    and where that allows it `Unscaled`.
+    rest is as `convolve` and `ring_multistep` have it. Returns [B * T, H P], gated and normed, and where the gate
+    allows it `Unscaled`.
     """
     given = u, z, front, ring, A, D, state, start, saved, plan, gate
     if chosen("fused_step", supports(u, z, front, ring, state, plan, gate)):
@@ -130,7 +133,7 @@ def separate_step(
     start: Tensor,
     saved: Tensor,
     plan: Plan,
-    gate: Gate | None,
+    gate: Gate,
 ) -> Tensor:
     """The same by one kernel after the other."""
     made = front.window, front.kept, ring.dt
@@ -139,6 +142,10 @@ def separate_step(
     return gated(y.reshape(z.shape), z, gate)
 
 
-def gated(y: Tensor, z: Tensor, gate: Gate | None) -> Tensor:
-    """y [B * T, H P] behind the norm."""
-    return y if gate is None else gated_norm(y, z, gate.weight, gate.bias, gate.width, gate.eps)
+def gated(y: Tensor, z: Tensor, gate: Gate) -> Tensor:
+    """y [B * T, H P] behind the gate and its norm."""
+    if gate.weight is not None:
+        return gated_norm(y, z, gate.weight, gate.bias, gate.width, gate.eps)
+    if gate.bias is not None:
+        z = z.to(compute_dtype(z)) + gate.bias
+    return (y * F.silu(z)).to(y.dtype)

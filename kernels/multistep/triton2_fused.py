@@ -56,7 +56,7 @@ def _few_step(  # type: ignore[no-untyped-def]
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
-    NORM: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
+    GATED: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What an earlier call left is read while the kernel before, which brings u and z, may still run."""
@@ -115,8 +115,9 @@ def _few_step(  # type: ignore[no-untyped-def]
     u_first = u_ptr + CHANNELS + head
     raws = u_first + token * U_TOKEN
     u_ptr += t * U_TOKEN
-    if NORM:
-        norm = tl.load(norm_ptr + (head * WIDTH + p[None, :] + 0 * t), mask=new_x, other=0.0)
+    if GATED:
+        if norm_ptr is not None:
+            norm = tl.load(norm_ptr + (head * WIDTH + p[None, :] + 0 * t), mask=new_x, other=0.0)
         if gate_bias_ptr is not None:
             gate_bias = tl.load(gate_bias_ptr + (head * WIDTH + p[None, :] + 0 * t), mask=new_x, other=0.0)
     if PDL:
@@ -131,7 +132,7 @@ def _few_step(  # type: ignore[no-untyped-def]
         c_mixed_own = own_inputs(u_ptr + c_other, new_b, t, U_TOKEN, COUNT, TAPS)
     raw = tl.load(raws, mask=new, other=0.0)
     arrived = tl.load(u_first).to(tl.float32)
-    if NORM:
+    if GATED:
         z = tl.load(z_ptr + (row * COUNT + t) * Z_TOKEN + head * WIDTH + p[None, :], mask=new_x, other=0.0)
 
     state, old_b, old_x = after(state, replayed), after(old_b, replayed), after(old_x, replayed)
@@ -170,18 +171,19 @@ def _few_step(  # type: ignore[no-untyped-def]
     mixing += tl.where(token[:, None] == token[None, :], skip, 0.0)
     y = y * exp(since)[:, None] + summed_tokens(mixing, x, T, EXACT)
     y = y.to(x.dtype)
-    if NORM:
+    if GATED:
         z = z.to(tl.float32)
         if gate_bias_ptr is not None:
             z += gate_bias
         y = y.to(tl.float32) * z * tl.sigmoid(z)
-        squares = tl.sum(y * y, axis=1)
-        if LEFT:
-            at = (row * COUNT + token) * (tiles * HEADS) + tl.program_id(0)
-            tl.store(squares_ptr + at, squares, mask=new)
-        else:
-            y = y * (1 / tl.sqrt(squares / WIDTH + eps))[:, None]
-        y = y * norm.to(tl.float32)
+        if norm_ptr is not None:
+            squares = tl.sum(y * y, axis=1)
+            if LEFT:
+                at = (row * COUNT + token) * (tiles * HEADS) + tl.program_id(0)
+                tl.store(squares_ptr + at, squares, mask=new)
+            else:
+                y = y * (1 / tl.sqrt(squares / WIDTH + eps))[:, None]
+            y = y * norm.to(tl.float32)
     at = out_ptr + row * (COUNT * HEADS * WIDTH) + t * (HEADS * WIDTH) + head * WIDTH + p[None, :]
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=new_x)
 
@@ -200,7 +202,7 @@ def _single_step(  # type: ignore[no-untyped-def]
     X_HEADS: tl.constexpr, B_HEADS: tl.constexpr, C_HEADS: tl.constexpr, MARGIN: tl.constexpr,
     SLOTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REPLAY: tl.constexpr, SETTLE: tl.constexpr,
-    NORM: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
+    GATED: tl.constexpr, LEFT: tl.constexpr, BLOCK_P: tl.constexpr, N: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same of a single token, without matrix products.
@@ -263,8 +265,9 @@ def _single_step(  # type: ignore[no-untyped-def]
         turn = angles(rotary_ptr, start, POSITIONS, n[None, :] + 0 * t, new_b, SIZE)
         b_mixed_window = window_inputs(window_ptr + b_other, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
         c_mixed_window = window_inputs(window_ptr + c_other, new_b, 0, start, entries, WINDOW_SLOTS, TAPS)
-    if NORM:
-        norm = tl.load(norm_ptr + head * WIDTH + p, mask=new_x, other=0.0)
+    if GATED:
+        if norm_ptr is not None:
+            norm = tl.load(norm_ptr + head * WIDTH + p, mask=new_x, other=0.0)
         if gate_bias_ptr is not None:
             gate_bias = tl.load(gate_bias_ptr + head * WIDTH + p, mask=new_x, other=0.0)
     if PDL:
@@ -278,7 +281,7 @@ def _single_step(  # type: ignore[no-untyped-def]
         b_mixed_own = own_inputs(u_ptr + b_other, new_b, 0, U_TOKEN, COUNT, TAPS)
         c_mixed_own = own_inputs(u_ptr + c_other, new_b, 0, U_TOKEN, COUNT, TAPS)
     raw = tl.load(u_ptr + CHANNELS + head)
-    if NORM:
+    if GATED:
         z = tl.load(z_ptr + row * Z_TOKEN + head * WIDTH + p, mask=new_x, other=0.0)
 
     state, old_b, old_x = after(state, replayed), after(old_b, replayed), after(old_x, replayed)
@@ -314,17 +317,18 @@ def _single_step(  # type: ignore[no-untyped-def]
     y += tl.sum(old_x.to(tl.float32) * (tl.reshape(mixing, (R,)) * weights)[:, None, None], axis=0)
     y = y * exp(dt * decay) + x.to(tl.float32) * (tl.sum(c * b.to(tl.float32), axis=1) * dt + skip)[None, :]
     y = y.to(x.dtype)
-    if NORM:
+    if GATED:
         z = z.to(tl.float32)
         if gate_bias_ptr is not None:
             z += gate_bias
         y = y.to(tl.float32) * z * tl.sigmoid(z)
-        squares = tl.sum(y * y)
-        if LEFT:
-            tl.store(squares_ptr + row * (tiles * HEADS) + tl.program_id(0), squares)
-        else:
-            y = y * (1 / tl.sqrt(squares / WIDTH + eps))
-        y = y * norm.to(tl.float32)
+        if norm_ptr is not None:
+            squares = tl.sum(y * y)
+            if LEFT:
+                tl.store(squares_ptr + row * (tiles * HEADS) + tl.program_id(0), squares)
+            else:
+                y = y * (1 / tl.sqrt(squares / WIDTH + eps))
+            y = y * norm.to(tl.float32)
     at = out_ptr + row * (HEADS * WIDTH) + head * WIDTH + p
     tl.store(at, y.to(out_ptr.dtype.element_ty), mask=new_x)
 
@@ -344,7 +348,8 @@ class Form(NamedTuple):
     """Rows of a head's state that a program has."""
     warps: int
     normed: bool = False
-    """The norm is made too, of heads that a program has whole; else it is a kernel of its own."""
+    """The norm is made too, of heads that a program has whole; else it is a kernel of its own. A gate without a norm is
+    made by any form."""
 
 
 FORMS = tuple(Form(*tile) for tile in ((16, 2), (16, 4), (16, 8), (32, 4), (32, 8)))
@@ -364,32 +369,30 @@ def _tile(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def forms_for(state: Tensor, plan: Plan, gate: Gate | None) -> list[Form]:
+def forms_for(state: Tensor, plan: Plan, gate: Gate) -> list[Form]:
     """Those whose tiles a head fills, with the norm inside where a program has the whole group.
 
     Products of 64 rows and more are of warp groups, which `triton2.forms_for` says when to trust.
     """
     width = _tile(state.shape[2])
     found = [form for form in FORMS if form.block <= width]
-    if gate is not None and gate.width == state.shape[2] and (width < 64 or _tile(plan.replay) == 16):
+    if gate.width == state.shape[2] and (width < 64 or _tile(plan.replay) == 16):
         found = [Form(width, width // 16, normed=True), *found]
     return found
 
 
-def usual(state: Tensor, gate: Gate | None) -> Form | None:
+def usual(state: Tensor, gate: Gate) -> Form | None:
     """As long as nothing was measured."""
     width = _tile(state.shape[2])
-    whole = gate is not None and gate.width == state.shape[2] and width == 16
+    whole = gate.width == state.shape[2] and width == 16
     return Form(16, 4, normed=whole) if state.shape[0] <= FEW else None
 
 
-def form_for(
-    u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate | None
-) -> Form | None:
+def form_for(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate) -> Form | None:
     """The fastest where that can be measured now; None where separate kernels are faster."""
-    key = None if gate is None else (gate.width, gate.bias is None, gate.left)
+    key = gate.width, gate.bias is None, gate.left
     groups = ring.x.shape[2], ring.B.shape[2], front.weight.shape
-    kind = *state.shape, *groups, plan.count, plan.replay, key, ring.dt.shape[1], ring.x.dtype, state.device
+    kind = *state.shape, *groups, plan.count, plan.replay, *key, ring.dt.shape[1], ring.x.dtype, state.device
     kind = *kind, front.rotation is None
     if kind not in _best:
         few = state.nbytes < MEASURED or not state.is_cuda
@@ -399,12 +402,12 @@ def form_for(
     return _best[kind]
 
 
-def faster(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> bool:
+def faster(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate) -> bool:
     """Whether one kernel is faster than one after the other."""
     return form_for(u, z, front, ring, state, plan, gate) is not None
 
 
-def tune(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate | None) -> Form | None:
+def tune(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate) -> Form | None:
     """Times every form, and separate kernels, on memory of their own."""
     kept, dt = torch.zeros_like(front.kept), torch.zeros_like(ring.dt)
     x, B = kept.split([t.shape[2] * t.shape[3] for t in (ring.x, ring.B)], dim=2)
@@ -432,7 +435,7 @@ def fused_step(
     start: Tensor,
     saved: Tensor,
     plan: Plan,
-    gate: Gate | None,
+    gate: Gate,
     form: Form | None = None,
     pieces: int = PIECES,
     warmup: bool = False,
@@ -443,8 +446,8 @@ def fused_step(
     assert form is not None
     batch, heads, width, size = state.shape
     channels, taps = front.weight.shape
-    left = gate is not None and gate.left and not form.normed
-    norm = gate if form.normed or left else None
+    left = gate.left and not form.normed
+    inside = gate if form.normed or left or gate.weight is None else None
     programs = triton.cdiv(width, form.block) * heads
     out = torch.empty(batch * plan.count, heads * width, dtype=z.dtype, device=z.device)
     squares = torch.empty(batch * plan.count, programs, dtype=torch.float32, device=z.device) if left else None
@@ -453,17 +456,17 @@ def fused_step(
     with torch.cuda.device_of(state):
         (_single_step if plan.count == 1 else _few_step).run(
             u, z, front.taps, front.dt_bias, front.window, ring.x, ring.B, ring.dt, A, D,
-            None if norm is None else norm.bias, None if norm is None else norm.weight, state, start, saved, out,
-            squares, rotary, None if rotary is None else len(rotary), 0.0 if norm is None else norm.eps,
+            inside and inside.bias, inside and inside.weight, state, start, saved, out,
+            squares, rotary, None if rotary is None else len(rotary), gate.eps,
             U_TOKEN=between_tokens(u), Z_TOKEN=z.stride(0), KEPT=front.kept.shape[2], CHANNELS=channels, HEADS=heads,
             X_HEADS=heads // ring.x.shape[2], B_HEADS=heads // ring.B.shape[2],
             C_HEADS=heads // ((channels - front.kept.shape[2]) // size), MARGIN=plan.steps, SLOTS=ring.dt.shape[1],
             WINDOW_SLOTS=front.window.shape[1], TAPS=taps, SILU=front.silu, WIDTH=width, SIZE=size, COUNT=plan.count,
-            REPLAY=plan.replay, SETTLE=plan.settle, NORM=norm is not None, LEFT=left,
+            REPLAY=plan.replay, SETTLE=plan.settle, GATED=inside is not None, LEFT=left,
             BLOCK_P=form.block, N=_tile(size), T=triton.next_power_of_2(plan.count),
             R=_tile(plan.replay), WARPS=form.warps, PIECES=0 if exact else pieces,
             EXACT=exact, num_warps=form.warps, grid=(programs, batch), warmup=warmup, **begun_early(state, early),
         )  # fmt: skip
-    if gate is not None and squares is not None:
+    if squares is not None:
         return Unscaled(out, squares, gate.eps)
-    return out if form.normed or warmup else gated(out, z, gate)
+    return out if inside or warmup else gated(out, z, gate)

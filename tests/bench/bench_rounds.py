@@ -1,12 +1,13 @@
 """Takes rounds of decoding apart on one GPU, with random weights: where the time of a round goes, and tokens a second.
 
     python tests/bench/bench_rounds.py [--shape 28m 8b] [--batch 1 32] [--k 4] [--temperature 0 1] [--mixers NAME …]
-        [--rotated] [--json FILE]
+        [--rotated | --neutral] [--json FILE]
 
 Decoders: plain; a draft of some of the model's own layers, and n-grams, with scripted acceptance of `--accepted` tokens
 a round, since drafts of random weights say nothing. Rejected tokens are replayed, or taken back by snapshots of the
 state. Times are means of 30 rounds. `--tiny` runs small shapes anywhere, `--mixers` have the layers' mixers in turn,
-with `--rotated` B and C are turned by their positions.
+with `--rotated` B and C are turned by their positions; with `--neutral` layers are those of `plans/gpu/drafts.toml`:
+turned, without SiLU and norm, their gate biased.
 
 `--rollbacks` measures in their place what the target does in a round, by how it takes rejected tokens back: by replay,
 by snapshots, and for the record by re-decoding: a round runs on a copy of the recurrent states, and then the tokens
@@ -70,6 +71,8 @@ ROOM = 40
 """Rounds for which there is room behind the context."""
 EXACT = ("A_log", "D", "dt_bias", "gate_bias")
 """Weights that are fp32 whatever the model's dtype."""
+ROTATED = {"mamba_rope": True}
+NEUTRAL = ROTATED | {"mamba_activation": "none", "mamba_norm": "none", "mamba_gate_bias": True}
 
 
 def build(shape: dict[str, Any], device: str) -> HybridStepper:
@@ -218,7 +221,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--mixers", nargs="+", choices=["mamba2", "mamba", "attention"], help="of the layers, in turn")
-    parser.add_argument("--rotated", action="store_true", help="layers of Mamba rotate B and C")
+    kinds = parser.add_mutually_exclusive_group()
+    for flag, kind in (("--rotated", ROTATED), ("--neutral", NEUTRAL)):
+        kinds.add_argument(flag, action="store_const", const=kind, dest="kind", default={})
     parser.add_argument("--rollbacks", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -230,7 +235,7 @@ def main() -> None:
         if given.mixers:
             layers = len(shape["mixers"])
             shape |= {"mixers": (given.mixers * layers)[:layers]}
-        model = build(shape | {"mamba_rope": given.rotated}, device)
+        model = build(shape | given.kind, device)
         for batch in given.batch:
             context = 24 if given.tiny else given.context
             if given.rollbacks:

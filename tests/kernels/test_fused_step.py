@@ -66,7 +66,7 @@ class Layer:
     def normal(self, *shape):
         return torch.randn(shape, generator=self.dice)
 
-    def run(self, way, gate=None, exact=False):
+    def run(self, way, gate, exact=False):
         """What `way` returns and leaves; exactly: in fp64 on a CPU."""
         kind = (lambda t: t.cpu().double() if t.is_floating_point() else t.cpu()) if exact else (lambda t: t.clone())
         t = {name: kind(one) for name, one in self.tensors.items()}
@@ -77,8 +77,9 @@ class Layer:
         taps = tap_by_tap(t["weight"], t["bias"], t["kept"].dtype)
         rotation = Rotation(t["rotary"], self.sizes[0]) if "rotary" in t else None
         front = Front(t["weight"], t["bias"], t["dt_bias"], t["window"], t["kept"], self.silu, taps, rotation)
-        if gate is not None:
-            gate = Gate(t["norm"], t["gate"] if gate[1] else None, gate[0] * self.width, 1e-5, self.left)
+        heads, biased = gate
+        bias = t["gate"] if biased else None
+        gate = Gate(t["norm"], bias, heads * self.width, 1e-5, self.left) if heads else Gate(None, bias)
         cursors = t["start"], t["saved"]
         if t["start"].is_cuda:
             torch.cuda.synchronize()  # which a kernel that begins early does not wait for
@@ -95,7 +96,7 @@ def error(got, want):
     return float((got - want).nan_to_num().norm() / want.nan_to_num().norm())
 
 
-def check(layer, way, gate=None):
+def check(layer, way, gate):
     """As exact as separate steps in PyTorch, which leave some numbers unrounded; inputs are kept as they are."""
     exact, plain, made = layer.run(separate_step, gate, True), layer.run(separate_step, gate), layer.run(way, gate)
     assert made["out"].dtype == (torch.float64 if layer.left else layer.dtype)
@@ -106,23 +107,27 @@ def check(layer, way, gate=None):
         assert error(made[name], exact[name]) <= 1.5 * error(plain[name].to(kind), exact[name]) + once, name
 
 
-HEAD, BIASED, ALL = (1, False), (1, True), (0, True)
+HEAD, BIASED, ALL = (1, False), (1, True), (-1, True)
 """Gates whose norm is over a head, the same with a bias, and one over all heads."""
+BARE, OPEN = (0, False), (0, True)
+"""Gates without a norm."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "count", "gate"),
     [
-        ("one state", 1, None),
+        ("one state", 1, BARE),
         ("one state", 9, HEAD),
         ("odd", 5, BIASED),
         ("odd", 1, ALL),
+        ("odd", 3, BARE),
+        ("C per head", 5, OPEN),
         ("x per head", 1, BIASED),
         ("x per head", 2, HEAD),
         ("C per head", 3, ALL),
         ("C per head", 1, HEAD),
-        ("three kinds of groups", 1, None),
+        ("three kinds of groups", 1, OPEN),
         ("three kinds of groups", 5, HEAD),
     ],
 )
@@ -131,7 +136,7 @@ def test_in_the_interpreter_one_kernel_is_as_exact_as_separate_ones(kernels, dty
     layer = Layer(SHAPES[shape], plan, [0, plan.replay, 3], [0, 1003, 10], dtype, silu=shape != "C per head")
     normed = gate in (HEAD, BIASED)
     form = kernels.Form(64 if normed else 16, 1, normed)
-    check(layer, lambda *given: kernels.fused_step(*given, form), gate and (gate[0] or layer.heads, gate[1]))
+    check(layer, lambda *given: kernels.fused_step(*given, form), (layer.heads, True) if gate == ALL else gate)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -143,17 +148,20 @@ def test_in_the_interpreter_one_kernel_is_as_exact_as_separate_ones(kernels, dty
     taps=st.integers(1, 5),
     rows=st.lists(st.tuples(st.integers(0, 10), st.integers(0, 60)), min_size=1, max_size=3),
     silu=st.booleans(),
+    biased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
-def test_in_the_interpreter_b_and_c_may_be_rotated(kernels, groups, width, half, count, taps, rows, silu, dtype, seed):
+def test_in_the_interpreter_b_and_c_may_be_rotated(
+    kernels, groups, width, half, count, taps, rows, silu, biased, dtype, seed
+):
     """Rows at any place of the ring, up to the last position that there is an angle for. Without a norm, behind which
     errors of heads that come out near 0 are any size."""
     plan = Plan(count=count, steps=count, replay=10, settle=True)
     replayed, first = (list(numbers) for numbers in zip(*rows, strict=True))
     shape = (*groups, width, 2 * half)
     layer = Layer(shape, plan, replayed, first, dtype, taps, silu, seed=seed, turned=True)
-    check(layer, lambda *given: kernels.fused_step(*given, kernels.Form(16, 2)))
+    check(layer, lambda *given: kernels.fused_step(*given, kernels.Form(16, 2)), (0, biased))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -183,7 +191,7 @@ def test_in_the_interpreter_the_norm_s_division_may_be_left(kernels, shape, coun
 def test_in_the_interpreter_convolutions_may_have_other_widths(kernels, taps):
     plan = Plan(count=2, steps=3, replay=3, settle=False)
     layer = Layer(SHAPES["odd"], plan, [3, 0], [2, 0], torch.bfloat16, taps)
-    check(layer, kernels.fused_step)
+    check(layer, kernels.fused_step, OPEN)
 
 
 @pytest.mark.parametrize(
@@ -226,12 +234,13 @@ TURNED = {f"{name}, rotated": (shape, True) for name, shape in SHAPES.items() if
     ("shape", "turned"), [*((shape, False) for shape in SHAPES.values()), *TURNED.values()], ids=[*SHAPES, *TURNED]
 )
 @pytest.mark.parametrize(("count", "replay"), [(1, 2), (5, 16), (9, 24)])
+@pytest.mark.parametrize("gate", [BIASED, OPEN], ids=["norm", "no norm"])
 @pytest.mark.parametrize("way", ["one kernel", "separate kernels"])
-def test_on_a_gpu_one_kernel_is_as_exact_as_separate_ones(dtype, shape, turned, count, replay, way):
+def test_on_a_gpu_one_kernel_is_as_exact_as_separate_ones(dtype, shape, turned, count, replay, gate, way):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=count, steps=count, replay=replay, settle=True)
     layer = Layer(shape, plan, [0, replay, 1, replay // 2], [0, 3, 1003, 10], dtype, device="cuda", turned=turned)
-    check(layer, kernels.fused_step if way == "one kernel" else separate_step, (1, True))
+    check(layer, kernels.fused_step if way == "one kernel" else separate_step, gate)
 
 
 LARGE = {"Mamba2-2.7B": (80, 80, 1, 1, 64, 128), "8B hybrid": (32, 8, 8, 32, 128, 128)}
@@ -243,14 +252,15 @@ FORMED = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("left", [False, True], ids=["divided", "not divided"])
+@pytest.mark.parametrize("way", ["divided", "not divided", "no norm"])
 @pytest.mark.parametrize(("shape", "turned"), FORMED.values(), ids=FORMED)
 @pytest.mark.parametrize("count", [1, 5, 9])
-def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, turned, count, left):
+def test_on_a_gpu_every_form_is_as_exact_as_separate_kernels(shape, turned, count, way):
     kernels = pytest.importorskip(room.MODULE)
     plan = Plan(count=count, steps=count, replay=16, settle=True)
     layer = Layer(shape, plan, [0, 16, 16 - count], [0, 3, 1003], torch.bfloat16, device="cuda", turned=turned)
-    layer.left, gate = left, (layer.heads if left else 1, True)
+    layer.left = way == "not divided"
+    gate = {"divided": BIASED, "not divided": (layer.heads, True), "no norm": OPEN}[way]
     forms = layer.run(lambda *given: tuple(kernels.forms_for(given[6], *given[9:])), gate)["out"]
     assert forms
     for form in forms:
