@@ -69,10 +69,11 @@ class KlGuidedConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyConfig:
-    part: Literal["train", "unseen", "prompts", "preferences", "tasks", "chat"] = "train"
+    part: Literal["train", "unseen", "prompts", "preferences", "unseen-preferences", "tasks", "chat"] = "train"
     """`train`; `unseen`: held-out documents, to be scored; `prompts`: the same with a beginning of 30 tokens from which
-    there is much to continue; `preferences`: questions of the training part with a right and a wrong answer; `tasks`:
-    lm-eval tasks over held-out items; `chat`: ten questions of two turns, for `mt-bench` and `alpaca-eval`."""
+    there is much to continue; `preferences`: questions of the training part with a right and a wrong answer;
+    `unseen-preferences`: held-out ones; `tasks`: lm-eval tasks over held-out items; `chat`: ten held-out questions of
+    two turns, for `mt-bench` and `alpaca-eval`."""
     documents: int = 8000
     """Documents or pairs written (not for `tasks` and `chat`), of at most 128 tokens each."""
     items: int = 200
@@ -81,6 +82,11 @@ class TinyConfig:
 
     def __post_init__(self) -> None:
         positive(self, "documents", "items")
+        taken = {"tasks": "items", "chat": ""}.get(self.part, "documents")
+        for option in fields(self):
+            idle = option.name in ("documents", "items") and option.name != taken
+            if idle and getattr(self, option.name) != option.default:
+                raise ValueError(f'{option.name} is set and part is "{self.part}", which has none')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,7 +376,7 @@ def mambabench_components() -> Iterable[Component]:
         name="tiny",
         target=f"{room}.tiny.source:Tiny",
         config=TinyConfig,
-        summary="the tiny world: a small seeded language with known truth, its lm-eval tasks and preferences",
+        summary="the tiny world: texts, preferences, lm-eval tasks and chats in a small language with known truth",
         revision=2,
     )
     yield Component(

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -224,6 +225,7 @@ class Store:
     def begin(self, key: str) -> None:
         """Clears what earlier attempts left, except scratch/, the events and the log. Called by the child."""
         partial = self.partial(key)
+        self._look_anew(key)
         with disk_errors(partial):
             (partial / "outcome.json").unlink(missing_ok=True)
             if self.finished(key).is_dir():
@@ -263,6 +265,7 @@ class Store:
         """Moves a step into place that ended well and was stopped before the rename. For who holds its claim. Returns
         whether it is whole now."""
         partial = self.partial(key)
+        self._look_anew(key)
         if not (partial / "outcome.json").is_file():
             return self.state(key) == "ok"
         try:
@@ -273,6 +276,13 @@ class Store:
             return False
         self._move(key)
         return True
+
+    def _look_anew(self, key: str) -> None:
+        """Has a network file system ask what other machines did: it may go by what it knew of a folder for a minute,
+        unless the folder is opened."""
+        for folder in (self.finished(key).parent, self.partial(key).parent, self.partial(key)):
+            with disk_errors(folder, "read"), suppress(FileNotFoundError):
+                os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
 
     def _move(self, key: str) -> None:
         partial, finished = self.partial(key), self.finished(key)

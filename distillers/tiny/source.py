@@ -25,7 +25,7 @@ class Tiny:
             write_chat(job.out, seed)
             return
         writers = (Writer(part, index, seed) for index in range(self.config.documents))
-        if part == "preferences":
+        if part in ("preferences", "unseen-preferences"):
             write_lines(job.out / "data.jsonl", (writer.preference() for writer in writers))
             return
         texts = (writer.prompt() if part == "prompts" else writer.document() for writer in writers)

@@ -24,7 +24,7 @@ CHOICES = 4
 CONTEXT = 128
 """Tokens of the longest document, with its begin and end."""
 TRAINED = ("train", "preferences")
-"""Parts from which models learn."""
+"""Parts from which models learn; names and sums of all others are held out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from mambabench.distillers.plugin import TinyConfig
 from mambabench.distillers.tiny.instructions import KINDS, read_chat, solve
 from mambabench.distillers.tiny.judge import share_right
 from mambabench.distillers.tiny.language import (
@@ -19,9 +22,14 @@ from mambabench.distillers.tiny.language import (
     tokenizer,
     tokens_in,
 )
-from mambabench.distillers.tiny.writer import CHOICES, CONTEXT, TASKS, Writer
+from mambabench.distillers.tiny.writer import CHOICES, CONTEXT, TASKS, TRAINED, Writer
 from mambabench.harness.documents import encode_document, read_documents, read_preferences
+from mambabench.harness.plan import read_plan
+from mambabench.harness.plugins import registry
 
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = get_args(get_type_hints(TinyConfig)["part"])
+HELD_OUT = [part for part in PARTS if part not in TRAINED]
 NAME, SUM = re.compile(r"[a-z]{6}"), re.compile(r"(\d\d) \+ (\d\d)|larger of (\d\d) (\d\d)")
 ITEMS = 100
 
@@ -57,33 +65,42 @@ def sums_in(text):
     return {tuple(sorted(number for number in found if number)) for found in SUM.findall(text)}
 
 
+def written(folder):
+    return "".join(file.read_text() for file in sorted(folder.glob("*.jsonl")))
+
+
 @pytest.fixture
 def learnt(write_tiny):
-    """All that models learn from, of the default plan's sizes."""
-    texts = [row["text"] for row in lines(write_tiny(documents=8000) / "data.jsonl")]
-    pairs = lines(write_tiny(part="preferences", documents=4000) / "data.jsonl")
-    return "\n".join([*texts, *(" ".join(pair.values()) for pair in pairs)])
+    """So much of the parts to learn from that nearly every name and sum of theirs is in it."""
+    return "".join(written(write_tiny(part=part, documents=8000)) for part in TRAINED)
 
 
-@pytest.fixture
-def asked(write_tiny):
-    """What held-out parts hold, by part."""
-    tasks, chat = write_tiny(part="tasks", items=ITEMS), write_tiny(part="chat")
-    found = {name: (tasks / f"{name}.jsonl").read_text() for name in TASKS}
-    found |= {part: (write_tiny(part=part, documents=100) / "data.jsonl").read_text() for part in ("unseen", "prompts")}
-    return found | {"chat": (chat / "question.jsonl").read_text() + (chat / "data.jsonl").read_text()}
-
-
-def test_no_name_and_no_sum_of_a_test_item_is_ever_learnt_from(learnt, asked):
+def test_no_name_and_no_sum_of_a_held_out_part_is_ever_learnt_from(learnt, write_tiny):
     learnt_names, learnt_sums = names_in(learnt), sums_in(learnt)
     assert learnt_names <= set(OF_PART[False])
     assert len(learnt_names) > 0.99 * len(OF_PART[False])
-    assert len(learnt_sums) > 500
-    for part, text in asked.items():
+    assert len(learnt_sums) > 1000
+    for part in HELD_OUT:
+        text = written(write_tiny(part=part))
         names, sums = names_in(text), sums_in(text)
-        assert names or sums, part
+        assert names, part
+        assert sums or part not in ("unseen", "tasks"), part
         assert not names & learnt_names, part
         assert not sums & learnt_sums, part
+
+
+@pytest.mark.parametrize(
+    "name", ["plans/tiny", "plans/gpu/tiny-teacher", "examples/plans/chain", "examples/plans/recall"]
+)
+def test_plans_train_on_what_is_to_be_learnt_from_and_ask_about_what_is_held_out(name):
+    plan = read_plan(ROOT / f"{name}.toml", registry())
+
+    def parts(choices):
+        used = {getattr(choice.config, "data", "") for choice in choices.values()} - {""}
+        return {plan.data[name].source.config.part for name in used}
+
+    assert parts(plan.stages) <= set(TRAINED)
+    assert parts(plan.suites) <= set(HELD_OUT)
 
 
 def test_parts_share_no_name_and_a_quarter_is_held_out():
@@ -209,8 +226,9 @@ def test_what_is_no_instruction_is_refused(turns):
         read_chat(turns)
 
 
-def test_preferences_prefer_the_right_answer(write_tiny):
-    pairs = list(read_preferences(write_tiny(part="preferences", documents=200)))
+@pytest.mark.parametrize("part", ["preferences", "unseen-preferences"])
+def test_preferences_prefer_the_right_answer(write_tiny, part):
+    pairs = list(read_preferences(write_tiny(part=part, documents=200)))
     assert len({pair.item for pair in pairs}) > 190
     for pair in pairs:
         assert pair.chosen != pair.rejected
@@ -272,6 +290,21 @@ def test_an_item_depends_on_its_task_number_and_seed_alone(write_tiny):
         assert rows[0] == rows[1][:5]
         assert rows[0] != rows[2]
         assert len({row["context"] for row in rows[1]}) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"part": "tasks", "documents": 9}, 'documents is set and part is "tasks", which has none'),
+        ({"part": "chat", "documents": 9}, 'documents is set and part is "chat", which has none'),
+        ({"part": "chat", "items": 9}, 'items is set and part is "chat", which has none'),
+        ({"part": "unseen", "items": 9}, 'items is set and part is "unseen", which has none'),
+        ({"documents": 0}, "documents is 0; it must be above 0"),
+    ],
+)
+def test_an_option_that_a_part_does_not_have_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        TinyConfig(**options)
 
 
 def test_the_plug_in_describes_its_components_without_torch():

@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 from mambabench import MambabenchError
@@ -141,6 +144,61 @@ def test_a_step_that_is_damaged_is_not_completed(store: Store, monkeypatch: pyte
     store.complete("k")
     assert store.state("k") == "interrupted"
     assert not store.finished("k").exists()
+
+
+class OldView:
+    """A network file system on a machine that knows what it once saw of a folder, until it opens the folder anew."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, os.stat_result | OSError] = {}
+        self.stat, self.open = os.stat, os.open
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module.os, "stat", self.look)
+            patch.setattr(module.os, "open", self.open_anew)
+            yield
+
+    def look(self, path: Any, *args: Any, **options: Any) -> os.stat_result:
+        name = os.fspath(path)
+        if name not in self.seen:
+            try:
+                self.seen[name] = self.stat(path, *args, **options)
+            except OSError as error:
+                self.seen[name] = error
+        found = self.seen[name]
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    def open_anew(self, path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_DIRECTORY:
+            self.seen = {name: found for name, found in self.seen.items() if Path(name).parent != Path(path)}
+        return self.open(path, flags, *args, **options)
+
+
+def test_what_another_machine_finished_is_seen_by_who_takes_over(store: Store) -> None:
+    store.prepare("k", {})
+    view = OldView()
+    with view.here():
+        assert store.state("k") == "absent"
+    whole(store)
+    with view.here():
+        assert store.state("k") == "absent"
+        assert store.complete("k")
+        assert store.state("k") == "ok"
+
+
+def test_a_child_sees_what_another_machine_finished(store: Store) -> None:
+    view = OldView()
+    with view.here():
+        assert store.state("input") == "absent"
+    whole(store, "input")
+    store.prepare("k", {})
+    with view.here():
+        store.begin("k")
+        assert store.state("input") == "ok"
 
 
 def test_a_step_that_failed_is_not_completed(store: Store) -> None:
