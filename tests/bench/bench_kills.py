@@ -19,7 +19,8 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 IMPORTING = 0.15
-"""The share of kills that come at any time after the start, perhaps among the imports; others come among the steps."""
+"""The share of kills that come at any time after the start, perhaps among the imports; others come when a few more
+steps are finished than at the kill before, so that all of the plan is met."""
 PLAN = HERE.parents[1] / "plans" / "tiny.toml"
 
 
@@ -59,9 +60,11 @@ def main() -> int:
         store = given.folder / f"killed-{stores}"
         command = ["run", *words, "--store", store]
         while kills < given.kills:
-            imported = moments.random() > IMPORTING
-            longest = span / given.kills * 3 if imported else wall - span
-            kill = tools.killed(command, store, moments.uniform(0.0, longest), finished=0 if imported else None)
+            wanted, longest = None, wall - span
+            if moments.random() > IMPORTING:
+                more = moments.randrange(2 * len(starts) // given.kills + 1)
+                wanted, longest = min(len(tools.began(store)) + more, len(starts) - 1), 3 * span / len(starts)
+            kill = tools.killed(command, store, moments.uniform(0.0, longest), finished=wanted)
             if kill is None:
                 break
             kills += 1
