@@ -1,6 +1,7 @@
 """The teacher that ships: a plan finds it by name, its recipe is the plan's, and it knows the tiny world."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from mambabench.backends.hybrid import TeacherBackend
 from mambabench.backends.plugin import TeacherConfig
 from mambabench.distillers.tiny.language import tokenizer
 from mambabench.distillers.tiny.writer import TASKS, Writer
+from mambabench.harness.interfaces import MambabenchError
 from mambabench.harness.plan import read_plan
 from mambabench.harness.plugins import registry
 from transformers import AutoTokenizer
@@ -53,6 +55,39 @@ def test_its_tokenizer_is_the_language_s():
     words = AutoTokenizer.from_pretrained(TEACHER)
     assert words.get_vocab() == tokenizer().get_vocab()
     assert words.chat_template == tokenizer().chat_template
+
+
+def taken(folder, out):
+    backend = TeacherBackend(TeacherConfig())
+    backend.convert(folder, [], out, 0)
+    return backend.tokenizer(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("config.json", '{"a":', "config.json: not JSON"),
+        ("config.json", "{}", "config.json: model_type None is not served"),
+        ("model.safetensors", "cut", "model.safetensors: not a whole safetensors file"),
+        ("model.safetensors", None, "no model.safetensors"),
+        ("tokenizer.json", None, "no tokenizer can be loaded"),
+        ("tokenizer.json", "{}", "no tokenizer can be loaded"),
+        ("tokenizer.json", "cut", "no tokenizer can be loaded"),
+        ("tokenizer.json", "[]", "no tokenizer can be loaded"),
+    ],
+)
+def test_what_is_damaged_in_a_copy_is_told_in_one_line(tmp_path, name, text, said):
+    folder = tmp_path / "teacher"
+    shutil.copytree(TEACHER, folder)
+    (folder / name).unlink()
+    if text == "cut":
+        (folder / name).write_bytes((TEACHER / name).read_bytes()[:2000])
+    elif text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(MambabenchError, match=said) as error:
+        taken(folder, tmp_path / "out")
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
