@@ -148,8 +148,9 @@ def read_tokenizer(folder: Path, config: Any) -> Tokenizer:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
         return tokenizer
-    except (OSError, ValueError) as error:
-        raise MambabenchError(f"{folder}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # Damaged files raise whatever transformers and tokenizers stumble over.
+        why = str(error).partition("\n")[0]
+        raise MambabenchError(f"{folder}: no tokenizer can be loaded ({type(error).__name__}: {why})") from None
 
 
 def as_hybrid(module: nn.Module) -> HybridForCausalLM:

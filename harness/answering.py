@@ -215,6 +215,8 @@ def read_text(file: Path) -> str:
     try:
         with lzma.open(file) if file.suffix == ".xz" else file.open("rb") as stream:
             return stream.read().decode("utf-8")
+    except FileNotFoundError:
+        raise MambabenchError(f"{file}: no such file") from None
     except (UnicodeDecodeError, OSError, EOFError, lzma.LZMAError) as error:
         raise MambabenchError(f"{file}: cannot be read as text in UTF-8: {error}") from None
 

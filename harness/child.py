@@ -41,7 +41,13 @@ from .plugins import Registry, make, registry
 from .ranks import together
 from .store import Store, read_json, write_json
 
-CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What torch says where it raises nothing but a RuntimeError."""
 VERSIONS = ("torch", "triton", "transformers", "numpy", "mamba-ssm", "causal-conv1d")
 ARTIFACT_KINDS = ("data", "select", "convert", "train")
 LOCK_S = 15.0
@@ -82,9 +88,11 @@ def work_on(
     store: Store, key: str, step: Mapping[str, Any], plugins: Sequence[Path], attempt: Attempt, rank: int = 0
 ) -> dict[str, Any] | None:
     """Does a step, or a rank's part of it; the first rank leaves its records and its result. Returns how it failed."""
-    recorder = Muted() if rank else Recorder(store.partial(key), key, attempt=attempt.number)
+    recorder: Recorder | Muted = Muted()
     device = "cpu"
     try:
+        if rank == 0:
+            recorder = Recorder(store.partial(key), key, attempt=attempt.number)
         device = _device(step, rank)
         _settle(step["seed"])
         work = Work(store, key, step, registry(plugins), device, recorder, rank)
@@ -120,7 +128,11 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "error", str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "error", f"the disk is full; free some space and run again with --retry ({text[:300]})"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in CPU_OUT_OF_MEMORY):
+    if (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or any(sign in text for sign in OUT_OF_MEMORY)
+    ):
         return "out-of-memory", text[:300]
     return "error", text[:500]
 

@@ -46,6 +46,8 @@ class Recorder:
         self.first: float | None = None
         """When the first record came through `emit`, on the monotonic clock."""
         self.last: float | None = None
+        self._lost = ""
+        """Why a record is not on disk, or not whole; none may follow it then, nor the attempt end well."""
         self._began = time.monotonic()
         self._path = folder / EVENTS
         with disk_errors(self._path):
@@ -66,6 +68,7 @@ class Recorder:
 
     def finish(self) -> list[dict[str, Any]]:
         """Writes the parquet files and returns the facts, those of the same name and arm once, the last one."""
+        self._check_whole()
         os.fsync(self._descriptor)
         rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in FILES}
         facts: dict[tuple[str, str], dict[str, Any]] = {}
@@ -88,9 +91,18 @@ class Recorder:
 
     def _write(self, event: Mapping[str, Any]) -> None:
         line = json.dumps(event, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        with disk_errors(self._path):
-            while line:
-                line = line[os.write(self._descriptor, line) :]
+        self._check_whole()
+        try:
+            with disk_errors(self._path):
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+        except MambabenchError as error:
+            self._lost = str(error)
+            raise
+
+    def _check_whole(self) -> None:
+        if self._lost:
+            raise MambabenchError(self._lost)
 
 
 class Muted:

@@ -138,7 +138,8 @@ class Server:
         try:
             pid = os.fork()
         except OSError as error:
-            print(f"cannot fork: {error}", file=sys.stderr, flush=True)
+            with suppress(OSError), open(request["log"], "a") as log:
+                print(f"mambabench: cannot fork: {error}", file=log)
             self.reply("started", id=request["id"], pid=0)
             self.ended(request["id"], 1)
             return
@@ -182,7 +183,7 @@ class Server:
             print(f"mambabench: started anew, since importing {self.cuda} made a CUDA context", flush=True)
             for descriptor in leases:
                 os.set_inheritable(descriptor, True)
-            os.execv(command[0], list(command))
+            os.execv(sys.executable, [sys.executable, *command[1:]])
         at = command.index("-m")
         sys.argv = list(command[at + 1 :])
         return int(importlib.import_module(command[at + 1]).main(command[at + 2 :]) or 0)

@@ -252,10 +252,16 @@ class _Reader:
 
     def _shipped(self, name: str) -> Path:
         """The folder of a teacher that comes with a plug-in."""
+        known = self.structurer.registry
         try:
-            return Path(make(self.structurer.registry.find("teacher", name)))
+            teacher = known.find("teacher", name)
         except MambabenchError as error:
             raise ConfigError("path", str(error)) from None
+        try:
+            return Path(make(teacher))
+        except Exception as error:  # A plug-in's code may raise anything.
+            why = f"gives no folder of the teacher {name!r}: {type(error).__name__}: {error}"
+            raise ConfigError("path", f"the plug-in {known.owner(teacher)} {why}") from None
 
     def _data(self, name: str, value: Any) -> Data:
         if isinstance(value, Mapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -164,12 +165,14 @@ class Tail:
             with open(self.events, "rb") as file:
                 file.seek(self.offset)
                 data = file.read()
-        except FileNotFoundError:
+        except OSError:
             return None
         whole, newline, _ = data.rpartition(b"\n")
         self.offset += len(whole) + len(newline)
         for line in reversed(whole.split(b"\n")):
             if line.startswith(b'{"kind":"progress"'):
-                event = json.loads(line)
-                return event["done"], event["total"], str(event.get("unit", ""))
+                # What is damaged is for the step to tell, not for who watches it.
+                with suppress(ValueError, KeyError):
+                    event = json.loads(line)
+                    return event["done"], event["total"], str(event.get("unit", ""))
         return None

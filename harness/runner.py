@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from . import environment
 from .forkserver import ATTEMPT, CODE, LEASED
-from .interfaces import STATES, Handle, Host, Launcher, Needs, Outcome, StepView, Unsupported
+from .interfaces import STATES, Handle, Host, Launcher, MambabenchError, Needs, Outcome, StepView, Unsupported
 from .keys import digest
 from .locks import Lock
 from .plugins import LOCAL, HookFailure, Registry
@@ -250,8 +250,13 @@ class _Run:
 
     def _otherwise(self, step: PlannedStep) -> bool:
         """Whether a step that failed is now asked for with other options, or with more of the machine."""
-        asked, wanted = self.store.step(step.key), step.to_json()
-        return any(digest(asked[part]) != digest(wanted[part]) for part in ("component", "needs"))
+        wanted = step.to_json()
+        try:
+            asked = self.store.step(step.key)
+        except MambabenchError:
+            # A damaged step.json says nothing of why the step failed.
+            return True
+        return any(digest(asked.get(part)) != digest(wanted[part]) for part in ("component", "needs"))
 
     def _refusal(self, step: PlannedStep) -> str:
         if step.key not in self.refused:

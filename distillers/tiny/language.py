@@ -53,6 +53,7 @@ def held_out(*parts: str | int) -> bool:
 
 OF_PART = {held: [name for name in NAMES if held_out(name) == held] for held in (False, True)}
 """Names of the training part (False) and of the held-out part (True)."""
+_SPELLED = frozenset(NAMES)
 
 
 def tokens_in(word: str) -> int:
@@ -60,9 +61,6 @@ def tokens_in(word: str) -> int:
     if word.isdigit():
         return len(word)
     return 3 if word in _SPELLED else 1
-
-
-_SPELLED = frozenset(NAMES)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

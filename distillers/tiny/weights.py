@@ -1,13 +1,14 @@
 """Where the teacher of the tiny world lies: a transformers folder beside this file, with its tokenizer.
 
-`recipe.json` in it says how it was trained.
+`recipe.json` in it says which model of which plan it is the artifact of, and where that ran.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from ..plugin import TinyTeacherConfig
 
 
-def folder(config: Any) -> Path:
+def folder(config: TinyTeacherConfig) -> Path:
     return Path(__file__).parent / "teacher"

@@ -1,9 +1,9 @@
 """The teacher that ships: a plan finds it by name, its recipe is the plan's, and it knows the tiny world."""
 
 import json
+import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,10 @@ from mambabench.backends.hybrid import TeacherBackend
 from mambabench.backends.plugin import TeacherConfig
 from mambabench.distillers.tiny.language import tokenizer
 from mambabench.distillers.tiny.writer import TASKS, Writer
+from mambabench.harness.interfaces import MambabenchError
 from mambabench.harness.plan import read_plan
 from mambabench.harness.plugins import registry
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER = ROOT / "distillers" / "tiny" / "teacher"
@@ -34,9 +35,20 @@ def test_a_plan_finds_it_by_name_without_torch(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@torch.no_grad()
+def test_it_is_a_llama_that_transformers_loads(model):
+    llama = AutoModelForCausalLM.from_pretrained(TEACHER).eval()
+    assert type(llama) is LlamaForCausalLM
+    ids = torch.tensor([tokenizer().encode(Writer("unseen", 0, 0).document())])
+    torch.testing.assert_close(llama(ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-3)
+
+
 def test_its_recipe_is_a_plan_that_makes_its_shape():
     recipe = json.loads((TEACHER / "recipe.json").read_text())
-    stage = tomllib.loads((ROOT / recipe["plan"]).read_text())["stages"]["teach"]
+    plan = read_plan(ROOT / recipe["plan"], registry())
+    assert recipe["seed"] in plan.seeds
+    assert plan.models[recipe["model"]].backend.name == "hf"
+    stage = plan.stages["teach"].config
     config = json.loads((TEACHER / "config.json").read_text())
     names = {
         "layers": "num_hidden_layers",
@@ -46,7 +58,7 @@ def test_its_recipe_is_a_plan_that_makes_its_shape():
         "intermediate": "intermediate_size",
         "context": "max_position_embeddings",
     }
-    assert {name: stage[name] for name in names} == {name: config[key] for name, key in names.items()}
+    assert {name: getattr(stage, name) for name in names} == {name: config[key] for name, key in names.items()}
 
 
 def test_its_tokenizer_is_the_language_s():
@@ -55,8 +67,41 @@ def test_its_tokenizer_is_the_language_s():
     assert words.chat_template == tokenizer().chat_template
 
 
+def taken(folder, out):
+    backend = TeacherBackend(TeacherConfig())
+    backend.convert(folder, [], out, 0)
+    return backend.tokenizer(out)
+
+
 @pytest.mark.parametrize(
-    ("task", "least"), [("lookup", 0.95), ("copy", 0.9), ("arithmetic", 0.7), ("story", 0.7), ("instruct", 0.8)]
+    ("name", "text", "said"),
+    [
+        ("config.json", '{"a":', "config.json: not JSON"),
+        ("config.json", "{}", "config.json: model_type None is not served"),
+        ("model.safetensors", "cut", "model.safetensors: not a whole safetensors file"),
+        ("model.safetensors", None, "no model.safetensors"),
+        ("tokenizer.json", None, "no tokenizer can be loaded"),
+        ("tokenizer.json", "{}", "no tokenizer can be loaded"),
+        ("tokenizer.json", "cut", "no tokenizer can be loaded"),
+        ("tokenizer.json", "[]", "no tokenizer can be loaded"),
+    ],
+)
+def test_what_is_damaged_in_a_copy_is_told_in_one_line(tmp_path, name, text, said):
+    folder = tmp_path / "teacher"
+    shutil.copytree(TEACHER, folder)
+    (folder / name).unlink()
+    if text == "cut":
+        (folder / name).write_bytes((TEACHER / name).read_bytes()[:2000])
+    elif text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(MambabenchError, match=said) as error:
+        taken(folder, tmp_path / "out")
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "least"), [("lookup", 0.95), ("copy", 0.95), ("arithmetic", 0.7), ("story", 0.7), ("instruct", 0.8)]
 )
 @torch.no_grad()
 def test_it_writes_the_answers_to_held_out_items(model, task, least):

@@ -32,6 +32,9 @@ def raised(error: BaseException) -> BaseException:
         (MemoryError(), "out-of-memory", "MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out-of-memory", "CUDA out of memory. Tried"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "out-of-memory", "allocate"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "out-of-memory", "CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out-of-memory", "CUBLAS_STATUS"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "out-of-memory", "Cannot allocate memory"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.bin"), "error", "the disk is full; free some space"),
         (KeyError("width"), "error", "KeyError: 'width'"),
         (SystemExit(2), "error", "SystemExit: 2"),
@@ -63,6 +66,15 @@ def test_a_step_runs_by_hand(tmp_path: Path) -> None:
     outcome = store.outcome("k")
     assert outcome is not None
     assert outcome["code"]["version"]
+
+
+def test_a_step_that_cannot_begin_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create(tmp_path / "store")
+    store.prepare("k", {"kind": "data", "seed": 0, "labels": ["a/b"], "needs": {"gpus": 0, "timeout_s": 9.0}})
+    (store.partial("k") / "events.jsonl").mkdir()
+    assert child.main([str(store.path), "k"]) == 0
+    assert store.state("k") == "error"
+    assert "events.jsonl: cannot be written, Is a directory" in store.status("k").reason
 
 
 def test_a_rank_that_died_is_said_to_have_died_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

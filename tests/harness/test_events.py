@@ -1,6 +1,8 @@
 """Records are on disk before `emit` returns, are what they say they are, and become one parquet file per kind."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,33 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(recorder: Record
     recorder("fact", name="a", value=1)
     with pytest.raises(MambabenchError, match=r"events\.jsonl: line 2 is not a whole record"):
         recorder.finish()
+
+
+def test_nothing_follows_a_record_that_the_disk_had_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(tmp_path, "key")
+    recorder("loss", step=1, tokens=1, loss=1.0)
+    write, room = os.write, iter([10])
+
+    def full(descriptor: int, data: bytes) -> int:
+        try:
+            return write(descriptor, data[: next(room)])
+        except StopIteration:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(MambabenchError, match="the disk is full"):
+            recorder("loss", step=2, tokens=2, loss=2.0)
+    # There is room again, but this attempt lacks a record.
+    for more in (lambda: recorder("loss", step=3, tokens=3, loss=3.0), recorder.finish):
+        with pytest.raises(MambabenchError, match="the disk is full"):
+            more()
+    again = Recorder(tmp_path, "key", attempt=2)
+    again("loss", step=2, tokens=2, loss=20.0)
+    again.finish()
+    assert [row["loss"] for row in rows(tmp_path, "losses")] == [1.0, 20.0]
 
 
 def test_a_column_of_mixed_types_is_kept_as_text(recorder: Recorder, tmp_path: Path) -> None:

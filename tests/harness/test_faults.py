@@ -102,6 +102,16 @@ def test_a_run_that_cannot_write_outcomes_ends_with_one_line_and_its_children(
     assert go(act("k"), act("long")).counts == {"ok": 2}
 
 
+@pytest.mark.parametrize("text", [None, "", "[]", '{"kind": "data"}'])
+def test_a_failed_step_with_a_damaged_step_file_is_tried_again_and_stops_no_other(
+    go: Go, store: Store, text: str | None
+) -> None:
+    assert go(act("k", "error")).counts == {"error": 1}
+    asked = store.partial("k") / "step.json"
+    asked.unlink() if text is None else asked.write_text(text)
+    assert go(act("k"), act("other")).counts == {"ok": 2}
+
+
 def test_a_plug_in_that_fails_in_every_hook_stops_nothing(go: Go, tmp_path: Path) -> None:
     (tmp_path / "hostile.py").write_text(HOSTILE)
     registry = plugins.load([ACTING, tmp_path / "hostile.py"])

@@ -1,7 +1,10 @@
 """Children start in milliseconds, hold what they lease, and are gone when the run is gone, `kill -9` included."""
 
+import errno
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mambabench import MambabenchError, Needs, Unsupported
+from mambabench.harness import forkserver
 from mambabench.harness.launchers.configs import LocalConfig
 from mambabench.harness.launchers.local import Child, LocalLauncher
 from mambabench.harness.locks import Lock
@@ -98,8 +102,6 @@ def test_a_server_without_heavy_modules_is_ready_in_a_second(launch: Make) -> No
 
 
 def test_a_child_gets_its_arguments_environment_log_and_group(launch: Make, tmp_path: Path) -> None:
-    import json
-
     child = start(launch(threads=3), "tell", tmp_path / "out", GIVEN="yes")
     assert ended(child) == 4
     facts = json.loads((tmp_path / "out").read_text())
@@ -114,8 +116,6 @@ def test_a_child_gets_its_arguments_environment_log_and_group(launch: Make, tmp_
 
 
 def test_steps_that_share_a_gpu_run_side_by_side_and_know_it(launch: Make, tmp_path: Path) -> None:
-    import json
-
     launcher = launch(gpus=(3,), share=2)
     assert launcher.jobs == 2
     hanging = start(launcher, "hang", tmp_path / "one", Needs(gpus=1))
@@ -358,8 +358,6 @@ def test_a_step_alone_waits_for_the_others_and_they_for_it(launch: Make, tmp_pat
 
 
 def test_gpus_are_leased_all_or_none_and_named_to_the_child(launch: Make, tmp_path: Path) -> None:
-    import json
-
     one, two = launch(gpus=(4, 6)), launch(gpus=(6, 7, 4))
     until(lambda: one._awaited() and two._awaited())
     held = start(one, "hang", tmp_path / "a", Needs(gpus=1))
@@ -380,8 +378,6 @@ def test_more_gpus_than_the_run_has_are_unsupported_at_once(launch: Make, tmp_pa
 
 
 def test_a_gpu_step_starts_anew_where_an_import_made_a_cuda_context(launch: Make, tmp_path: Path) -> None:
-    import json
-
     (tmp_path / "modules" / "torch.py").write_text("class cuda:\n    is_initialized = staticmethod(lambda: True)\n")
     launcher = launch("program", "torch", gpus=(0,))
     assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1))) == 4
@@ -390,6 +386,30 @@ def test_a_gpu_step_starts_anew_where_an_import_made_a_cuda_context(launch: Make
     assert (facts["CUDA_VISIBLE_DEVICES"], facts["OMP_WAIT_POLICY"], facts["group"]) == ("0", "PASSIVE", True)
     assert ended(start(launcher, "tell", tmp_path / "two")) == 4
     assert "started anew" not in (tmp_path / "two.log").read_text()
+    # The interpreter of the machine that plans may be another.
+    child = launcher.start(
+        ["/nowhere/python", "-P", "-m", "program", "tell", str(tmp_path / "three")],
+        Needs(gpus=1),
+        {},
+        tmp_path / "three.log",
+    )
+    assert child is not None
+    assert ended(child) == 4
+
+
+def test_a_step_that_could_not_be_forked_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(forkserver.os, "fork", fork)
+    ours, theirs = os.pipe()
+    here, there = socket.socketpair()
+    with open(ours, "rb") as replies, here, there:
+        server = forkserver.Server(there, theirs, os.getpid())
+        server.start({"id": 1, "command": [], "env": {}, "log": str(tmp_path / "log.txt"), "leases": 0})
+        os.close(theirs)
+        assert [json.loads(line)["event"] for line in replies] == ["started", "ended"]
+    assert (tmp_path / "log.txt").read_text() == "mambabench: cannot fork: [Errno 12] Cannot allocate memory\n"
 
 
 @pytest.mark.gpu

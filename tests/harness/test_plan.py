@@ -216,9 +216,14 @@ def folder(config):
     return Path(__file__).parent / "inside"
 
 
+def nowhere(config):
+    return None
+
+
 @hookimpl
 def mambabench_components():
-    yield Component(kind="teacher", name="small", target=f"{__name__}:folder", config=Nothing)
+    for name, target in (("small", "folder"), ("lost", "nowhere"), ("renamed", "fodler")):
+        yield Component(kind="teacher", name=name, target=f"{__name__}:{target}", config=Nothing)
 """
 
 
@@ -237,3 +242,7 @@ def test_a_teacher_may_come_with_a_plug_in(planner, plan_text, tmp_path):
     assert planner.read(text).teacher.path == str(shipped / "inside")
     converted = next(step for step in planner.steps(text) if step.record.get("path"))
     assert converted.record["path"] == str(shipped / "inside")
+    for name, why in (("lost", "TypeError: .*"), ("renamed", "AttributeError: .*'fodler'")):
+        said = f"teacher.path: the plug-in shipping.py gives no folder of the teacher '{name}': {why}$"
+        with pytest.raises(MambabenchError, match=said):
+            planner.read(text.replace("builtin:small", f"builtin:{name}"))

@@ -51,3 +51,12 @@ def test_a_tail_gives_the_newest_whole_record_once(tmp_path: Path) -> None:
     with open(events, "a") as file:
         file.write(line(3)[30:])
     assert tail.latest() == (3, 9, "blocks")
+
+
+def test_a_damaged_record_stops_no_progress(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    whole = b'{"kind":"progress","t":1.0,"done":3,"total":9,"unit":"tokens"}\n'
+    for damaged in (b'{"kind":"progress","t":1.0,"do{"kind":"fact"}\n', b'{"kind":"progress","t":1.0}\n'):
+        file.write_bytes(whole + damaged)
+        assert Tail(file).latest() == (3, 9, "tokens")
+    assert Tail(tmp_path).latest() is None

@@ -75,7 +75,7 @@ def test_the_command_line_takes_the_documented_commands(mambabench, tmp_path, co
 
 
 def test_an_option_that_no_stage_has_is_told_in_one_line(mambabench):
-    done = mambabench("plan", ROOT / "plans" / "tiny.toml", "--set", "stages.*.layers=4")
+    done = mambabench("plan", ROOT / "examples" / "plans" / "recall.toml", "--set", "stages.*.precompute=true")
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()
-    assert line.startswith("mambabench: --set stages.*.layers=4: the plan has nothing of that name; known: ")
+    assert line.startswith("mambabench: --set stages.*.precompute=true: the plan has nothing of that name; known: ")

@@ -46,7 +46,19 @@ def test_the_default_plan_takes_nothing_but_the_package(tmp_path):
     (asked,) = by_label["half/plain/mt-bench/answer@seed0"].record["data"].values()
     assert asked == {**questions, "inside": "question.jsonl"}
     assert not any(step.obstacle for step in steps)
-    # Every stage, both decoders, and each task in both forms.
+    # Half, a quarter and none of four layers' attention, every stage, both decoders, and each task in both forms.
+    layers = json.loads((Path(plan.teacher.path) / "config.json").read_text())["num_hidden_layers"]
+    chosen = {name: model.selector.config for name, model in plan.models.items()}
+    assert {name: of.share if hasattr(of, "share") else len(of.layers) / layers for name, of in chosen.items()} == {
+        "half": 0.5,
+        "quarter": 0.25,
+        "pure": 0,
+        "pure-mamba": 0,
+    }
+    assert {name: model.backend.name for name, model in plan.models.items()} == {
+        **dict.fromkeys(("half", "quarter", "pure"), "mamba2-hybrid"),
+        "pure-mamba": "mamba",
+    }
     assert {stage.name for stage in plan.stages.values()} == {"progressive", "sft", "dpo"}
     assert {decoder.name for decoder in plan.decoders.values()} == {"standard", "speculative"}
     tasks = set(plan.suites["tasks"].config.tasks)

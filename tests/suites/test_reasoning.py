@@ -70,6 +70,11 @@ def test_a_wording_that_is_no_text_is_refused(tmp_path):
         read_wording(file, "crux")
 
 
+def test_a_wording_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(MambabenchError, match=r"prompt.txt: no such file$"):
+        read_wording(tmp_path / "prompt.txt", "crux")
+
+
 def test_nothing_that_a_model_wrote_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     harm = "__import__('pathlib').Path('harmed').touch() or 6/1"
