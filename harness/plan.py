@@ -15,11 +15,9 @@ from typing import Any
 
 from .config import ConfigError, Structurer, show
 from .interfaces import CHECKPOINT_S, Choice, MambabenchError
-from .plugins import Registry, make, suggest
+from .plugins import BUILTIN, Registry, shipped_teacher, suggest
 
 SCHEMA = 1
-BUILTIN = "builtin:"
-"""Before the name of a source's part, or of a teacher, that comes with a plug-in."""
 _SECTIONS = ("schema", "name", "seeds", "teacher", "data", "stages", "models", "decoders", "suites", "skip", "limits")
 _CHOSEN = {"data": "source", "stages": "distiller", "models": "backend", "decoders": "decoder", "suites": "suite"}
 """The kind of component that each table of a section chooses with `use`."""
@@ -251,17 +249,10 @@ class _Reader:
         return str(folder)
 
     def _shipped(self, name: str) -> Path:
-        """The folder of a teacher that comes with a plug-in."""
-        known = self.structurer.registry
         try:
-            teacher = known.find("teacher", name)
+            return shipped_teacher(name, self.structurer.registry)
         except MambabenchError as error:
             raise ConfigError("path", str(error)) from None
-        try:
-            return Path(make(teacher))
-        except Exception as error:  # A plug-in's code may raise anything.
-            why = f"gives no folder of the teacher {name!r}: {type(error).__name__}: {error}"
-            raise ConfigError("path", f"the plug-in {known.owner(teacher)} {why}") from None
 
     def _data(self, name: str, value: Any) -> Data:
         if isinstance(value, Mapping):

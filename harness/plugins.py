@@ -46,6 +46,8 @@ from .interfaces import (
     Verdict,
 )
 
+BUILTIN = "builtin:"
+"""Before the name of a source's part, or of a teacher, that comes with a plug-in."""
 LOCAL = "mambabench_local_"
 """How the modules of local files begin; inside of one, a target is `f"{__name__}:factory"`."""
 
@@ -253,6 +255,16 @@ def make(component: Component, config: Any = None) -> Any:
     module, _, name = component.target.partition(":")
     factory = getattr(importlib.import_module(module), name)
     return factory(component.config() if config is None else config)
+
+
+def shipped_teacher(name: str, registry: Registry) -> Path:
+    """The folder of a teacher that comes with a plug-in. Raises `MambabenchError` where there is none."""
+    teacher = registry.find("teacher", name)
+    try:
+        return Path(make(teacher))
+    except Exception as error:  # A plug-in's code may raise anything.
+        why = f"gives no folder of the teacher {name!r}: {type(error).__name__}: {error}"
+        raise MambabenchError(f"the plug-in {registry.owner(teacher)} {why}") from None
 
 
 def build(choice: Choice) -> Any:

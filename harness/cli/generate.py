@@ -85,7 +85,8 @@ def generate(
     gpus: int | None,
     dtype: str | None,
 ) -> None:
-    """Continue prompts with MODEL, an artifact of a store or a teacher's folder, and tell how fast it went."""
+    """Continue prompts with MODEL, an artifact of a store or a teacher's folder (builtin:tiny: the one that comes with
+    mambabench), and tell how fast it went."""
     loaded = plugins.registry()
     device = "cpu" if gpus is None else "cuda:0"
     if gpus is not None:
@@ -244,6 +245,8 @@ def _draft(draft: str, loaded: plugins.Registry) -> dict[str, Any]:
 
 
 def _artifact(model: Path, scratch: Path, loaded: plugins.Registry) -> Artifact:
+    if str(model).startswith(plugins.BUILTIN):
+        model = plugins.shipped_teacher(str(model).removeprefix(plugins.BUILTIN), loaded)
     record_file = model / "artifact.json"
     if record_file.is_file():
         record = json.loads(record_file.read_text())["backend"]

@@ -113,3 +113,12 @@ def test_it_writes_the_answers_to_held_out_items(model, task, least):
         logits = model(input_ids=torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
         right += logits.argmax(-1).tolist() == answer
     assert right / ITEMS >= least
+
+
+def test_generate_finds_it_by_name(mambabench):
+    item = TASKS["lookup"](Writer("tasks/lookup", 0, 0))
+    done = mambabench("generate", "builtin:tiny", "--prompt", item.context, "--new-tokens", 8)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{item.context} {item.answer} ")
+    done = mambabench("generate", "builtin:teeny")
+    assert (done.returncode, done.stderr) == (1, "mambabench: unknown teacher 'teeny'; did you mean 'tiny'?\n")
