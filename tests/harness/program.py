@@ -10,7 +10,7 @@ from pathlib import Path
 
 TOLD = (
     *("CUDA_VISIBLE_DEVICES", "MAMBABENCH_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GIVEN"),
-    *("MAMBABENCH_SHARE", "HF_HUB_OFFLINE"),
+    *("MAMBABENCH_SHARE", "HF_HUB_OFFLINE", "MAMBABENCH_PLUGINS_BLOCK"),
 )
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 

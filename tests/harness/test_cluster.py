@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,12 +120,14 @@ def machine_of(child: int) -> int:
 
 def test_a_child_gets_its_arguments_surroundings_and_log(launch, start, ended, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setenv("MAMBABENCH_PLUGINS_BLOCK", "another")
     child = start(launch(threads=2), "tell", tmp_path / "out", GIVEN="yes")
     assert ended(child) == 4
     facts = json.loads((tmp_path / "out").read_text())
     assert facts["argv"] == ["program", "tell", str(tmp_path / "out")]
     assert (facts["OMP_NUM_THREADS"], facts["OMP_WAIT_POLICY"], facts["GIVEN"]) == ("2", "PASSIVE", "yes")
     assert (facts["CUDA_VISIBLE_DEVICES"], facts["group"]) == ("", True)
+    assert facts["MAMBABENCH_PLUGINS_BLOCK"] == "another"
     assert os.getcwd() not in facts["path"]
     assert "said on standard output" in (tmp_path / "out.log").read_text()
 
@@ -199,6 +202,35 @@ def test_a_place_that_no_step_waits_for_any_more_takes_nothing_of_the_cluster(
     assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1))) == 4
 
 
+def test_places_that_nothing_waits_for_are_given_back_while_others_work(
+    launch, start, ended, processes, tmp_path, monkeypatch
+):
+    from mambabench.harness.launchers import cluster
+
+    monkeypatch.setattr(cluster, "IDLE_S", 1.0)
+    launcher = launch()
+    long = start(launcher, "hang", tmp_path / "long", Needs(gpus=1))
+    assert ended(start(launcher, "tell", tmp_path / "out", Needs(gpus=1))) == 4
+    assert ray.available_resources().get("GPU", 0.0) == 0.0
+    processes.until(lambda: long.poll() is None and ray.available_resources().get("GPU") == 1.0, 20.0)
+    long.kill()
+
+
+def test_a_step_says_that_the_cluster_is_full(launch, start, tmp_path, monkeypatch):
+    from mambabench.harness.launchers import cluster
+
+    monkeypatch.setattr(cluster, "IDLE_S", 1.0)
+    busy = start(launch(), "hang", tmp_path / "busy", Needs(gpus=2))
+    launcher = launch()
+    command = [sys.executable, "-P", "-m", "program", "tell", str(tmp_path / "out")]
+    until_then = time.monotonic() + 20.0
+    while not launcher.waiting and time.monotonic() < until_then:
+        assert launcher.start(command, Needs(gpus=1), {}, tmp_path / "out.log") is None
+        time.sleep(0.02)
+    assert launcher.waiting == "Ray has no room for 1 CPU core and 1 GPU yet"
+    busy.kill()
+
+
 def test_a_step_that_waits_for_a_judge_runs_at_home_with_its_key(launch, start, ended, family, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "a key")
     launcher = launch(jobs=1)
@@ -224,6 +256,21 @@ def test_kill_and_close_end_all_that_a_child_started(launch, start, family, proc
     launcher.close()
     processes.gone_soon(pids)
     assert two.code is None
+
+
+def test_a_step_whose_worker_is_killed_ends_with_all_that_it_started_and_others_follow(
+    launch, start, ended, family, processes, tmp_path
+):
+    launcher = launch()
+    child = start(launcher, "hang", tmp_path / "out")
+    pids = family(tmp_path / "out")
+    server = psutil.Process(pids[0]).parent()
+    server.parent().kill()
+    processes.gone_soon([*pids, server])
+    assert ended(child) == -signal.SIGKILL
+    assert re.fullmatch(r"its worker on \S+ is lost to the cluster \(.*worker process has died.*\)", child.why)
+    assert [*launcher._idle, *launcher._busy] == []
+    assert ended(start(launcher, "tell", tmp_path / "again")) == 4
 
 
 def test_the_end_by_a_signal_is_told(launch, start, ended, tmp_path):
@@ -266,7 +313,45 @@ def test_a_step_that_must_be_alone_waits_for_the_quiet_of_its_machine(launch, st
     assert ended(start(launcher, "tell", tmp_path / "out", Needs(alone=True))) == 4
 
 
-def test_speed_is_not_measured_on_another_kind_of_machine(launch, start, ended, tmp_path):
+@pytest.fixture
+def odd_machine(cluster: Any, tmp_path: Path) -> Iterator[Callable[[str], Any]]:
+    """`odd_machine(code)`: the only machine of eight cores, whose Pythons run some code first."""
+    added = []
+
+    def add(code: str) -> Any:
+        (tmp_path / "odd").mkdir()
+        (tmp_path / "odd" / "sitecustomize.py").write_text(textwrap.dedent(code))
+        path = os.pathsep.join([str(tmp_path / "odd"), os.environ["PYTHONPATH"]])
+        added.append(cluster.add_node(num_cpus=8, env_vars={"PYTHONPATH": path}, **STORE))
+        return added[0]
+
+    yield add
+    for node in added:
+        cluster.remove_node(node)
+
+
+def test_speed_is_measured_on_a_machine_of_the_kind_that_plans(
+    cluster, launch, start, ended, family, odd_machine, tmp_path
+):
+    odd = odd_machine("""
+        from mambabench.harness import environment
+        environment.cpu_model = lambda: "an abacus"
+    """)
+    launcher = launch(threads=8)
+    with pytest.raises(Unsupported, match=r"is another kind of machine than the one that plans: cpu an abacus, not "):
+        start(launcher, "tell", tmp_path / "out", Needs(alone=True))
+    busy = start(launcher, "hang", tmp_path / "busy")
+    assert machine_of(family(tmp_path / "busy")[0]) == odd.all_processes["raylet"][0].process.pid
+    busy.kill()
+    right = cluster.add_node(num_cpus=8, **STORE)
+    child = start(launcher, "hang", tmp_path / "alone", Needs(alone=True))
+    assert machine_of(family(tmp_path / "alone")[0]) == right.all_processes["raylet"][0].process.pid
+    child.kill()
+    launcher.close()
+    cluster.remove_node(right)
+
+
+def test_speed_is_not_measured_where_all_machines_are_of_another_kind(launch, start, ended, tmp_path):
     launcher = launch()
     launcher._facts = {**launcher._facts, "cpu": "an abacus"}
     with pytest.raises(Unsupported, match=r"is another kind of machine than the one that plans: .*not an abacus"):
@@ -291,7 +376,7 @@ def test_no_more_children_than_jobs(launch, start, ended, tmp_path):
 
 
 def test_a_store_that_a_machine_does_not_see_is_one_line(launch, start, tmp_path):
-    with pytest.raises(MambabenchError, match="has no such folder; the launcher 'ray' needs a store in a folder") as e:
+    with pytest.raises(MambabenchError, match=r"^\S+: has no folder \S+; the launcher 'ray' needs a store") as e:
         start(launch(), "tell", tmp_path / "nowhere" / "out")
     assert "\n" not in str(e.value)
 
@@ -303,16 +388,26 @@ def test_another_version_on_a_machine_is_one_line(launch, start, tmp_path):
         start(launcher, "tell", tmp_path / "out")
 
 
-def test_without_a_cluster_there_is_one_line(mambabench, tmp_path):
-    plan = tmp_path / "plan.toml"
-    plan.write_text('schema = 1\nname = "x"\n[teacher]\npath = "teacher"\n')
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_text("{}")
-    words = ("run", plan, "--store", tmp_path / "store", "--launcher", "ray")
-    done = mambabench(*words, RAY_ADDRESS="127.0.0.1:1", RAY_AUTH_MODE="disabled")
-    assert done.returncode == 1
-    assert "mambabench: no Ray cluster was found" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_another_version_of_a_package_on_a_machine_is_one_line(launch, start, tmp_path):
+    launcher = launch()
+    launcher._versions = {**launcher._versions, "torch": "1.0.0+cpu", "abacus": "7"}
+    with pytest.raises(
+        MambabenchError, match=r": has torch [\d.]+\S*, no abacus; this machine has torch 1.0.0\+cpu, abac"
+    ):
+        start(launcher, "tell", tmp_path / "out")
+    # Builds of one version are for CPU or GPU.
+    launcher._versions = {"torch": launch()._versions["torch"].partition("+")[0] + "+another"}
+    assert start(launcher, "tell", tmp_path / "out") is not None
+
+
+def test_a_machine_without_the_package_is_one_line(launch, start, odd_machine, tmp_path):
+    odd_machine("""
+        import sys
+        sys.modules["mambabench"] = None
+    """)
+    with pytest.raises(MambabenchError, match=r"^[\d.]+ of the Ray cluster cannot run steps: .*mambabench") as e:
+        start(launch(threads=8), "tell", tmp_path / "out")
+    assert "\n" not in str(e.value)
 
 
 def act(key: str) -> Step:
