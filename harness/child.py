@@ -39,7 +39,7 @@ from .interfaces import (
 from .locks import Lock
 from .plugins import Registry, make, registry
 from .ranks import together
-from .store import Store, read_json, write_json
+from .store import Store, disk_errors, read_json, write_json
 
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -48,6 +48,13 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """What torch says where it raises nothing but a RuntimeError."""
+DISK_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "] . unexpected pos ",
+)
+"""What libraries say that raise no OSError; the last two are torch's writer of files, which does not know why."""
 VERSIONS = ("torch", "triton", "transformers", "numpy", "mamba-ssm", "causal-conv1d")
 ARTIFACT_KINDS = ("data", "select", "convert", "train")
 LOCK_S = 15.0
@@ -126,7 +133,7 @@ def classify(error: BaseException) -> tuple[str, str]:
         return "unsupported", str(error)
     if isinstance(error, MambabenchError):
         return "error", str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if (isinstance(error, OSError) and error.errno in disk_errors.FULL) or any(sign in text for sign in DISK_FULL):
         return "error", f"the disk is full; free some space and run again with --retry ({text[:300]})"
     if (
         isinstance(error, MemoryError | torch.OutOfMemoryError)

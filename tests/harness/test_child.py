@@ -36,6 +36,7 @@ def raised(error: BaseException) -> BaseException:
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out-of-memory", "CUBLAS_STATUS"),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "out-of-memory", "Cannot allocate memory"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.bin"), "error", "the disk is full; free some space"),
+        (Exception("I/O error: No space left on device (os error 28)"), "error", "the disk is full; free some space"),
         (KeyError("width"), "error", "KeyError: 'width'"),
         (SystemExit(2), "error", "SystemExit: 2"),
     ],

@@ -72,7 +72,7 @@ def test_memory_that_is_not_there_is_told_as_such(go: Go) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-@pytest.mark.parametrize("do", ["full_disk", "full_records"])
+@pytest.mark.parametrize("do", ["full_disk", "full_checkpoint", "full_records"])
 def test_a_full_disk_is_told_as_such_and_the_step_is_done_when_there_is_room(go: Go, store: Store, do: str) -> None:
     summary = go(act("k", do), act("other"))
     assert summary.counts == {"ok": 1, "error": 1}
