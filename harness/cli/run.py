@@ -184,10 +184,11 @@ def _expand(file: Path, overrides: tuple[str, ...], only: tuple[str, ...], gpus:
 def _gpus(text: str | None) -> tuple[int, ...]:
     if not text:
         return ()
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts) or len(set(parts)) != len(parts):
+    parts = [part.strip() for part in text.split(",")]
+    indices = tuple(int(part) for part in parts if part.isdecimal())
+    if len(set(indices)) != len(parts):
         raise click.BadParameter(f"expected numbers of GPUs such as 0,1, got {text!r}", param_hint="--gpus")
-    return tuple(int(part) for part in parts)
+    return indices
 
 
 def _default_store(plan: Plan) -> Path:
