@@ -410,10 +410,37 @@ def test_a_machine_without_the_package_is_one_line(launch, start, odd_machine, t
     assert "\n" not in str(e.value)
 
 
-def act(key: str) -> Step:
+def act(key: str, do: str = "finish", needs: Needs = Needs(), **config: Any) -> Step:  # noqa: B008
     record = {"seed": 5, "model": "", "backend": None, "teacher_backend": None, "inputs": {}, "data": {}, "models": {}}
-    record["component"] = {"kind": "source", "name": "act", "config": {}}
-    return Step(key=key, kind="data", labels=(f"data/{key}",), needs=Needs(), record=record, modules=frozenset())
+    record["component"] = {"kind": "source", "name": "act", "config": {"do": do, **config}}
+    return Step(key=key, kind="data", labels=(f"data/{key}",), needs=needs, record=record, modules=frozenset())
+
+
+def test_time_limits_and_ctrl_c_end_steps_with_all_that_they_started(launch, processes, tmp_path):
+    class Stops(Silent):
+        """Is Ctrl-C, once the step `b` has its family."""
+
+        def started(self, key, label, attempt):
+            if key == "b":
+                processes.until((tmp_path / "b").exists)
+                processes.until(lambda: (tmp_path / "b").read_text().endswith("\n"))
+                raise KeyboardInterrupt
+
+    def go(*steps: Step) -> Summary:
+        return run(steps, store, launcher, plugins.load([ACTING]), host=host(), progress=Stops())
+
+    def trace(key: str) -> list[int]:
+        return [int(word) for line in (tmp_path / key).read_text().splitlines() for word in line.split()[1:]]
+
+    store, launcher = Store.create(tmp_path / "store"), launch("numpy")
+    late = act("a", "family", Needs(timeout_s=5.0), trace=str(tmp_path / "a"))
+    assert go(late).counts == {"timeout": 1}
+    assert store.status("a").reason == "not done after 5 s"
+    processes.gone_soon(trace("a"))
+    summary = go(act("b", "family", trace=str(tmp_path / "b")))
+    assert (summary.counts, summary.stopped) == ({"cancelled": 1}, True)
+    processes.gone_soon(trace("b"))
+    assert go(act("c")).counts == {"ok": 1}
 
 
 def test_what_a_lost_machine_did_is_done_on_another(cluster, launch, processes, tmp_path):
