@@ -146,5 +146,5 @@ def gated(y: Tensor, z: Tensor, gate: Gate) -> Tensor:
     """y [B * T, H P] behind the gate and its norm."""
     if gate.weight is not None:
         return gated_norm(y, z, gate.weight, gate.bias, gate.width, gate.eps)
-    opened = z if gate.bias is None else z.to(compute_dtype(z)) + gate.bias
+    opened = z.to(y.dtype) if gate.bias is None else z.to(compute_dtype(z)) + gate.bias
     return (y * F.silu(opened)).to(z.dtype)

@@ -60,8 +60,14 @@ def test_of_a_hybrid(half):
     logits_are_the_models(half, "enter", "decode_attention", "fused_step")
 
 
-def test_of_a_hybrid_that_rotates_b_and_c(llama, tmp_path):
-    Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, rope="kept")).convert(llama, [1], tmp_path / "mamba2", seed=0)
+@pytest.mark.parametrize(
+    "options",
+    [{"rope": "kept"}, {"rope": "kept", "norm": "none", "gate": "open", "activation": "none"}],
+    ids=str,
+)
+def test_of_a_hybrid_with_options(options, llama, tmp_path):
+    """B and C that are rotated, and gates with a bias and no norm."""
+    Mamba2HybridBackend(Mamba2HybridConfig(chunk=8, **options)).convert(llama, [1], tmp_path / "mamba2", seed=0)
     logits_are_the_models(tmp_path / "mamba2", "enter", "decode_attention", "fused_step")
 
 

@@ -174,6 +174,22 @@ def test_in_the_interpreter_one_kernel_of_a_mamba2_layer_keeps_it(
     assert set(ran) == {"fused_step"}
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("kinds", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float64", "float64")], ids=str)
+def test_a_gate_without_a_norm_is_that_of_prompts(biased: bool, kinds: tuple[str, str], half: Path) -> None:
+    """To the bit, where separate kernels or PyTorch make the steps, which may leave y unrounded."""
+    config = read_config(half)
+    config.mamba_norm, config.mamba_gate_bias = "none", biased
+    layer = mamba2.Mamba2(config)
+    dice = torch.Generator().manual_seed(0)
+    y, z = (torch.randn(2, 3, layer.inner, generator=dice).to(getattr(torch, kind)) for kind in kinds)
+    if layer.gate_bias is not None:
+        layer.gate_bias.data = torch.randn(layer.inner, generator=dice)
+    found = fused_step.gated(y.flatten(0, 1), z.flatten(0, 1), fused_step.Gate(None, layer.gate_bias))
+    assert found.dtype == z.dtype
+    assert torch.equal(found.view(z.shape), layer._gated(y.unflatten(2, (layer.heads, -1)), z))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rope", ["dropped", "kept"])
 def test_on_a_gpu_separate_kernels_of_a_mamba2_layer_keep_it(
