@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -29,14 +30,23 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def halt_a_step(pid: int) -> bool:
-    """Stops a step's child somewhere below a process, so that it does not end by itself; whether there was one."""
+    """Stops a step's child somewhere below a process, so that it does not end by itself; whether there was one that had
+    not done its step already."""
     for process in descendants(pid):
         with suppress(psutil.Error):
             parent = process.parent()
             if parent is not None and all(SERVER in " ".join(each.cmdline()) for each in (process, parent)):
                 process.suspend()
-                return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+                if not _has_done_its_step(process):
+                    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+                process.resume()
     return False
+
+
+def _has_done_its_step(process: psutil.Process) -> bool:
+    """Whether the outcome stands beside the records that a child has open."""
+    records = [Path(file.path) for file in process.open_files() if file.path.endswith("/events.jsonl")]
+    return any(file.with_name("outcome.json").exists() for file in records)
 
 
 def living(processes: Iterable[psutil.Process | int]) -> list[int]:
