@@ -48,6 +48,11 @@ def began(store: Path) -> dict[str, float]:
     return found
 
 
+def lost_or_again(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[str, ...]:
+    """Steps that had been finished and are not any more, or began another time since."""
+    return tuple(key for key, moment in before.items() if after.get(key) != moment)
+
+
 def environment(mark: str) -> dict[str, str]:
     return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONSAFEPATH": "1", MARK: mark}
 
@@ -83,7 +88,7 @@ def killed(words: Iterable[object], store: Path, after_s: float, *, finished: in
             run.kill()
     time.sleep(GRACE_S)
     after = began(store)
-    undone = tuple(key for key in before if after.get(key) != before[key])
+    undone = lost_or_again(before, after)
     if run.returncode != -signal.SIGKILL:
         assert run.returncode == 0
         assert not undone

@@ -76,10 +76,16 @@ def main() -> int:
                 sep="\n  ",
                 flush=True,
             )
+        before = tools.began(store)
         tools.at_once(command, runs=1)
+        undone = tools.lost_or_again(before, tools.began(store))
         same = tools.quality(store) == expected
-        bad += not same
-        print(f"store {stores}: complete, quality numbers {'equal' if same else 'DIFFERENT'}", flush=True)
+        bad += bool(undone or not same)
+        print(
+            f"store {stores}: complete, lost or done again at last: {len(undone)}, quality numbers "
+            f"{'equal' if same else 'DIFFERENT'}",
+            flush=True,
+        )
     print(f"{kills} kills, {stores} stores, {bad} of them not as they should be")
     return 1 if bad else 0
 
