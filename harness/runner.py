@@ -110,6 +110,8 @@ class Running:
     began: float
     """Monotonic time, for the timeout."""
     tail: Tail
+    over: bool = False
+    """Whether it was killed for its time, though it may take long to die."""
 
 
 def run(
@@ -309,8 +311,14 @@ class _Run:
         for running in list(self.running.values()):
             limit = running.step.needs.timeout_s
             code = running.handle.poll()
-            if code is None and time.monotonic() - running.began > limit:
-                running.handle.kill()
+            if code is None and not running.over and time.monotonic() - running.began > limit:
+                running.over = True
+                try:
+                    running.handle.kill()
+                except MambabenchError as error:
+                    self.progress.note(f"{running.step.labels[0]} is over its time, but {error}")
+                code = running.handle.poll()
+            if code is not None and running.over:
                 self._ended(running, self._outcome(running, "timeout", f"not done after {limit:g} s"))
             elif code is not None:
                 why = getattr(running.handle, "why", "") or _crash(code)

@@ -4,8 +4,10 @@ Kills, hangs, damaged steps and runs beside each other are in `test_runner`, `te
 """
 
 import itertools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +17,8 @@ from mambabench import MambabenchError, Needs
 from mambabench.harness import plugins, runner
 from mambabench.harness import store as store_module
 from mambabench.harness.environment import host
-from mambabench.harness.launchers.local import LocalLauncher
+from mambabench.harness.launchers.configs import LocalConfig
+from mambabench.harness.launchers.local import Child, LocalLauncher
 from mambabench.harness.locks import Lock
 from mambabench.harness.plugins import Registry
 from mambabench.harness.progress import Silent
@@ -124,6 +127,39 @@ def test_a_plug_in_that_fails_in_every_hook_stops_nothing(go: Go, tmp_path: Path
         ("mambabench_step_started", "SystemExit: no more"),
         ("mambabench_step_finished", "RuntimeError: never"),
     }
+
+
+class SlowToDie:
+    """A child that a kill does not end within the time that one waits for it, as where much memory is to be freed."""
+
+    def __init__(self, child: Child) -> None:
+        self.child, self.dies = child, math.inf
+
+    def poll(self) -> int | None:
+        if time.monotonic() > self.dies:
+            self.child.kill()
+        return self.child.poll()
+
+    def kill(self) -> None:
+        self.dies = time.monotonic() + 1.0
+        raise MambabenchError(f"process {self.child.pid} does not end, not even by SIGKILL")
+
+
+class Lingering(LocalLauncher):
+    def start(self, command: Sequence[str], needs: Needs, env: Mapping[str, str], log: Path) -> Any:
+        child = super().start(command, needs, env, log)
+        return SlowToDie(child) if child else None
+
+
+def test_a_hanging_step_that_is_slow_to_die_stops_no_other(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    steps = act("k", "hang", needs=Needs(timeout_s=1.0)), act("other", seconds=1.5)
+    with closing(Lingering(LocalConfig(jobs=2))) as launcher:
+        summary = run(steps, store, launcher, plugins.load([ACTING]), host=host(), progress=Silent())
+    assert summary.counts == {"ok": 1, "timeout": 1}
+    assert (summary.ran.count("k"), summary.outcomes["k"].reason) == (2, "not done after 1 s")
 
 
 def test_times_are_true_when_the_clock_jumps_in_a_step(go: Go, store: Store) -> None:
