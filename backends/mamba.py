@@ -181,13 +181,6 @@ class Mamba(nn.Module, ABC):
         )
         return b, c
 
-    def _gate(self, y: Tensor, z: Tensor) -> Tensor:
-        """y SiLU(z), in y's dtype (fp32 or better with a bias of the gate) and shape [B, L, …]; z [..., H P]."""
-        gate = z.to(y.dtype)
-        if self.gate_bias is not None:
-            gate = gate + self.gate_bias.to(compute_dtype(y))
-        return y * F.silu(gate).view(y.shape)
-
     def _conv(
         self,
         u: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels.conv import window_at
 from ..kernels.documents import Documents
+from ..kernels.gated_norm import silu_gated
 from ..kernels.multistep import Channels, Projected, selective_multistep, selective_ring_multistep
 from ..kernels.multistep.snapshot import selective_snapshot_multistep
 from ..kernels.scan.reference import compute_dtype
@@ -99,7 +100,7 @@ class Mamba1(Mamba):
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
         """What the output projection gets. y [B, L, D], z [..., D]."""
-        return self._gate(y, z).view(z.shape).to(z.dtype)
+        return silu_gated(y.reshape(z.shape), z, self.gate_bias).to(z.dtype)
 
     def forward(
         self,

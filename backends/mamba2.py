@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.documents import Documents
 from ..kernels.few_rows import Projection, Unscaled, divides
-from ..kernels.gated_norm import gated_norm
+from ..kernels.gated_norm import gated_norm, silu_gated
 from ..kernels.multistep import Rotation, convolve, folded, multistep
 from ..kernels.multistep.fused_step import Front, Gate, fused_step, tap_by_tap
 from ..kernels.multistep.snapshot import snapshot_multistep, snapshot_ring_multistep
@@ -93,7 +93,7 @@ class Mamba2(Mamba):
         """The gated norm per head or group, which the output projection gets. y [B, L, H, P], z [..., H P]."""
         y = y.reshape(z.shape)
         if self.norm is None:
-            return self._gate(y, z).to(z.dtype)
+            return silu_gated(y, z, self.gate_bias).to(z.dtype)
         return gated_norm(y, z, self.norm.weight, self.gate_bias, self.shape.normed, self.eps)
 
     def forward(

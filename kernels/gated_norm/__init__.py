@@ -1,11 +1,12 @@
-"""The gated norm over heads behind the scan of Mamba-2."""
+"""The gate behind the scans of Mamba layers, and Mamba-2's norm over heads behind it."""
 
 from torch import Tensor
 
 from ..support import chosen
 from . import fused, reference
+from .reference import silu_gated
 
-__all__ = ["gated_norm"]
+__all__ = ["gated_norm", "silu_gated"]
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: float) -> Tensor:

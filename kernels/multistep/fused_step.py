@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..few_rows import Unscaled
-from ..gated_norm import gated_norm
-from ..scan.reference import compute_dtype
+from ..gated_norm import gated_norm, silu_gated
 from ..support import Support, chosen, kernel
 from .ring import Plan, Ring, Rotation, convolve, convolve_supports, ring_multistep
 from .ring import supports as steps_support
@@ -146,5 +144,4 @@ def gated(y: Tensor, z: Tensor, gate: Gate) -> Tensor:
     """y [B * T, H P] behind the gate and its norm."""
     if gate.weight is not None:
         return gated_norm(y, z, gate.weight, gate.bias, gate.width, gate.eps)
-    opened = z.to(y.dtype) if gate.bias is None else z.to(compute_dtype(z)) + gate.bias
-    return (y * F.silu(opened)).to(z.dtype)
+    return silu_gated(y, z, gate.bias).to(z.dtype)
