@@ -134,7 +134,7 @@ def classify(error: BaseException) -> tuple[str, str]:
     if isinstance(error, MambabenchError):
         return "error", str(error)
     if (isinstance(error, OSError) and error.errno in disk_errors.FULL) or any(sign in text for sign in DISK_FULL):
-        return "error", f"the disk is full; free some space and run again with --retry ({text[:300]})"
+        return "error", f"{disk_errors.ADVICE} ({text[:300]})"
     if (
         isinstance(error, MemoryError | torch.OutOfMemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

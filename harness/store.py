@@ -405,6 +405,7 @@ class disk_errors:  # noqa: N801  (used like a function)
     """Turns errors of files and disks into one line."""
 
     FULL = (errno.ENOSPC, errno.EDQUOT)
+    ADVICE = "the disk is full; free some space and run again with --retry"
 
     def __init__(self, path: Path, what: str = "written") -> None:
         self.path, self.what = path, what
@@ -415,5 +416,5 @@ class disk_errors:  # noqa: N801  (used like a function)
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             full = error.errno in self.FULL
-            advice = "the disk is full; free some space and run again with --retry" if full else error.strerror or error
+            advice = self.ADVICE if full else error.strerror or error
             raise MambabenchError(f"{self.path}: cannot be {self.what}, {advice}") from error
