@@ -1,6 +1,7 @@
 """A registry with the toy components, a plan that uses them, and what runs of steps need: a store and a launcher."""
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,13 @@ from mambabench.harness.runner import PRELOADED
 from mambabench.harness.steps import Steps, expand
 from mambabench.harness.store import Store
 
-TOY = Path(__file__).with_name("toy.py")
+TOY, ACTING = (Path(__file__).with_name(f"{name}.py") for name in ("toy", "acting"))
+SEEING = """
+import torch
+from mambabench.harness import environment
+torch.cuda.is_available = lambda: True
+environment._nvml = lambda: (["a GPU"] * {gpus}, "1")
+"""
 
 PLAN = """
 schema = 1
@@ -115,3 +122,24 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher
         made.prepare(PRELOADED)
         yield made
         made.close()
+
+
+@pytest.fixture(scope="session")
+def run_on_gpus(
+    mambabench: Callable[..., subprocess.CompletedProcess[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_on_gpus(folder, plan, gpus, *words)`: runs a plan of components that act, where so many GPUs are made to be
+    seen; the store is `folder / "store"`."""
+
+    def run(folder: Path, plan: str, gpus: int, *words: object) -> subprocess.CompletedProcess[str]:
+        (folder / "seeing").mkdir()
+        (folder / "seeing" / "sitecustomize.py").write_text(SEEING.format(gpus=gpus))
+        (folder / "teacher").mkdir()
+        (folder / "teacher" / "config.json").write_text("{}")
+        file = folder / "plan.toml"
+        file.write_text(plan)
+        named = ("--store", folder / "store", "--gpus", ",".join(map(str, range(gpus))))
+        command = ("--plugin", ACTING, "run", file, *named, *words)
+        return mambabench(*command, on=[folder / "seeing"], XDG_RUNTIME_DIR=str(folder))
+
+    return run

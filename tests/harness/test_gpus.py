@@ -1,11 +1,8 @@
 """Two GPUs: quality side by side, speed alone, a training on both. The GPUs are ones that are made to be seen."""
 
-from pathlib import Path
-
 import pytest
 from mambabench.harness.store import Store
 
-ACTING = Path(__file__).with_name("acting.py")
 PLAN = """
 schema = 1
 name = "two"
@@ -38,25 +35,13 @@ seconds = 0.3
 [limits]
 train_gpus = 2
 """
-SEEING = """
-import torch
-from mambabench.harness import environment
-torch.cuda.is_available = lambda: True
-environment._nvml = lambda: (["a GPU", "a GPU"], "1")
-"""
 
 
 @pytest.fixture(scope="module")
-def outcomes(mambabench, tmp_path_factory):
+def outcomes(run_on_gpus, tmp_path_factory):
     """By label, each with its step's `begin` and `end` in Unix time."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "seeing").mkdir()
-    (folder / "seeing" / "sitecustomize.py").write_text(SEEING)
-    (folder / "teacher").mkdir()
-    (folder / "teacher" / "config.json").write_text("{}")
-    (folder / "two.toml").write_text(PLAN)
-    words = ("--plugin", ACTING, "run", folder / "two.toml", "--store", folder / "store", "--gpus", "0,1")
-    done = mambabench(*words, on=[folder / "seeing"], XDG_RUNTIME_DIR=str(folder))
+    done = run_on_gpus(folder, PLAN, 2)
     assert done.returncode == 0, done.stdout + done.stderr
     store = Store.open(folder / "store")
     found = {}
