@@ -1,28 +1,41 @@
-"""Forms of kernels: compiled side by side, timed in graphs.
+"""Forms of kernels: compiled side by side, timed in graphs, chosen once.
 
 Triton's autotuner tries a dozen forms of each kernel and compiles them one after the other, which for the kernels of
 a scan's forward and backward takes minutes on a machine that has not met them. Here they compile side by side, and what
-was chosen is kept beside what was compiled, since every step of a run is a process of its own."""
+was chosen is kept beside what was compiled, since every step of a run is a process of its own: of two forms that are
+about as fast, each process would else take another, with other roundings and other times."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
+import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from .support import timing_stream
+from .support import begins_early, timing_stream
+
+LOG = logging.getLogger("mambabench.kernels")
+F = TypeVar("F")
 
 WARMUP_MS, TIMED_MS = 5, 25
 """A quarter of what Triton takes for each form: still hundreds of calls."""
 THREADS = 16
 """At most: beyond it the interpreter's lock is what they wait for."""
+ROUNDS = 6
+"""In which forms take turns."""
+MARGIN = 1.015
+"""A form that is listed before others is taken though they are faster by this."""
+CHOICE = "form.json"
 
 
 @contextlib.contextmanager
@@ -40,24 +53,85 @@ def side_by_side(ignore_errors: bool) -> Iterator[None]:
         compiled.result()
 
 
-def graph_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Milliseconds of `calls` one after the other on the current GPU, in a graph, which the host does not slow down;
-    of each time that it is started."""
+def settled(kind: Iterable[object], forms: Sequence[F], choose: Callable[[], F]) -> F:
+    """What `choose` finds to be the fastest of `forms` for this kind of calls, in which a device stands for all GPUs of
+    its name. It is asked once for all processes that share a cache of what Triton compiled: until a source of the
+    kernels changes."""
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    asked = [triton.__version__, torch.__version__, _sources(), *map(_named, kind), *map(repr, forms)]
+    cache = get_cache_manager(hashlib.sha256("\n".join(asked).encode()).hexdigest())
+    if cache.get_file(CHOICE) is None:
+        found = choose()
+        LOG.debug("of %d forms %s is the fastest for %s", len(forms), found, asked[3 : -len(forms)])
+        # Another process may have found one meanwhile.
+        if cache.get_file(CHOICE) is None:
+            cache.put(json.dumps({"form": forms.index(found), "asked": asked[3:]}), CHOICE, binary=False)
+    path = cache.get_file(CHOICE)
+    assert path is not None
+    return forms[json.loads(Path(path).read_text(encoding="utf-8"))["form"]]
+
+
+def _named(part: object) -> str:
+    if isinstance(part, torch.device) and part.type == "cuda":
+        return f"{torch.cuda.get_device_name(part)}, {'early' if begins_early(part) else 'late'}"
+    return repr(part)
+
+
+@functools.cache
+def _sources() -> str:
+    """Of all kernels."""
+    found = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def fastest(ways: Mapping[F, Sequence[Callable[[], object]]]) -> F:
+    """The first form that is as fast as any but for MARGIN. Each has calls to make, one after the other; forms take
+    turns, so that nothing that changes meanwhile is one form's alone. What does not fit on the device is left out."""
+    import triton
+
+    graphs, pool = {}, torch.cuda.graph_pool_handle()
+    for form, calls in ways.items():
+        with contextlib.suppress(triton.TritonError):
+            graphs[form] = recorded(calls, pool)
+    times = dict(zip(graphs, map(min, started_ms([*graphs.values()], ROUNDS)), strict=True))
+    return next(form for form, ms in times.items() if ms <= MARGIN * min(times.values()))
+
+
+def recorded(calls: Sequence[Callable[[], object]], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """`calls` one after the other as a graph of the current GPU."""
     for call in calls[:3]:
         call()
     graph, stream = torch.cuda.CUDAGraph(), timing_stream(torch.device("cuda", torch.cuda.current_device()))
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         for call in calls:
             call()
-    times = []
-    for _ in range(repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        graph.replay()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after))
-    return times
+    return graph
+
+
+def started_ms(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int) -> list[list[float]]:
+    """Milliseconds of each graph in each round, in which one is started after the other. The host waits at the end
+    alone: the next one is always there, so that no time is the host's, but of the first few."""
+    marks = []
+    for _ in range(rounds):
+        for graph in graphs:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            graph.replay()
+            after.record()
+            marks.append((before, after))
+    marks[-1][1].synchronize()
+    times = [before.elapsed_time(after) for before, after in marks]
+    return [times[i :: len(graphs)] for i in range(len(graphs))]
+
+
+def graph_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Milliseconds of `calls` one after the other on the current GPU, in a graph, which the host does not slow down;
+    of each time that it is started."""
+    return started_ms([recorded(calls)], repeats)[0]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..tuning import graph_ms, side_by_side
+from ..tuning import fastest, settled, side_by_side
 from . import reference
 from .reference import Projection, Stream, Unscaled
 from .triton import APART, FORMS, Form, launch, normed, summed, tile_of
@@ -25,8 +25,6 @@ COLD = 160 << 20
 """Bytes of weights that do not fit in a cache."""
 CALLS = 8
 """In a graph that is timed."""
-MARGIN = 1.015
-"""A form that is listed before others is taken though they are faster by this: so that processes agree."""
 
 
 class Kind(NamedTuple):
@@ -63,11 +61,20 @@ def form_for(given: Projection, rows: int, out: torch.dtype) -> Form | None:
     kernels are faster."""
     kind = kind_of(given, rows, out)
     if kind not in _best:
-        weight = given.weight
-        if weight.nbytes < MEASURED or not weight.is_cuda or torch.cuda.is_current_stream_capturing():
+        if not measurable(given.weight):
             return usual(kind)
-        _best[kind] = tune(given, kind)
+        _best[kind] = settled(kind, forms_for(kind), partial(tune, given, kind))
     return _best[kind]
+
+
+def measurable(weight: Tensor) -> bool:
+    """Whether the form matters, and can be measured now."""
+    return weight.nbytes >= MEASURED and weight.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def forms_for(kind: Kind) -> list[Form | None]:
+    """Separate kernels last: none of them begins early, so that they take longer in a layer than alone."""
+    return [*FORMS, *(APART if kind.normed else ()), None]
 
 
 def usual(kind: Kind) -> Form:
@@ -128,7 +135,8 @@ def add_projected(
 
 
 def tune(given: Projection, kind: Kind) -> Form | None:
-    """Times every form on weights that take turns, so that they are not found in the cache, and separate kernels.
+    """Times every form on weights that take turns, so that they are not found in the cache, and separate kernels, with
+    the sum that these leave to the norm behind.
 
     None begins early: the same product would come next, whose own programs are in each other's way as those of a
     layer's kernels are not."""
@@ -138,29 +146,19 @@ def tune(given: Projection, kind: Kind) -> Form | None:
     x = torch.zeros(rows, kind.width, dtype=kind.dtype, device=kind.device)
     stream = Stream(x, None, summed(x, None)[1]) if kind.normed else Stream(x.new_zeros(rows, given.lines))
 
-    def ours(turn: Projection, form: Form, warmup: bool = False) -> object:
+    def run(turn: Projection, form: Form | None, warmup: bool = False) -> object:
+        if form is None and kind.normed:
+            return reference.project(turn, Stream(x, x), kind.out)
+        if form is None:
+            left = reference.add_projected(turn, x, stream)
+            return summed(left.h, left.added)
         if kind.normed:
             return project(x, turn, stream, kind.out, form, warmup, early=False)
         return add_projected(x, turn, stream, form, warmup, early=False)
 
-    def separate(turn: Projection) -> object:
-        if kind.normed:
-            return reference.project(turn, Stream(x, x), kind.out)
-        return reference.add_projected(turn, x, stream)
-
-    def time(form: Form) -> float:
-        try:
-            return milliseconds([partial(ours, turn, form) for turn in turns])
-        except triton.TritonError:
-            return float("inf")
-
-    def best(forms: Sequence[Form]) -> tuple[Form, float]:
-        compile_forms(lambda form, warmup: ours(given, form, warmup), forms)
-        times = {form: time(form) for form in forms}
-        return next((form, ms) for form, ms in times.items() if ms <= MARGIN * min(times.values()))
-
-    found, ms = best((*FORMS, *APART) if kind.normed else FORMS)
-    return found if ms <= milliseconds([partial(separate, turn) for turn in turns]) else None
+    forms = forms_for(kind)
+    compile_forms(lambda form, warmup: run(given, form, warmup), [form for form in forms if form is not None])
+    return fastest({form: [partial(run, turn, form) for turn in turns] for form in forms})
 
 
 def _copy(given: Projection) -> Projection:
@@ -172,8 +170,3 @@ def compile_forms(call: Callable[[Form, bool], object], forms: Sequence[Form]) -
     with side_by_side(ignore_errors=True):
         for form in forms:
             call(form, True)
-
-
-def milliseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Of `calls` one after the other; the best of three times."""
-    return min(graph_ms(calls, repeats=3))

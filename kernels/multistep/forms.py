@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
-from ..tuning import graph_ms, side_by_side
+from .. import tuning
+from ..tuning import side_by_side
 from .ring import Plan
 
 F = TypeVar("F")
@@ -23,9 +23,9 @@ COLD = 128 << 20
 """Bytes of checkpoints that do not fit in a cache."""
 
 
-def measurable(state: Tensor) -> bool:
+def measurable(state: Tensor, least: int = MEASURED) -> bool:
     """Whether memory is large enough for a form to matter, and can be measured now."""
-    return state.nbytes >= MEASURED and state.is_cuda and not torch.cuda.is_current_stream_capturing()
+    return state.nbytes >= least and state.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 def compiled(forms: Sequence[F], state: Tensor, run: Run[F]) -> None:
@@ -36,24 +36,20 @@ def compiled(forms: Sequence[F], state: Tensor, run: Run[F]) -> None:
             run(form, state, cursor, cursor, True)
 
 
-def fastest(forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats: int = 16) -> F:
-    """The form in which `run` takes the least time on checkpoints like `state`.
+def fastest(kind: Iterable[object], forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats: int = 16) -> F:
+    """The form in which `run` takes the least time on checkpoints like `state`, as `tuning.settled` has it.
 
     They are at every stage between two writes of the checkpoint, row by row and call by call, and they take turns, so
     that they are not found in the cache.
     """
-    checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
-    saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
-    stages = torch.arange(state.shape[0], device=state.device)
-    starts = [1 + ((stages + i * plan.replay // repeats) % plan.replay).int() for i in range(repeats)]
-    compiled(forms, state, run)
 
-    def milliseconds(form: F) -> float:
-        """Of the best of three graphs; no end of them where the form does not fit on the device."""
-        turns = [partial(run, form, checkpoints[i % len(checkpoints)], starts[i], saved, False) for i in range(repeats)]
-        try:
-            return min(graph_ms(turns, repeats=3))
-        except triton.TritonError:
-            return float("inf")
+    def choose() -> F:
+        checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
+        saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
+        stages = torch.arange(state.shape[0], device=state.device)
+        starts = [1 + ((stages + i * plan.replay // repeats) % plan.replay).int() for i in range(repeats)]
+        compiled(forms, state, run)
+        turns = [(checkpoints[i % len(checkpoints)], start, saved, False) for i, start in enumerate(starts)]
+        return tuning.fastest({form: [partial(run, form, *turn) for turn in turns] for form in forms})
 
-    return min(forms, key=milliseconds)
+    return tuning.settled(kind, forms, choose)

@@ -268,7 +268,7 @@ def form_for(new: Projected, layer: Channels, ring: Tensor, state: Tensor, plan:
         def run(form: Form, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
             return selective_ring_multistep(new, layer, scratch, checkpoint, start, saved, plan, form, warmup)
 
-        _best[kind] = fastest(forms_for(state), state, plan, run)
+        _best[kind] = fastest(kind, forms_for(state), state, plan, run)
     return _best.get(kind, FORMS[0])
 
 

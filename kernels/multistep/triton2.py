@@ -287,7 +287,7 @@ def form_for(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: P
         def run(form: Form, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
             return ring_multistep(scratch, C, A, D, checkpoint, start, saved, plan, form, warmup=warmup)
 
-        _best[kind] = fastest(forms_for(ring, state, plan), state, plan, run)
+        _best[kind] = fastest(kind, forms_for(ring, state, plan), state, plan, run)
     few = state.shape[0] * state.shape[1] < 2048 or ring.x.dtype == torch.float32
     return _best.get(kind, Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4))
 

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..few_rows import Unscaled
 from ..support import begun_early
-from .forms import fastest
+from .forms import fastest, measurable
 from .fused_step import gated, separate_step
 from .ring import between_tokens
 from .triton_fused_pieces import (
@@ -357,6 +357,8 @@ PIECES = 1
 """Of the checkpoint where it meets bf16 C: 1 is tf32, 2 and 3 are sums of as many bf16."""
 FEW = 32
 """Rows of a call up to which it is one kernel, as long as nothing was measured."""
+SMALL = 1 << 12
+"""Numbers of a head's state up to which its norm is made inside, as long as nothing was measured."""
 MEASURED = 1 << 18
 """Bytes of a checkpoint from which on forms are timed."""
 
@@ -369,36 +371,37 @@ def _tile(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def forms_for(state: Tensor, plan: Plan, gate: Gate) -> list[Form]:
-    """Those whose tiles a head fills, with the norm inside where a program has the whole group.
+def _whole(state: Tensor, plan: Plan, gate: Gate) -> bool:
+    """Whether a program can have a head whole, and make its norm.
 
     Products of 64 rows and more are of warp groups, which `triton2.forms_for` says when to trust.
     """
+    return gate.width == state.shape[2] and (_tile(state.shape[2]) < 64 or _tile(plan.replay) == 16)
+
+
+def forms_for(state: Tensor, plan: Plan, gate: Gate) -> list[Form]:
+    """Those whose tiles a head fills, with the norm inside where a program has the whole group."""
     width = _tile(state.shape[2])
     found = [form for form in FORMS if form.block <= width]
-    if gate.width == state.shape[2] and (width < 64 or _tile(plan.replay) == 16):
-        found = [Form(width, width // 16, normed=True), *found]
-    return found
+    return [Form(width, width // 16, normed=True), *found] if _whole(state, plan, gate) else found
 
 
-def usual(state: Tensor, gate: Gate) -> Form | None:
+def usual(state: Tensor, plan: Plan, gate: Gate) -> Form | None:
     """As long as nothing was measured."""
-    width = _tile(state.shape[2])
-    whole = gate.width == state.shape[2] and width == 16
-    return Form(16, 4, normed=whole) if state.shape[0] <= FEW else None
+    width, size = map(_tile, state.shape[2:])
+    inside = _whole(state, plan, gate) and width * size <= SMALL
+    return Form(width if inside else 16, 4, normed=inside) if state.shape[0] <= FEW else None
 
 
 def form_for(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate) -> Form | None:
     """The fastest where that can be measured now; None where separate kernels are faster."""
-    key = gate.width, gate.bias is None, gate.left
+    key = gate.width, gate.bias is None, gate.left, front.rotation is None
     groups = ring.x.shape[2], ring.B.shape[2], front.weight.shape
-    kind = *state.shape, *groups, plan.count, plan.replay, *key, ring.dt.shape[1], ring.x.dtype, state.device
-    kind = *kind, front.rotation is None
+    kind = *state.shape, *groups, plan, *key, ring.dt.shape[1], ring.x.dtype, state.device
     if kind not in _best:
-        few = state.nbytes < MEASURED or not state.is_cuda
-        if few or torch.cuda.is_current_stream_capturing():
-            return usual(state, gate)
-        _best[kind] = tune(u, z, front, ring, state, plan, gate)
+        if not measurable(state, MEASURED):
+            return usual(state, plan, gate)
+        _best[kind] = tune(kind, u, z, front, ring, state, plan, gate)
     return _best[kind]
 
 
@@ -407,21 +410,29 @@ def faster(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: 
     return form_for(u, z, front, ring, state, plan, gate) is not None
 
 
-def tune(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate) -> Form | None:
-    """Times every form, and separate kernels, on memory of their own."""
+def tune(
+    kind: tuple[Any, ...], u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate
+) -> Form | None:
+    """Times every form, and separate kernels, on memory of their own.
+
+    Each call stands behind a kernel that lets none begin early, much as in a layer, where a product lets the next one
+    begin at its end: right behind another step, a step would read its checkpoint while that one is at work.
+    """
     kept, dt = torch.zeros_like(front.kept), torch.zeros_like(ring.dt)
     x, B = kept.split([t.shape[2] * t.shape[3] for t in (ring.x, ring.B)], dim=2)
     scratch = dataclasses.replace(ring, x=x.unflatten(2, ring.x.shape[2:]), B=B.unflatten(2, ring.B.shape[2:]), dt=dt)
     own = dataclasses.replace(front, window=torch.zeros_like(front.window), kept=kept)
     decay = skip = torch.zeros_like(front.dt_bias)
+    ahead = torch.zeros_like(decay)
 
     def run(form: Form | None, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> object:
         given = u, z, own, scratch, decay, skip, checkpoint, start, saved, plan, gate
-        if form is not None:
-            return fused_step(*given, form, warmup=warmup)
-        return None if warmup else separate_step(*given)
+        if warmup:
+            return fused_step(*given, form, warmup=True) if form is not None else None
+        ahead.mul_(0)
+        return fused_step(*given, form) if form is not None else separate_step(*given)
 
-    return fastest([*forms_for(state, plan, gate), None], state, plan, run)
+    return fastest(kind, [*forms_for(state, plan, gate), None], state, plan, run)
 
 
 def fused_step(

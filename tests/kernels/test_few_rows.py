@@ -222,11 +222,13 @@ def test_reasons_are_given_where_the_kernel_does_not_serve(monkeypatch) -> None:
 
 @pytest.fixture
 def timed(interpreted, monkeypatch):
-    """Forms are timed by a table, in milliseconds; separate kernels take one."""
-    times = {}
+    """Forms are timed by a table, in milliseconds; separate kernels take one. Each choice is a new process's."""
+    times, tuning = {None: 1.0}, importlib.import_module("mambabench.kernels.tuning")
     monkeypatch.setattr(interpreted, "compile_forms", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(tuning, "recorded", lambda calls, pool: calls)
     monkeypatch.setattr(
-        interpreted, "milliseconds", lambda calls: times.get(calls[0].args[1], 2.0) if calls[0].args[1:] else 1.0
+        tuning, "started_ms", lambda graphs, rounds: [[times.get(calls[0].args[1], 2.0)] for calls in graphs]
     )
     return times
 
@@ -238,6 +240,40 @@ def test_the_first_form_is_chosen_that_is_as_fast_as_any(interpreted, timed) -> 
     slow, fast, other = (interpreted.FORMS[i] for i in (1, 3, 5))
     timed.update({slow: 0.9, fast: 0.505, other: 0.5})
     assert interpreted.tune(into, kind) == fast
+    timed[None] = 0.499
+    assert interpreted.tune(into, kind) == fast
+    timed[None] = 0.49
+    assert interpreted.tune(into, kind) is None
+
+
+def test_all_processes_choose_alike_where_two_ways_are_as_fast(interpreted, timed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(interpreted, "measurable", lambda weight: True)
+    _, _, out, x, _ = drawn(1, 64, 32)
+    first, second = interpreted.FORMS[:2]
+    found = []
+    for times in ({first: 1.03, second: 0.99}, {first: 0.99, second: 1.03}, {first: 1.03, second: 1.03}):
+        timed.update(times)
+        monkeypatch.setattr(interpreted, "_best", {})
+        found.append(interpreted.form_for(out, len(x), x.dtype))
+    assert found == [second] * 3
+
+
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "sum"])
+def test_separate_kernels_are_timed_with_all_that_the_others_do(interpreted, timed, normed, monkeypatch) -> None:
+    """A sum that is left to the norm behind it is a kernel of that one's."""
+    into, _, out, *_ = drawn(1, 64, 32)
+    given = into if normed else out
+    ways = {}
+    monkeypatch.setattr(interpreted, "fastest", ways.update)
+    interpreted.tune(given, interpreted.kind_of(given, 1, torch.float32))
+    made = ways[None][0]()
+    if normed:
+        assert made[0].shape == (1, 32)
+    else:
+        total, squares = made
+        assert torch.equal(total, F.linear(torch.zeros(1, 64), out.weight, out.bias))
+        near(squares.sum(1), total.double().square().sum(1), 1e-6)
 
 
 def test_one_form_serves_all_calls_of_up_to_sixteen_rows(interpreted) -> None:

@@ -1,5 +1,7 @@
 """Steps of a Mamba-2 layer by one kernel are those of separate ones, in Triton's interpreter and on a GPU."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -223,6 +225,83 @@ def test_a_reason_is_given_where_separate_kernels_run(monkeypatch, asked, change
     u, z, front, rings, _, _, state, *_, gate = found
     assert reason in room.supports(u, z, front, rings, state, plan, gate).reason
     assert bool(reason) is not bool(room.supports(u, z, front, rings, state, plan, gate))
+
+
+@pytest.mark.parametrize(
+    ("shape", "replay", "gate", "form"),
+    [
+        ((8, 4, 4, 8, 64, 64), 16, HEAD, (64, 4, True)),
+        ((8, 4, 4, 8, 33, 64), 16, BIASED, (64, 4, True)),
+        ((8, 4, 4, 8, 64, 64), 17, HEAD, (16, 4, False)),
+        ((8, 4, 4, 8, 64, 65), 16, HEAD, (16, 4, False)),
+        ((8, 4, 4, 8, 8, 8), 17, HEAD, (16, 4, True)),
+        ((8, 4, 4, 8, 64, 64), 16, OPEN, (16, 4, False)),
+        ((8, 4, 4, 8, 64, 64), 16, (8, True), (16, 4, False)),
+    ],
+    ids=str,
+)
+def test_a_head_that_is_small_has_its_norm_inside_before_anything_is_measured(kernels, shape, replay, gate, form):
+    """As long as there is a form that makes it, in which products of 64 rows are trusted."""
+    plan = Plan(count=1, steps=1, replay=replay, settle=True)
+    layer = Layer(shape, plan, [0], [0], torch.bfloat16)
+    u, z, front, rings, _, _, state, *_, gate = layer.run(lambda *given: given, gate)["out"]
+    assert kernels.form_for(u, z, front, rings, state, plan, gate) == form
+    assert not form[2] or form[0] == kernels.forms_for(state, plan, gate)[0].block
+    many = state.expand(kernels.FEW + 1, *state.shape[1:])
+    assert kernels.form_for(u, z, front, rings, many, plan, gate) is None
+
+
+@pytest.fixture
+def chosen(kernels, monkeypatch, tmp_path):
+    """Chooses as a new process does that times forms as the table says, in milliseconds. Has their calls."""
+    tuning = importlib.import_module("mambabench.kernels.tuning")
+    calls = {}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(tuning, "recorded", lambda calls, pool: calls)
+
+    def choose(times, settle=True):
+        def started_ms(graphs, rounds):
+            calls.update({graph[0].args[0]: graph[0] for graph in graphs})
+            return [[times.get(form, 2.0)] for form in calls]
+
+        monkeypatch.setattr(tuning, "started_ms", started_ms)
+        plan = Plan(count=2, steps=3, replay=4, settle=settle)
+        layer = Layer(SHAPES["C per head"], plan, [1, 2], [0, 4], torch.float32)
+        u, z, front, rings, _, _, state, *_, gate = layer.run(lambda *given: given, HEAD)["out"]
+        monkeypatch.setattr(kernels, "_best", {})
+        monkeypatch.setattr(kernels, "measurable", lambda state, least: True)
+        return kernels.form_for(u, z, front, rings, state, plan, gate)
+
+    choose.calls = calls
+    return choose
+
+
+def test_all_processes_choose_alike_where_two_ways_are_as_fast(kernels, chosen):
+    inside, apart = kernels.Form(16, 1, True), kernels.Form(16, 4)
+    assert chosen({inside: 1.03, apart: 1.0}) == apart
+    assert chosen({inside: 1.0, apart: 1.03}) == apart
+    assert chosen({inside: 1.03, apart: 1.03, None: 1.0}) == apart
+    # Calls that write no checkpoint are other ones.
+    assert chosen({inside: 1.03, apart: 1.03, None: 1.0}, settle=False) is None
+
+
+def test_steps_are_timed_behind_another_kernel(kernels, chosen, monkeypatch):
+    """In a layer that is a product, never the steps of another layer."""
+    chosen({})
+    ran = []
+    for name in ("fused_step", "separate_step"):
+        monkeypatch.setattr(kernels, name, lambda *given, name=name, **named: ran.append(name))
+
+    class Launched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            ran.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Launched():
+        for form in (kernels.Form(16, 4), None):
+            chosen.calls[form]()
+    assert ran == ["mul_", "fused_step", "mul_", "separate_step"]
 
 
 TURNED = {f"{name}, rotated": (shape, True) for name, shape in SHAPES.items() if shape[5] % 2 == 0}

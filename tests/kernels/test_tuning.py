@@ -3,12 +3,14 @@
 import sys
 import threading
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mambabench.kernels.tuning import compile_side_by_side, graph_ms, side_by_side
+from mambabench.kernels import tuning
+from mambabench.kernels.tuning import compile_side_by_side, fastest, graph_ms, settled, side_by_side
 
 triton = pytest.importorskip("triton")
 FORMS = 3
@@ -105,6 +107,93 @@ def test_a_kernel_that_prunes_its_forms_itself_is_left_alone(tuner: Any) -> None
     tuner.early_config_prune = own
     compile_side_by_side(("tuned_kernels",))
     assert tuner.early_config_prune is own
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls say how many milliseconds they take. Returns the forms that graphs were started of, in order."""
+    started: list[str] = []
+
+    def started_ms(graphs: list[Any], rounds: int) -> list[list[float]]:
+        times = [[graph[0]() for graph in graphs] for _ in range(rounds)]
+        return [list(each) for each in zip(*times, strict=True)]
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(tuning, "recorded", lambda calls, pool: calls)
+    monkeypatch.setattr(tuning, "started_ms", started_ms)
+    return started
+
+
+def test_the_first_form_is_taken_that_is_as_fast_as_any(clock: list[str]) -> None:
+    """At its best: other work on a device makes any form slow at times."""
+
+    def way(name: str, *times: float) -> list[Callable[[], float]]:
+        turns = iter(times * tuning.ROUNDS)
+
+        def call() -> float:
+            clock.append(name)
+            return next(turns)
+
+        return [call]
+
+    ways = {"slow": way("slow", 1.1), "near": way("near", 5.0, 1.01), "best": way("best", 1.0, 7.0)}
+    assert fastest(ways) == "near"
+    assert clock == ["slow", "near", "best"] * tuning.ROUNDS
+
+
+def test_a_form_that_does_not_fit_on_the_device_is_left_out(clock: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(calls: list[Callable[[], float]], pool: object) -> list[Callable[[], float]]:
+        if calls[0]() < 1:
+            raise triton.TritonError("too much shared memory")
+        return calls
+
+    monkeypatch.setattr(tuning, "recorded", recorded)
+    assert fastest({"large": [lambda: 0.5], "small": [lambda: 1.0]}) == "small"
+
+
+def test_forms_are_settled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is the fastest when it is asked for again, on another GPU of that name."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU {device.index // 2}")
+    monkeypatch.setattr(tuning, "begins_early", lambda device: True)
+    forms, found = ["one", "two", None], []
+
+    def asked(*kind: object, choice: str | None, forms: list[str | None] = forms) -> str | None:
+        def choose() -> str | None:
+            found.append(choice)
+            return choice
+
+        return settled(kind, forms, choose)
+
+    first, same, other = (torch.device("cuda", index) for index in range(3))
+    assert asked(7, first, choice="two") == "two"
+    assert asked(7, same, choice=None) == "two"
+    assert asked(7, first, choice="one") == "two"
+    assert found == ["two"]
+    assert asked(8, first, choice="one") == "one"
+    assert asked(7, other, choice=None) is None
+    assert asked(7, other, choice="one") is None
+    assert asked(7, first, choice="one", forms=["one", None]) == "one"
+    monkeypatch.setattr(tuning, "_sources", lambda: "other kernels")
+    assert asked(7, first, choice="one") == "one"
+    assert found == ["two", "one", None, "one", "one"]
+
+
+def test_of_two_processes_that_choose_at_once_one_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    forms = ["one", "two"]
+
+    def choose() -> str:
+        settled(("kind",), forms, lambda: "two")
+        return "one"
+
+    assert settled(("kind",), forms, choose) == "two"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_form_with_less_to_do_is_the_fastest() -> None:
+    few, many = (torch.zeros(1 << size, device="cuda") for size in (20, 26))
+    assert fastest({"many": [lambda: many.add_(1)] * 4, "few": [lambda: few.add_(1)] * 4}) == "few"
 
 
 @pytest.mark.gpu
