@@ -40,13 +40,13 @@ CALLS, REPLAY = 32, 16
 
 
 class Layer:
-    """Buffers of one copy of a layer with its projections; rows are at every stage between two writes of the
+    """Buffers of one copy of a layer with its projections; rows and copies are at every stage between two writes of the
     checkpoint."""
 
-    def __init__(self, name: str, batch: int, count: int, rotated: bool) -> None:
+    def __init__(self, name: str, batch: int, count: int, rotated: bool, stage: int = 0) -> None:
         shape, hidden = SHAPES[name]
         self.count, self.made = count, inputs.Mamba2(shape, batch, Plan(count, count, REPLAY, True), rotated=rotated)
-        start = (1 + torch.arange(batch, device="cuda") % (REPLAY - count + 1)).int()
+        start = (1 + (stage + torch.arange(batch, device="cuda")) % REPLAY).int()
         self.turn = inputs.Turn(start, torch.zeros_like(start))
         self.inner, self.lines = len(self.made.norm), len(self.made.norm) + self.made.u.shape[2]
 
@@ -104,7 +104,8 @@ def layer_us(layers: list[Layer], way: Callable[..., Tensor | Unscaled]) -> floa
 
 def measure(name: str, batch: int, count: int, args: argparse.Namespace) -> None:
     first = Layer(name, batch, count, args.rotated)
-    layers = [first, *(Layer(name, batch, count, args.rotated) for _ in range(min(15, COLD // first.bytes())))]
+    others = range(1, min(CALLS // 2, 1 + COLD // first.bytes()))
+    layers = [first, *(Layer(name, batch, count, args.rotated, stage) for stage in others)]
     *_, state, _, _, plan, gate = first.given()
     forms = triton2_fused.forms_for(state, plan, gate)
     forms = forms if args.form is None else [forms[args.form]]
@@ -126,7 +127,9 @@ def measure(name: str, batch: int, count: int, args: argparse.Namespace) -> None
             line += (
                 f"; a layer: separate {layer_us(layers, separate_step):.1f}, one {layer_us(layers, ways[best]):.1f} us"
             )
-    print(line, flush=True)
+    u, z, front, ring, *_ = first.given()
+    chosen = triton2_fused.form_for(u, z, front, ring, state, plan, gate)
+    print(f"{line}; chosen is {'separate' if chosen is None else tuple(chosen)}", flush=True)
     print("    " + ", ".join(f"{tuple(map(int, form))} {wrong[form] or f'{times[form]:.1f}'}" for form in forms))
 
 
