@@ -7,10 +7,9 @@ of each window is kept beside what came.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
-
-import torch
 
 from ..harness.interfaces import Emit, Limits, Stepper
 
@@ -24,6 +23,10 @@ PRIOR = 2.0
 """Rounds' worth of belief that a draft stands as often as all others do; of all, that it stands every other time."""
 
 
+Seconds = Callable[[int, int], float]
+"""What each of so many rounds of K drafts takes: of K and how many."""
+
+
 class CostTable:
     """Seconds of a round with K = 1, 2, … drafts, by batch size and kind of sampling, of the model last asked for."""
 
@@ -31,30 +34,21 @@ class CostTable:
         self._model: Stepper | None = None
         self._known: dict[tuple[int, bool, int], list[float]] = {}
 
-    def of(self, model: Stepper, batch: int, limits: Limits, k: int, play: Callable[[int], None]) -> list[float]:
-        """Looks costs up, or measures them by playing rounds of a text that is not changed by it."""
+    def of(self, model: Stepper, batch: int, limits: Limits, k: int, seconds: Seconds) -> list[float]:
+        """Looks costs up, or measures them by rounds that change no text."""
         if self._model is not model:
             self._model, self._known = model, {}
         key = (batch, limits.temperature > 0, k)
         if key not in self._known:
-            self._known[key] = [cost(model, drafts, play) for drafts in range(1, k + 1)]
+            self._known[key] = [cost(model, drafts, seconds) for drafts in range(1, k + 1)]
         return self._known[key]
 
 
-def cost(model: Stepper, k: int, play: Callable[[int], None]) -> float:
+def cost(model: Stepper, k: int, seconds: Seconds) -> float:
     """Seconds of a round of k drafts, where the host does nothing but start rounds."""
+    seconds(k, UNTIMED)
     in_a_row = IN_A_ROW if model.device.startswith("cuda") else 1
-    for _ in range(UNTIMED):
-        play(k)
-    times = []
-    for _ in range(TIMED):
-        _wait(model)
-        began = time.perf_counter()
-        for _ in range(in_a_row):
-            play(k)
-        _wait(model)
-        times.append((time.perf_counter() - began) / in_a_row)
-    return sorted(times)[TIMED // 2]
+    return statistics.median(seconds(k, in_a_row) for _ in range(TIMED))
 
 
 class Chooser:
@@ -133,8 +127,3 @@ class Chooser:
             seconds = (time.perf_counter() - self._began) / self._rounds
             tokens = 1 + sum(count for _, count in self._seen) / len(self._seen)
             self._kept.append((self.k, self._rounds, *self._foreseen, seconds, tokens))
-
-
-def _wait(model: Stepper) -> None:
-    if model.device.startswith("cuda"):
-        torch.cuda.synchronize(model.device)

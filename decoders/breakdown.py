@@ -7,7 +7,7 @@ that the profiler's list of kernels shows which part each is of, also in a recor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -93,8 +93,7 @@ def breakdown(
         for _ in range(WARM):
             rounds.play(rounds.k)
         kernels, seconds = _sections(model.device, rounds, count)
-        on_gpu = model.device.startswith("cuda")
-        alone = _timed(lambda: rounds.play(rounds.k), count) if on_gpu else sum(seconds.values())
+    alone = rounds.seconds(rounds.k, count) if model.device.startswith("cuda") else sum(seconds.values())
     rounds.board.results.drop()
     # The profiler may slow kernels down, so that they took longer than rounds without it.
     alone = max(alone, sum(seconds.values()))
@@ -141,18 +140,6 @@ def _answered(decoder: Profiled, model: Stepper, prompts: Sequence[Prompt], limi
         return 0.0
     (begun, before), (ended, after) = reached[0], reached[-1]
     return (ended - begun) / (after - before)
-
-
-def _timed(work: Callable[[], None], count: int) -> float:
-    """Seconds of one piece of work on a GPU, where the next is always waiting."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(count):
-        work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / count
 
 
 def _sections(device: str, rounds: Rounds, count: int) -> tuple[dict[str, float], dict[str, float]]:

@@ -91,7 +91,7 @@ class SpeculativeDecoder:
         batch.begin(rounds.first())
         chooser = None
         if self.window and batch.running:
-            costs = self._costs.of(model, len(prompts), limits, self.k, rounds.try_out)
+            costs = self._costs.of(model, len(prompts), limits, self.k, rounds.seconds)
             chooser = Chooser(costs, self.window)
         run(batch, rounds, self.look, chooser)
         if chooser is not None:
@@ -110,8 +110,8 @@ class SpeculativeDecoder:
         rounds.open_draft()
         rounds.first()
         if self.window:
-            return dict(enumerate(self._costs.of(model, len(prompts), limits, self.k, rounds.try_out), 1))
-        return {self.k: cost(model, self.k, rounds.try_out)}
+            return dict(enumerate(self._costs.of(model, len(prompts), limits, self.k, rounds.seconds), 1))
+        return {self.k: cost(model, self.k, rounds.seconds)}
 
     def profile(
         self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int

@@ -46,7 +46,7 @@ class StandardDecoder:
         rounds = self.rounds(model, prompts, limits)
         rounds.prefill()
         rounds.first()
-        return {0: cost(model, 0, rounds.try_out)}
+        return {0: cost(model, 0, rounds.seconds)}
 
     def profile(
         self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int

@@ -1,3 +1,6 @@
+import time
+from contextlib import contextmanager
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -5,6 +8,7 @@ from mambabench.decoders.adaptive import Chooser, CostTable
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
+from mambabench.decoders.texts import Texts
 from mambabench.harness.conformance_decoders import answer_with_records, check_decoder, check_records
 from mambabench.harness.interfaces import Limits, Prompt, silent
 from mambabench.harness.mockmodel import MockStepper
@@ -63,16 +67,21 @@ def test_a_request_of_one_window_has_nothing_to_compare():
 
 def test_costs_are_measured_once_for_a_batch_size_of_a_model():
     played = []
+
+    def seconds(k, count):
+        played.append(k)
+        return k / 8
+
     costs, model, limits = CostTable(), MockStepper(), Limits(new_tokens=1)
-    first = costs.of(model, 2, limits, 3, played.append)
-    assert len(first) == 3
+    first = costs.of(model, 2, limits, 3, seconds)
+    assert first == [1 / 8, 2 / 8, 3 / 8]
     assert set(played) == {1, 2, 3}
     count = len(played)
-    assert costs.of(model, 2, limits, 3, played.append) == first
+    assert costs.of(model, 2, limits, 3, seconds) == first
     assert len(played) == count
-    costs.of(model, 1, limits, 3, played.append)
+    costs.of(model, 1, limits, 3, seconds)
     assert len(played) == 2 * count
-    costs.of(MockStepper(), 2, limits, 3, played.append)
+    costs.of(MockStepper(), 2, limits, 3, seconds)
     assert len(played) == 3 * count
 
 
@@ -94,6 +103,22 @@ def test_costs_are_told_of_every_k_that_may_be_chosen_and_change_no_text(window,
     assert list(costs) == known
     assert min(costs.values()) > 0
     assert answer_with_records(decoder, model, requests, limits)[0] == before
+
+
+def test_what_keeps_the_texts_as_they_are_is_no_part_of_a_cost(monkeypatch):
+    held = Texts.held
+
+    @contextmanager
+    def slowly(texts):
+        with held(texts):
+            time.sleep(0.05)
+            yield
+            time.sleep(0.05)
+
+    monkeypatch.setattr(Texts, "held", slowly)
+    model, limits, requests = MockStepper(), Limits(new_tokens=9), [Prompt((1, 2, 1))]
+    for decoder in (StandardDecoder(), SpeculativeDecoder(NgramDraft(), 2, window=2)):
+        assert all(0 < seconds < 0.05 for seconds in decoder.costs(model, requests, limits).values())
 
 
 def test_a_plain_step_has_a_cost_unless_the_model_has_a_loop_of_its_own():
