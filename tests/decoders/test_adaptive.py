@@ -1,10 +1,11 @@
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambabench.decoders.adaptive import Chooser, CostTable
+from mambabench.decoders.adaptive import Chooser, CostTable, cost
 from mambabench.decoders.ngram import NgramDraft
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
@@ -83,6 +84,20 @@ def test_costs_are_measured_once_for_a_batch_size_of_a_model():
     assert len(played) == 2 * count
     costs.of(MockStepper(), 2, limits, 3, seconds)
     assert len(played) == 3 * count
+
+
+@pytest.mark.parametrize(
+    ("device", "round_s", "in_a_row"), [("cpu", 1e-4, 1), ("cuda:0", 1e-4, 64), ("cuda:0", 5e-3, 4), ("cuda:0", 1.0, 1)]
+)
+def test_a_sample_of_costs_has_as_many_rounds_as_fit(device, round_s, in_a_row):
+    asked = []
+
+    def seconds(k, count):
+        asked.append(count)
+        return round_s
+
+    assert cost(SimpleNamespace(device=device), 1, seconds) == round_s
+    assert asked[-5:] == [in_a_row] * 5
 
 
 @pytest.mark.parametrize("limits", [Limits(new_tokens=1), Limits(new_tokens=9, stop_tokens=tuple(range(8)))])

@@ -150,6 +150,14 @@ def test_a_gate_may_declare_the_noise_between_processes(make):
     assert of(run(base, head, gates), "tpot")[0].verdict == "pass"
 
 
+def test_the_first_token_is_less_sure_between_processes_than_the_rest(make):
+    comparisons = run(make("base"), make("head"))
+    said = {name: of(comparisons, name)[0] for name in ("tpot", "ttft")}
+    assert "2.0 % between processes" in said["tpot"].reason
+    assert "15.0 % between processes" in said["ttft"].reason
+    assert said["ttft"].detectable > 0.5 > said["tpot"].detectable
+
+
 def test_more_rounds_for_the_same_text_fail_exactly(make):
     base, head = make("base", accepted=0.7), make("head", accepted=0.5)
     comparisons = run(base, head)
@@ -258,10 +266,10 @@ def test_a_process_counts_once_in_the_noise_between_processes(make, tmp_path):
     store = make("base", seeds=(0, 1, 2))
     copy = shutil.copytree(store, tmp_path / "copy")
     fresh = make("head", seeds=(0, 1, 2))
-    assert noise(store, store) == noise(store, copy) == (PROCESS_SD, math.inf)
+    assert noise(store, store) == noise(store, copy) == (PROCESS_SD["tpot_s"], math.inf)
     assert noise(store, fresh)[1] == 4
     copy_speed(store, fresh, seed=0)
-    assert noise(store, fresh) == (PROCESS_SD, math.inf), "2 of base, 1 of the two that head measured itself"
+    assert noise(store, fresh) == (PROCESS_SD["tpot_s"], math.inf), "2 of base, 1 of the two that head measured itself"
 
 
 def test_models_that_share_a_process_count_it_once(stores, tmp_path):
