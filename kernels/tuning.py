@@ -53,20 +53,25 @@ def side_by_side(ignore_errors: bool) -> Iterator[None]:
         compiled.result()
 
 
-def settled(kind: Iterable[object], forms: Sequence[F], choose: Callable[[], F]) -> F:
+def settled(kind: Iterable[object], forms: Sequence[F], choose: Callable[[], F], usual: F) -> F:
     """What `choose` finds to be the fastest of `forms` for this kind of calls, in which a device stands for all GPUs of
     its name. It is asked once for all processes that share a cache of what Triton compiled: until a source of the
-    kernels changes."""
+    kernels changes. Where there is no memory to find that out, the `usual` one serves."""
     import triton
     from triton.runtime.cache import get_cache_manager
 
     asked = [triton.__version__, torch.__version__, _sources(), *map(_named, kind), *map(repr, forms)]
     key = hashlib.sha256("\n".join(asked).encode()).hexdigest()
+    of = asked[3 : -len(forms)]
     kept = _kept(key, len(forms))
     if kept is not None:
         return forms[kept]
-    found = choose()
-    LOG.debug("of %d forms %s is the fastest for %s", len(forms), found, asked[3 : -len(forms)])
+    try:
+        found = choose()
+    except torch.OutOfMemoryError:
+        LOG.warning("no memory is left to time %d forms, so that %s is taken for %s", len(forms), usual, of)
+        return usual
+    LOG.debug("of %d forms %s is the fastest for %s", len(forms), found, of)
     # Another process may have found one meanwhile.
     if _kept(key, len(forms)) is None:
         choice = json.dumps({"form": forms.index(found), "asked": asked[3:]})

@@ -63,7 +63,7 @@ def form_for(given: Projection, rows: int, out: torch.dtype) -> Form | None:
     if kind not in _best:
         if not measurable(given.weight):
             return usual(kind)
-        _best[kind] = settled(kind, forms_for(kind), partial(tune, given, kind))
+        _best[kind] = settled(kind, forms_for(kind), partial(tune, given, kind), usual(kind))
     return _best[kind]
 
 

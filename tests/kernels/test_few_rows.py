@@ -259,6 +259,23 @@ def test_all_processes_choose_alike_where_two_ways_are_as_fast(interpreted, time
     assert found == [second] * 3
 
 
+def test_the_usual_form_serves_a_process_without_memory_to_time_others(interpreted, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(interpreted, "measurable", lambda weight: True)
+    monkeypatch.setattr(interpreted, "_best", {})
+    _, _, out, x, _ = drawn(1, 64, 32)
+    kind, asked = interpreted.kind_of(out, len(x), x.dtype), []
+
+    def full(given):
+        asked.append(given)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(interpreted, "_copy", full)
+    for _ in range(2):
+        assert interpreted.form_for(out, len(x), x.dtype) == interpreted.usual(kind)
+    assert len(asked) == 1, "what a row gives depends on no later call's memory"
+
+
 @pytest.mark.parametrize("normed", [True, False], ids=["norm", "sum"])
 def test_separate_kernels_are_timed_with_all_that_the_others_do(interpreted, timed, normed, monkeypatch) -> None:
     """A sum that is left to the norm behind it is a kernel of that one's."""

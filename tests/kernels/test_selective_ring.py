@@ -292,6 +292,21 @@ def test_in_the_interpreter_random_rounds_are_the_recurrence_over_what_was_kept(
     check_rounds(kernels, SHAPES[shape], replay, 30, "cpu")
 
 
+def test_without_memory_to_time_forms_the_usual_one_serves(kernels, monkeypatch, tmp_path):
+    plan = Plan(count=1, steps=1, replay=4, settle=True)
+    layer, _ = filled(SHAPES["the paper's"], plan, 2, torch.float32, 1, [0, 4], "cpu")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "measurable", lambda state: True)
+
+    def full(like):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros_like", full)
+    for _ in range(2):
+        form = kernels.form_for(layer.tokens(1), layer.channels, layer.ring, layer.state, plan)
+        assert form == kernels.FORMS[0]
+
+
 LARGE = {
     "Mamba-2.8B": shape(5120, 16, 1, 1, gate="plain"),
     "the paper's": shape(4096, 16, 64, 256, repeat=4, span=128, gate="plain"),

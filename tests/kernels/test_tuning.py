@@ -1,6 +1,7 @@
 """The forms of a tuned kernel are compiled at the same time, and all of them are still tried."""
 
 import errno
+import logging
 import sys
 import threading
 import types
@@ -166,7 +167,7 @@ def test_forms_are_settled_once_for_all_processes(tmp_path: Path, monkeypatch: p
             found.append(choice)
             return choice
 
-        return settled(kind, forms, choose)
+        return settled(kind, forms, choose, usual="none")
 
     first, same, other = (torch.device("cuda", index) for index in range(3))
     assert asked(7, first, choice="two") == "two"
@@ -183,7 +184,7 @@ def test_forms_are_settled_once_for_all_processes(tmp_path: Path, monkeypatch: p
 
 
 def settle(choose: Callable[[], str]) -> str:
-    return settled(("kind",), ["one", "two"], choose)
+    return settled(("kind",), ["one", "two"], choose, usual="usual")
 
 
 def test_of_two_processes_that_choose_at_once_one_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +237,22 @@ def test_what_a_choice_fails_with_is_told(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(OSError, match="No space left"):
         settle(choose)
+
+
+def test_without_memory_for_a_choice_the_usual_form_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This process alone: others may have memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def choose() -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with caplog.at_level(logging.WARNING):
+        assert settle(choose) == "usual"
+    assert ["memory" in told for told in caplog.messages] == [True]
+    assert settle(lambda: "two") == "two"
+    assert settle(choose) == "two"
 
 
 @pytest.mark.gpu
