@@ -263,7 +263,8 @@ def forms_for(state: Tensor) -> list[Form]:
 def form_for(new: Projected, layer: Channels, ring: Tensor, state: Tensor, plan: Plan) -> Form:
     """The fastest where memory is large enough for that to matter and can be measured now, else one that keeps a GPU
     busy."""
-    kind = *state.shape, layer.repeat, plan, new.rotary is None, new.x.dtype, state.device
+    read = *ring.shape[1:], new.C.shape[2], layer.repeat, new.z is None, new.rotary is None
+    kind = *state.shape, *read, plan, new.x.dtype, state.device
     if kind not in _best and measurable(state):
         _best[kind] = settled(kind, forms_for(state), partial(tune, new, layer, ring, state, plan), FORMS[0])
     return _best.get(kind, FORMS[0])
