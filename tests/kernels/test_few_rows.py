@@ -293,6 +293,20 @@ def test_separate_kernels_are_timed_with_all_that_the_others_do(interpreted, tim
         near(squares.sum(1), total.double().square().sum(1), 1e-6)
 
 
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "sum"])
+def test_what_is_made_once_for_weights_is_no_part_of_a_timed_call(interpreted, timed, normed, monkeypatch) -> None:
+    """Else the form that is timed first would have it in its time."""
+    into, _, out, *_ = drawn(1, 64, 32)
+    given, ways, made = into if normed else out, {}, []
+    monkeypatch.setattr(interpreted, "fastest", ways.update)
+    interpreted.tune(given, interpreted.kind_of(given, 1, torch.float32))
+    for call in ways[interpreted.FORMS[0]]:
+        known = set(vars(call.args[0]))
+        call()
+        made.append(set(vars(call.args[0])) - known)
+    assert made == [set()] * interpreted.CALLS
+
+
 def test_one_form_serves_all_calls_of_up_to_sixteen_rows(interpreted) -> None:
     into, *_ = drawn(1, 64, 32)
     kinds = {interpreted.kind_of(into, rows, torch.float32) for rows in range(1, 33)}
