@@ -116,10 +116,11 @@ class Rounds:
         with self.board.texts.held():
             if self.model.device.startswith("cuda"):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                stream = torch.cuda.current_stream(self.model.device)
                 self.play(k)
-                begin.record()
+                begin.record(stream)
                 self._repeat(k, count)
-                end.record()
+                end.record(stream)
                 end.synchronize()
                 whole = begin.elapsed_time(end) / 1e3
             else:

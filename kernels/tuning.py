@@ -53,24 +53,46 @@ def side_by_side(ignore_errors: bool) -> Iterator[None]:
         compiled.result()
 
 
-def settled(kind: Iterable[object], forms: Sequence[F], choose: Callable[[], F]) -> F:
+def settled(kind: Iterable[object], forms: Sequence[F], choose: Callable[[], F], usual: F) -> F:
     """What `choose` finds to be the fastest of `forms` for this kind of calls, in which a device stands for all GPUs of
     its name. It is asked once for all processes that share a cache of what Triton compiled: until a source of the
-    kernels changes."""
+    kernels changes. Where there is no memory to find that out, the `usual` one serves."""
     import triton
     from triton.runtime.cache import get_cache_manager
 
     asked = [triton.__version__, torch.__version__, _sources(), *map(_named, kind), *map(repr, forms)]
-    cache = get_cache_manager(hashlib.sha256("\n".join(asked).encode()).hexdigest())
-    if cache.get_file(CHOICE) is None:
+    key = hashlib.sha256("\n".join(asked).encode()).hexdigest()
+    of = asked[3 : -len(forms)]
+    kept = _kept(key, len(forms))
+    if kept is not None:
+        return forms[kept]
+    try:
         found = choose()
-        LOG.debug("of %d forms %s is the fastest for %s", len(forms), found, asked[3 : -len(forms)])
-        # Another process may have found one meanwhile.
-        if cache.get_file(CHOICE) is None:
-            cache.put(json.dumps({"form": forms.index(found), "asked": asked[3:]}), CHOICE, binary=False)
-    path = cache.get_file(CHOICE)
-    assert path is not None
-    return forms[json.loads(Path(path).read_text(encoding="utf-8"))["form"]]
+    except torch.OutOfMemoryError:
+        LOG.warning("no memory is left to time %d forms, so that %s is taken for %s", len(forms), usual, of)
+        return usual
+    LOG.debug("of %d forms %s is the fastest for %s", len(forms), found, of)
+    # Another process may have found one meanwhile.
+    if _kept(key, len(forms)) is None:
+        choice = json.dumps({"form": forms.index(found), "asked": asked[3:]})
+        try:
+            get_cache_manager(key).put(choice, CHOICE, binary=False)
+        except OSError as error:
+            LOG.warning("a choice cannot be kept, so that other processes may choose another form: %s", error)
+    kept = _kept(key, len(forms))
+    return found if kept is None else forms[kept]
+
+
+def _kept(key: str, count: int) -> int | None:
+    """Which of so many forms a process has chosen, unless none has, or what it left cannot be read."""
+    from triton.runtime.cache import get_cache_manager
+
+    try:
+        path = get_cache_manager(key).get_file(CHOICE)
+        form = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))["form"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return form if form in range(count) else None
 
 
 def _named(part: object) -> str:
@@ -90,13 +112,17 @@ def _sources() -> str:
 
 def fastest(ways: Mapping[F, Sequence[Callable[[], object]]]) -> F:
     """The first form that is as fast as any but for MARGIN. Each has calls to make, one after the other; forms take
-    turns, so that nothing that changes meanwhile is one form's alone. What does not fit on the device is left out."""
+    turns, so that nothing that changes meanwhile is one form's alone. What does not fit on the device is left out;
+    where nothing does, the last form's error says why."""
     import triton
 
-    graphs, pool = {}, torch.cuda.graph_pool_handle()
+    graphs, pool, last = {}, torch.cuda.graph_pool_handle(), [*ways][-1]
     for form, calls in ways.items():
-        with contextlib.suppress(triton.TritonError):
+        try:
             graphs[form] = recorded(calls, pool)
+        except triton.TritonError:
+            if form is last and not graphs:
+                raise
     times = dict(zip(graphs, map(min, started_ms([*graphs.values()], ROUNDS)), strict=True))
     return next(form for form, ms in times.items() if ms <= MARGIN * min(times.values()))
 

@@ -63,7 +63,7 @@ def form_for(given: Projection, rows: int, out: torch.dtype) -> Form | None:
     if kind not in _best:
         if not measurable(given.weight):
             return usual(kind)
-        _best[kind] = settled(kind, forms_for(kind), partial(tune, given, kind))
+        _best[kind] = settled(kind, forms_for(kind), partial(tune, given, kind), usual(kind))
     return _best[kind]
 
 
@@ -162,7 +162,10 @@ def tune(given: Projection, kind: Kind) -> Form | None:
 
 
 def _copy(given: Projection) -> Projection:
-    return Projection(given.weight.clone(), given.bias, given.norm, given.eps, given.gated)
+    """With what is made on first use, which would be a part of some form's time."""
+    copied = Projection(given.weight.clone(), given.bias, given.norm, given.eps, given.gated)
+    vars(copied).update(exact_norm=given.exact_norm, counters=given.counters)
+    return copied
 
 
 def compile_forms(call: Callable[[Form, bool], object], forms: Sequence[Form]) -> None:

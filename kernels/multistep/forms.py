@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -36,20 +36,16 @@ def compiled(forms: Sequence[F], state: Tensor, run: Run[F]) -> None:
             run(form, state, cursor, cursor, True)
 
 
-def fastest(kind: Iterable[object], forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats: int = 16) -> F:
-    """The form in which `run` takes the least time on checkpoints like `state`, as `tuning.settled` has it.
+def fastest(forms: Sequence[F], state: Tensor, plan: Plan, run: Run[F], repeats: int = 16) -> F:
+    """The form in which `run` takes the least time on checkpoints like `state`.
 
     They are at every stage between two writes of the checkpoint, row by row and call by call, and they take turns, so
     that they are not found in the cache.
     """
-
-    def choose() -> F:
-        checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
-        saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
-        stages = torch.arange(state.shape[0], device=state.device)
-        starts = [1 + ((stages + i * plan.replay // repeats) % plan.replay).int() for i in range(repeats)]
-        compiled(forms, state, run)
-        turns = [(checkpoints[i % len(checkpoints)], start, saved, False) for i, start in enumerate(starts)]
-        return tuning.fastest({form: [partial(run, form, *turn) for turn in turns] for form in forms})
-
-    return tuning.settled(kind, forms, choose)
+    checkpoints = [torch.zeros_like(state) for _ in range(min(repeats, 1 + COLD // state.nbytes))]
+    saved = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
+    stages = torch.arange(state.shape[0], device=state.device)
+    starts = [1 + ((stages + i * plan.replay // repeats) % plan.replay).int() for i in range(repeats)]
+    compiled(forms, state, run)
+    turns = [(checkpoints[i % len(checkpoints)], start, saved, False) for i, start in enumerate(starts)]
+    return tuning.fastest({form: [partial(run, form, *turn) for turn in turns] for form in forms})

@@ -13,6 +13,7 @@ channels, and neither sums over states nor what all states of a channel share ar
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..support import begun_early
+from ..tuning import settled
 from .forms import fastest, measurable
 from .ring import between_tokens
 from .triton_pieces import rotated, softplus
@@ -261,15 +263,21 @@ def forms_for(state: Tensor) -> list[Form]:
 def form_for(new: Projected, layer: Channels, ring: Tensor, state: Tensor, plan: Plan) -> Form:
     """The fastest where memory is large enough for that to matter and can be measured now, else one that keeps a GPU
     busy."""
-    kind = *state.shape, layer.repeat, plan, new.rotary is None, new.x.dtype, state.device
+    read = *ring.shape[1:], new.C.shape[2], layer.repeat, new.z is None, new.rotary is None
+    kind = *state.shape, *read, plan, new.x.dtype, state.device
     if kind not in _best and measurable(state):
-        scratch = torch.zeros_like(ring)
-
-        def run(form: Form, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
-            return selective_ring_multistep(new, layer, scratch, checkpoint, start, saved, plan, form, warmup)
-
-        _best[kind] = fastest(kind, forms_for(state), state, plan, run)
+        _best[kind] = settled(kind, forms_for(state), partial(tune, new, layer, ring, state, plan), FORMS[0])
     return _best.get(kind, FORMS[0])
+
+
+def tune(new: Projected, layer: Channels, ring: Tensor, state: Tensor, plan: Plan) -> Form:
+    """Times every form on memory of its own."""
+    scratch = torch.zeros_like(ring)
+
+    def run(form: Form, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
+        return selective_ring_multistep(new, layer, scratch, checkpoint, start, saved, plan, form, warmup)
+
+    return fastest(forms_for(state), state, plan, run)
 
 
 def selective_ring_multistep(

@@ -14,6 +14,7 @@ result needs, or rounded to tf32. That S' is added up apart and meets S in one m
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..support import begun_early
+from ..tuning import settled
 from .forms import fastest, measurable
 from .triton_pieces import after, exp, fetched, mixed, part, taken, times
 
@@ -279,17 +281,21 @@ def form_for(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: P
     """The fastest where memory is large enough for that to matter and can be measured now, else one that keeps a GPU
     busy: wider tiles only where there are many."""
     kind = _kind(ring, C, state, plan)
-    if kind not in _best and measurable(state):
-        scratch = dataclasses.replace(
-            ring, **{name: torch.zeros_like(getattr(ring, name)) for name in ("x", "B", "dt")}
-        )
-
-        def run(form: Form, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
-            return ring_multistep(scratch, C, A, D, checkpoint, start, saved, plan, form, warmup=warmup)
-
-        _best[kind] = fastest(kind, forms_for(ring, state, plan), state, plan, run)
     few = state.shape[0] * state.shape[1] < 2048 or ring.x.dtype == torch.float32
-    return _best.get(kind, Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4))
+    usual = Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4)
+    if kind not in _best and measurable(state):
+        _best[kind] = settled(kind, forms_for(ring, state, plan), partial(tune, ring, C, A, D, state, plan), usual)
+    return _best.get(kind, usual)
+
+
+def tune(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: Plan) -> Form:
+    """Times every form on memory of its own."""
+    scratch = dataclasses.replace(ring, **{name: torch.zeros_like(getattr(ring, name)) for name in ("x", "B", "dt")})
+
+    def run(form: Form, checkpoint: Tensor, start: Tensor, saved: Tensor, warmup: bool) -> Tensor:
+        return ring_multistep(scratch, C, A, D, checkpoint, start, saved, plan, form, warmup=warmup)
+
+    return fastest(forms_for(ring, state, plan), state, plan, run)
 
 
 def ring_multistep(

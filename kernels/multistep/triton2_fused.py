@@ -14,6 +14,7 @@ start - 1 are read: apart, since S' >= T + W - 1. A tile of the checkpoint is re
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..few_rows import Unscaled
 from ..support import begun_early
+from ..tuning import settled
 from .forms import fastest, measurable
 from .fused_step import gated, separate_step
 from .ring import between_tokens
@@ -401,7 +403,8 @@ def form_for(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan
     if kind not in _best:
         if not measurable(state, MEASURED):
             return usual(state, plan, gate)
-        _best[kind] = tune(kind, u, z, front, ring, state, plan, gate)
+        choose = partial(tune, u, z, front, ring, state, plan, gate)
+        _best[kind] = settled(kind, [*forms_for(state, plan, gate), None], choose, usual(state, plan, gate))
     return _best[kind]
 
 
@@ -410,9 +413,7 @@ def faster(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: 
     return form_for(u, z, front, ring, state, plan, gate) is not None
 
 
-def tune(
-    kind: tuple[Any, ...], u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate
-) -> Form | None:
+def tune(u: Tensor, z: Tensor, front: Front, ring: Ring, state: Tensor, plan: Plan, gate: Gate) -> Form | None:
     """Times every form, and separate kernels, on memory of their own.
 
     Each call stands behind a kernel that lets none begin early, much as in a layer, where a product lets the next one
@@ -432,7 +433,7 @@ def tune(
         ahead.mul_(0)
         return fused_step(*given, form) if form is not None else separate_step(*given)
 
-    return fastest(kind, [*forms_for(state, plan, gate), None], state, plan, run)
+    return fastest([*forms_for(state, plan, gate), None], state, plan, run)
 
 
 def fused_step(

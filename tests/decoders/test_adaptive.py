@@ -136,6 +136,33 @@ def test_what_keeps_the_texts_as_they_are_is_no_part_of_a_cost(monkeypatch):
         assert all(0 < seconds < 0.05 for seconds in decoder.costs(model, requests, limits).values())
 
 
+def test_rounds_are_timed_on_the_gpu_that_has_the_model(monkeypatch):
+    """Which need not be the current one."""
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream=None):
+            told.append(stream)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 6.0
+
+    model = MockStepper()
+    rounds = StandardDecoder().rounds(model, [Prompt((1, 2, 1))], Limits(new_tokens=9))
+    rounds.prefill()
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device=None: f"stream of {device}")
+    model.device = "cuda:1"
+    assert rounds.seconds(0, 3) == 2e-3
+    assert told == ["stream of cuda:1"] * 2
+
+
 def test_a_plain_step_has_a_cost_unless_the_model_has_a_loop_of_its_own():
     class Own(MockStepper):
         traits = frozenset({"generate"})

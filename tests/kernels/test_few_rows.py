@@ -259,6 +259,23 @@ def test_all_processes_choose_alike_where_two_ways_are_as_fast(interpreted, time
     assert found == [second] * 3
 
 
+def test_the_usual_form_serves_a_process_without_memory_to_time_others(interpreted, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(interpreted, "measurable", lambda weight: True)
+    monkeypatch.setattr(interpreted, "_best", {})
+    _, _, out, x, _ = drawn(1, 64, 32)
+    kind, asked = interpreted.kind_of(out, len(x), x.dtype), []
+
+    def full(given):
+        asked.append(given)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(interpreted, "_copy", full)
+    for _ in range(2):
+        assert interpreted.form_for(out, len(x), x.dtype) == interpreted.usual(kind)
+    assert len(asked) == 1, "what a row gives depends on no later call's memory"
+
+
 @pytest.mark.parametrize("normed", [True, False], ids=["norm", "sum"])
 def test_separate_kernels_are_timed_with_all_that_the_others_do(interpreted, timed, normed, monkeypatch) -> None:
     """A sum that is left to the norm behind it is a kernel of that one's."""
@@ -274,6 +291,20 @@ def test_separate_kernels_are_timed_with_all_that_the_others_do(interpreted, tim
         total, squares = made
         assert torch.equal(total, F.linear(torch.zeros(1, 64), out.weight, out.bias))
         near(squares.sum(1), total.double().square().sum(1), 1e-6)
+
+
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "sum"])
+def test_what_is_made_once_for_weights_is_no_part_of_a_timed_call(interpreted, timed, normed, monkeypatch) -> None:
+    """Else the form that is timed first would have it in its time."""
+    into, _, out, *_ = drawn(1, 64, 32)
+    given, ways, made = into if normed else out, {}, []
+    monkeypatch.setattr(interpreted, "fastest", ways.update)
+    interpreted.tune(given, interpreted.kind_of(given, 1, torch.float32))
+    for call in ways[interpreted.FORMS[0]]:
+        known = set(vars(call.args[0]))
+        call()
+        made.append(set(vars(call.args[0])) - known)
+    assert made == [set()] * interpreted.CALLS
 
 
 def test_one_form_serves_all_calls_of_up_to_sixteen_rows(interpreted) -> None:

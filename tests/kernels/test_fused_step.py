@@ -286,6 +286,18 @@ def test_all_processes_choose_alike_where_two_ways_are_as_fast(kernels, chosen):
     assert chosen({inside: 1.03, apart: 1.03, None: 1.0}, settle=False) is None
 
 
+def test_without_memory_to_time_forms_the_usual_one_serves(kernels, chosen, monkeypatch):
+    def full(like):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as without:
+        without.setattr(torch, "zeros_like", full)
+        assert chosen({None: 1.0}) == kernels.Form(16, 4, True)
+    assert chosen({None: 1.0}) is None
+    monkeypatch.setattr(torch, "zeros_like", full)
+    assert chosen({}) is None, "what is chosen needs no memory"
+
+
 def test_steps_are_timed_behind_another_kernel(kernels, chosen, monkeypatch):
     """In a layer that is a product, never the steps of another layer."""
     chosen({})

@@ -292,6 +292,38 @@ def test_in_the_interpreter_random_rounds_are_the_recurrence_over_what_was_kept(
     check_rounds(kernels, SHAPES[shape], replay, 30, "cpu")
 
 
+def test_layers_with_as_large_states_have_their_own_form(kernels, monkeypatch, tmp_path):
+    """Where they read other amounts beside these: models on one machine choose for each other."""
+    plan = Plan(count=1, steps=1, replay=4, settle=True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "measurable", lambda state: True)
+    timed = []
+    monkeypatch.setattr(kernels, "tune", lambda *given: timed.append(given) or kernels.FORMS[1])
+    layers = shape(64, 4, 1, 1), shape(64, 4, 16, 1), shape(64, 4, 1, 16), shape(64, 4, 1, 1, gate="plain")
+    for number, of in enumerate(layers, 1):
+        layer, _ = filled(of, plan, 2, torch.float32, 1, [0, 4])
+        given = layer.channels, layer.ring, layer.state, plan
+        for _ in range(2):
+            monkeypatch.setattr(kernels, "_best", {})
+            assert kernels.form_for(layer.tokens(1), *given) == kernels.FORMS[1]
+        assert len(timed) == number
+
+
+def test_without_memory_to_time_forms_the_usual_one_serves(kernels, monkeypatch, tmp_path):
+    plan = Plan(count=1, steps=1, replay=4, settle=True)
+    layer, _ = filled(SHAPES["the paper's"], plan, 2, torch.float32, 1, [0, 4])
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "measurable", lambda state: True)
+
+    def full(like):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros_like", full)
+    for _ in range(2):
+        form = kernels.form_for(layer.tokens(1), layer.channels, layer.ring, layer.state, plan)
+        assert form == kernels.FORMS[0]
+
+
 LARGE = {
     "Mamba-2.8B": shape(5120, 16, 1, 1, gate="plain"),
     "the paper's": shape(4096, 16, 64, 256, repeat=4, span=128, gate="plain"),

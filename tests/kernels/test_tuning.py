@@ -1,5 +1,7 @@
 """The forms of a tuned kernel are compiled at the same time, and all of them are still tried."""
 
+import errno
+import logging
 import sys
 import threading
 import types
@@ -149,6 +151,8 @@ def test_a_form_that_does_not_fit_on_the_device_is_left_out(clock: list[str], mo
 
     monkeypatch.setattr(tuning, "recorded", recorded)
     assert fastest({"large": [lambda: 0.5], "small": [lambda: 1.0]}) == "small"
+    with pytest.raises(triton.TritonError, match="too much shared memory"):
+        fastest({"large": [lambda: 0.5], "larger": [lambda: 0.4]})
 
 
 def test_forms_are_settled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +167,7 @@ def test_forms_are_settled_once_for_all_processes(tmp_path: Path, monkeypatch: p
             found.append(choice)
             return choice
 
-        return settled(kind, forms, choose)
+        return settled(kind, forms, choose, usual="none")
 
     first, same, other = (torch.device("cuda", index) for index in range(3))
     assert asked(7, first, choice="two") == "two"
@@ -179,15 +183,76 @@ def test_forms_are_settled_once_for_all_processes(tmp_path: Path, monkeypatch: p
     assert found == ["two", "one", None, "one", "one"]
 
 
+def settle(choose: Callable[[], str]) -> str:
+    return settled(("kind",), ["one", "two"], choose, usual="usual")
+
+
 def test_of_two_processes_that_choose_at_once_one_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    forms = ["one", "two"]
 
     def choose() -> str:
-        settled(("kind",), forms, lambda: "two")
+        settle(lambda: "two")
         return "one"
 
-    assert settled(("kind",), forms, choose) == "two"
+    assert settle(choose) == "two"
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", '{"form": 1', "[1]", "{}", '{"form": 2}', '{"form": -1}', '{"form": null}', "\udcff"]
+)
+def test_a_choice_that_is_damaged_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert settle(lambda: "one") == "one"
+    (kept,) = tmp_path.rglob(tuning.CHOICE)
+    kept.write_text(damaged, errors="surrogateescape")
+    assert settle(lambda: "two") == "two"
+    assert settle(lambda: "one") == "two"
+
+
+@pytest.mark.parametrize("where", ["full", "not a folder"])
+def test_a_choice_that_cannot_be_kept_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / where))
+    (tmp_path / "not a folder").touch()
+
+    def put(*given: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("triton.runtime.cache.FileCacheManager.put", put)
+    assert settle(lambda: "two") == "two"
+    assert settle(lambda: "one") == "one"
+    reason = "No space left on device" if where == "full" else "Not a directory"
+    for told in caplog.messages:
+        assert "so that other processes may choose another" in told
+        assert reason in told
+    assert len(caplog.messages) == 2
+
+
+def test_what_a_choice_fails_with_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def choose() -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        settle(choose)
+
+
+def test_without_memory_for_a_choice_the_usual_form_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This process alone: others may have memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def choose() -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with caplog.at_level(logging.WARNING):
+        assert settle(choose) == "usual"
+    assert ["memory" in told for told in caplog.messages] == [True]
+    assert settle(lambda: "two") == "two"
+    assert settle(choose) == "two"
 
 
 @pytest.mark.gpu
