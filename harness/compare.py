@@ -153,6 +153,9 @@ class _Run:
 
     def _by_seed(self, label: str, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Comparison]:
         """Quality where training was rerun: a metric of each seed is one value."""
+        sides = zip(("base", "head"), zip(*pairs, strict=True), strict=True)
+        lost = [name for name, of in sides if not all(side.has_artifact() for side in of)]
+        anew = "trained anew" + (f", perhaps: no artifact left in {' and '.join(lost)}" if lost else "")
         ratios: dict[str, tuple[str, list[float], list[float]]] = {}
         for base, head in pairs:
             for (task, metric), before, after in _tasks(base.frame("samples"), head.frame("samples")):
@@ -170,10 +173,10 @@ class _Run:
                 continue
             values = (float(np.mean(before_)), float(np.mean(after_)))
             difference = st.welch(before_, after_)
-            reason = f"trained anew, {len(before_)} seeds"
+            reason = f"{anew}, {len(before_)} seeds"
             if len(before_) < MIN_SEEDS:
                 difference = replace(difference, se=math.nan)
-                reason = f"trained anew; {MIN_SEEDS} seeds would decide, there are {len(before_)}"
+                reason = f"{anew}; {MIN_SEEDS} seeds would decide, there are {len(before_)}"
             yield _verdict(label, name, values, difference, rule, better, reason)
 
     def _latency(self, label: str, base: Side, head: Side) -> Iterator[Comparison]:

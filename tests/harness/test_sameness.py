@@ -1,0 +1,44 @@
+"""What two stores measured is known for the same by what is left of them."""
+
+import shutil
+
+import numpy as np
+import pytest
+from mambabench.harness.compare import compare
+from mambabench.harness.results import Results
+
+
+@pytest.fixture
+def make(stores, tmp_path):
+    """Makes a store in which a trained model is measured."""
+
+    def build(name, began):
+        builder = stores.Builder(tmp_path / name, began=began)
+        builder.model("teacher", teacher=True)
+        builder.model("half", keep=0.5)
+        subject = builder.step("half/align@seed0", "train", key="trained", artifact="weights")
+        rows = stores.samples(np.random.default_rng(0), items=100, chance=0.8)
+        builder.step("half/-/tasks@seed0", records={"sample": rows}, subject=subject)
+        return builder.write()
+
+    return build
+
+
+def one(base, head):
+    (comparison,) = compare(Results.read([base]), Results.read([head]))
+    return comparison
+
+
+def test_a_step_that_was_copied_without_its_model_is_the_same_measurement(make, tmp_path):
+    store = make("base", 1e6)
+    copy = shutil.copytree(store, tmp_path / "copy")
+    shutil.rmtree(copy / "steps" / "trained")
+    assert (one(store, copy).verdict, one(store, copy).reason) == ("pass", "100 items")
+
+
+def test_a_model_whose_files_are_gone_is_not_said_to_be_trained_anew_for_sure(make):
+    base, head = make("base", 1e6), make("head", 2e6)
+    assert one(base, head).reason == "100 items"
+    shutil.rmtree(base / "steps" / "trained" / "artifact")
+    assert one(base, head).verdict == "inconclusive"
+    assert one(base, head).reason.startswith("trained anew, perhaps: no artifact left in base; 3 seeds would decide")
