@@ -1,5 +1,6 @@
 """The command line: quick answers, one line for what went wrong, exit codes."""
 
+import shutil
 import time
 
 import pytest
@@ -68,6 +69,20 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(mambabench, tmp_path, argume
     assert done.returncode == code
     assert line in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_show_takes_a_step_for_done_whose_artifact_was_deleted(mambabench, stores, tmp_path):
+    builder = stores.Builder(tmp_path / "store")
+    facts = [{"name": "training_tokens", "value": 64, "unit": "tokens"}]
+    key = builder.step("half/align@seed0", kind="train", facts=facts, artifact="weights")
+    store = builder.write()
+    shutil.rmtree(store / "steps" / key / "artifact")
+    line = mambabench("show", store).stdout.splitlines()[1]
+    assert line.split()[:2] == ["half/align@seed0", "ok"]
+    assert line.endswith("artifact/artifact.json: missing; made anew where a run needs it")
+    told = mambabench("show", store, "half/align@seed0").stdout
+    assert "wall    3.00 s" in told
+    assert "64 tokens" in told
 
 
 def test_list_shows_options_and_what_is_not_installed(mambabench):
