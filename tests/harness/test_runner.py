@@ -433,6 +433,8 @@ def test_lines_tell_starts_and_ends(go: Go, capsys: pytest.CaptureFixture[str]) 
 def test_a_summary_is_one_line() -> None:
     outcomes = {"a": Outcome(state="ok"), "b": Outcome(state="error"), "c": Outcome(state="ok")}
     assert Summary(outcomes, ran=["b", "b"]).text() == "3 steps: 2 ok, 1 error; 1 ran now"
+    told = "3 steps: 2 ok, 1 error; 0 ran now; 1 failed before, --retry runs it again"
+    assert Summary(outcomes).text() == told, "what waits for --retry is not passed over in silence"
 
 
 def start_run(store: Store, trace: Path, *, do: str, seconds: float, count: int, runtime: Path) -> subprocess.Popen:
