@@ -298,7 +298,8 @@ def latency(
         seen = st.combine(0.0, [(2 * own.se**2, own.df), spread], own.n)
         none = st.Estimate(value=0.0, se=0.0)
         made = _verdict(label, name, values, none, rule, "lower", "one and the same measurement", "ms", relative=True)
-        return replace(made, detectable=math.expm1(st.detectable(seen.se, seen.df, rule.level, rule.margin)))
+        of = math.log1p(rule.margin)
+        return replace(made, detectable=math.expm1(st.detectable(seen.se, seen.df, rule.level, of)))
     total = st.combine(blocks.value, [(blocks.se**2, blocks.df), spread], blocks.n)
     low, high = total.interval(rule.level)
     return Comparison(

@@ -1,10 +1,12 @@
 """What two stores measured is known for the same by what is left of them."""
 
+import math
 import shutil
 
 import numpy as np
 import pytest
-from mambabench.harness.compare import compare
+from mambabench.harness.compare import compare, latency
+from mambabench.harness.gates import Rule
 from mambabench.harness.results import Results
 
 
@@ -42,3 +44,10 @@ def test_a_model_whose_files_are_gone_is_not_said_to_be_trained_anew_for_sure(ma
     shutil.rmtree(base / "steps" / "trained" / "artifact")
     assert one(base, head).verdict == "inconclusive"
     assert one(base, head).reason.startswith("trained anew, perhaps: no artifact left in base; 3 seeds would decide")
+
+
+@pytest.mark.parametrize("margin", [0.03, 3.0])
+def test_a_measurement_beside_itself_tells_what_two_such_runs_would_see(margin):
+    rule, blocks = Rule(margin=margin, level=0.99, noise=0.02, ignore=False), np.full(8, 0.002)
+    itself, apart = (latency("x", "tpot", blocks, blocks, rule, (0.02, math.inf), of) for of in (blocks, None))
+    assert itself.detectable == pytest.approx(apart.detectable)
