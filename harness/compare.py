@@ -3,8 +3,8 @@
 The difference (head - base) of a metric has an interval (99 % by default). **Fail** if it excludes 0 and the estimate
 is worse than the margin; **pass** if the interval's end on the side for the worse is no worse than the margin, however
 far the other end reaches (a test of non-inferiority: an improvement of any size passes); else **inconclusive**. Labels
-whose suites, data or devices differ, that are missing, or that failed on one side are **not comparable**: nothing is
-dropped in silence.
+whose suites, data or devices (of latency, a CPU's threads) differ, that are missing, or that failed on one side are
+**not comparable**: nothing is dropped in silence.
 
 * Quality is paired by item with clustered errors where both sides measured one artifact. Where training was rerun the
   items no longer carry the error (item-paired tests then raise false alarms in 13-25 % of comparisons): the seed is the
@@ -182,6 +182,10 @@ class _Run:
     def _latency(self, label: str, base: Side, head: Side) -> Iterator[Comparison]:
         frames = [side.frame("timings") for side in (base, head)]
         if any(frame.empty for frame in frames):
+            return
+        threads = [side.threads() for side in (base, head)]
+        if None not in threads and threads[0] != threads[1]:
+            yield _incomparable(label, "latency", f"the threads differ ({threads[0]} and {threads[1]})")
             return
         keys = [column for column in REQUEST if column in frames[0] and column in frames[1]]
         blocks = [block_frame(frame, by=("label",)).set_index([*keys, "arm", "block"]) for frame in frames]

@@ -87,6 +87,11 @@ class Side:
         )
         return {"device": device, prefix: ", ".join(own or run)}
 
+    def threads(self) -> int | None:
+        """How many a CPU ran the step with; None of a GPU's steps, whose speed is not theirs."""
+        detail = self.results.outcome(self.cell["store"], self.cell["key"]).get("detail", {})
+        return detail.get("threads") if detail.get("device") == "cpu" else None
+
     def is_same(self, other: Side) -> bool:
         """Whether both are one and the same measurement: the same step, begun at the same moment."""
         return bool(self.cell["key"] == other.cell["key"] and self.cell["started"] == other.cell["started"])

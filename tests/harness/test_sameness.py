@@ -1,5 +1,6 @@
 """What two stores measured is known for the same by what is left of them."""
 
+import json
 import math
 import shutil
 
@@ -51,3 +52,23 @@ def test_a_measurement_beside_itself_tells_what_two_such_runs_would_see(margin):
     rule, blocks = Rule(margin=margin, level=0.99, noise=0.02, ignore=False), np.full(8, 0.002)
     itself, apart = (latency("x", "tpot", blocks, blocks, rule, (0.02, math.inf), of) for of in (blocks, None))
     assert itself.detectable == pytest.approx(apart.detectable)
+
+
+def test_latencies_on_a_cpu_with_other_threads_are_not_compared(stores, tmp_path):
+    for name, threads in (("base", 1), ("head", 2)):
+        builder = stores.Builder(tmp_path / name)
+        builder.model("teacher", teacher=True)
+        seconds = {"subject": 0.002 / threads, "reference": 0.004 / threads}
+        timed, _ = stores.bursts(np.random.default_rng(0), seconds, noise=0.005)
+        options = {"decoder": stores.LOOKUP, "reference": stores.PLAIN, "subject": None}
+        key = builder.step("teacher/lookup/speed@seed0", records={"burst": timed}, traits=("pair", "alone"), **options)
+        outcome = builder.store.finished(key) / "outcome.json"
+        record = json.loads(outcome.read_text())
+        outcome.write_text(
+            json.dumps({**record, "started": threads, "detail": {**record["detail"], "threads": threads}})
+        )
+        builder.write()
+    made = compare(Results.read([tmp_path / "base"]), Results.read([tmp_path / "head"]))
+    told = {comparison.metric: (comparison.verdict, comparison.reason) for comparison in made}
+    assert told["latency"] == ("not comparable", "the threads differ (1 and 2)")
+    assert set(told) == {"latency", "tokens"}
