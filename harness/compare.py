@@ -3,8 +3,8 @@
 The difference (head - base) of a metric has an interval (99 % by default). **Fail** if it excludes 0 and the estimate
 is worse than the margin; **pass** if the interval's end on the side for the worse is no worse than the margin, however
 far the other end reaches (a test of non-inferiority: an improvement of any size passes); else **inconclusive**. Labels
-whose suites, data or devices differ, that are missing, or that failed on one side are **not comparable**: nothing is
-dropped in silence.
+whose suites, data or devices (of latency, a CPU's threads) differ, that are missing, or that failed on one side are
+**not comparable**: nothing is dropped in silence.
 
 * Quality is paired by item with clustered errors where both sides measured one artifact. Where training was rerun the
   items no longer carry the error (item-paired tests then raise false alarms in 13-25 % of comparisons): the seed is the
@@ -153,6 +153,9 @@ class _Run:
 
     def _by_seed(self, label: str, pairs: Sequence[tuple[Side, Side]]) -> Iterator[Comparison]:
         """Quality where training was rerun: a metric of each seed is one value."""
+        sides = zip(("base", "head"), zip(*pairs, strict=True), strict=True)
+        lost = [name for name, of in sides if not all(side.has_artifact() for side in of)]
+        anew = "trained anew" + (f", perhaps: no artifact left in {' and '.join(lost)}" if lost else "")
         ratios: dict[str, tuple[str, list[float], list[float]]] = {}
         for base, head in pairs:
             for (task, metric), before, after in _tasks(base.frame("samples"), head.frame("samples")):
@@ -170,15 +173,19 @@ class _Run:
                 continue
             values = (float(np.mean(before_)), float(np.mean(after_)))
             difference = st.welch(before_, after_)
-            reason = f"trained anew, {len(before_)} seeds"
+            reason = f"{anew}, {len(before_)} seeds"
             if len(before_) < MIN_SEEDS:
                 difference = replace(difference, se=math.nan)
-                reason = f"trained anew; {MIN_SEEDS} seeds would decide, there are {len(before_)}"
+                reason = f"{anew}; {MIN_SEEDS} seeds would decide, there are {len(before_)}"
             yield _verdict(label, name, values, difference, rule, better, reason)
 
     def _latency(self, label: str, base: Side, head: Side) -> Iterator[Comparison]:
         frames = [side.frame("timings") for side in (base, head)]
         if any(frame.empty for frame in frames):
+            return
+        threads = [side.threads() for side in (base, head)]
+        if None not in threads and threads[0] != threads[1]:
+            yield _incomparable(label, "latency", f"the threads differ ({threads[0]} and {threads[1]})")
             return
         keys = [column for column in REQUEST if column in frames[0] and column in frames[1]]
         blocks = [block_frame(frame, by=("label",)).set_index([*keys, "arm", "block"]) for frame in frames]
@@ -295,7 +302,8 @@ def latency(
         seen = st.combine(0.0, [(2 * own.se**2, own.df), spread], own.n)
         none = st.Estimate(value=0.0, se=0.0)
         made = _verdict(label, name, values, none, rule, "lower", "one and the same measurement", "ms", relative=True)
-        return replace(made, detectable=math.expm1(st.detectable(seen.se, seen.df, rule.level, rule.margin)))
+        of = math.log1p(rule.margin)
+        return replace(made, detectable=math.expm1(st.detectable(seen.se, seen.df, rule.level, of)))
     total = st.combine(blocks.value, [(blocks.se**2, blocks.df), spread], blocks.n)
     low, high = total.interval(rule.level)
     return Comparison(

@@ -68,17 +68,25 @@ class Gates:
     margins: Mapping[str, float] = field(default_factory=lambda: MARGINS)
     default: Gate = Gate(level=LEVEL, ignore=False)
     gates: tuple[Gate, ...] = ()
+    fitted: set[int] = field(default_factory=set, compare=False)
+    """Which of `gates` any rule came from."""
 
     def rule(self, label: str, metric: str, of: str) -> Rule:
         """The rule for a metric of class `of` (`quality`, `latency`, `counts`)."""
         held = replace(self.default, margin=self.margins[of])
-        for gate in self.gates:
+        for index, gate in enumerate(self.gates):
             if gate.matches(label, metric):
+                self.fitted.add(index)
                 held = replace(
                     held, **{f.name: value for f in fields(gate) if (value := getattr(gate, f.name)) is not None}
                 )
         assert held.margin is not None
         return Rule(margin=held.margin, level=held.level or LEVEL, noise=held.noise, ignore=bool(held.ignore))
+
+    @property
+    def idle(self) -> list[int]:
+        """Which of `gates` fitted no label and metric so far: a slip of the pen there changes nothing in silence."""
+        return [index for index in range(len(self.gates)) if index not in self.fitted]
 
 
 _TEXTS = ("labels", "metric")

@@ -37,6 +37,7 @@ AGAIN = ("crashed", "timeout")
 ATTEMPTS = 2
 ANEW = ("absent", "running", "interrupted", "cancelled", "blocked", "unsupported")
 """States in which a step runs without being asked for again."""
+FAILED = tuple(state for state in STATES if state != "ok" and state not in ANEW)
 
 POLL_S, POLL_ALONE_S = 0.03, 0.1
 REDRAW_S, REDRAW_ALONE_S = 0.25, 2.0
@@ -77,6 +78,8 @@ class Summary:
     """Keys of attempts that this run started, in order."""
     stopped: bool = False
     """Whether Ctrl-C ended it."""
+    unreached: int = 0
+    """Steps that were not begun until then."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -92,11 +95,14 @@ class Summary:
         )
 
     def text(self) -> str:
-        """One line: steps per state, and how many of them this run did."""
-        steps = len(self.outcomes)
-        states = ", ".join(f"{count} {state}" for state, count in self.counts.items()) or "nothing to do"
+        """One line: steps per state, how many of them this run did, and which it left as it found them."""
+        steps = len(self.outcomes) + self.unreached
+        counts = {**self.counts, **({"not reached": self.unreached} if self.unreached else {})}
+        states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "nothing to do"
+        left = {key for key, outcome in self.outcomes.items() if outcome.state in FAILED} - set(self.ran)
+        hint = f"; {len(left)} failed before, --retry runs {'them' if len(left) > 1 else 'it'} again" if left else ""
         end = "; stopped by Ctrl-C" if self.stopped else ""
-        return f"{steps} step{'s' * (steps != 1)}: {states}; {len(set(self.ran))} ran now{end}"
+        return f"{steps} step{'s' * (steps != 1)}: {states}; {len(set(self.ran))} ran now{hint}{end}"
 
 
 @dataclass(slots=True)
@@ -381,6 +387,7 @@ class _Run:
             del self.running[running.step.key]
             running.claim.release()
             self._end(running.step, outcome, final=True)
+        self.summary.unreached = len(self.waiting)
 
     def _hook(self, call: Callable[[], T]) -> T:
         """Calls plug-ins; what fails there is kept in the registry and shown, and stops nothing."""

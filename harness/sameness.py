@@ -38,6 +38,15 @@ class Side:
         """The store's folder."""
         return self.results.folder(self.cell["store"])
 
+    @property
+    def subject(self) -> str | None:
+        """The step that made what was measured; None where answers are recorded ones."""
+        return self.results.subject(self.cell["store"], self.cell["key"])
+
+    def has_artifact(self) -> bool:
+        """Whether the files of what was measured are still there."""
+        return self.subject is None or Store(self.folder).artifact(self.subject).is_dir()
+
     def frame(self, name: str) -> DataFrame:
         """The records of this label: a step that serves several seeds or models has its own rows for each model."""
         frame: DataFrame = getattr(self.results, name)
@@ -77,6 +86,11 @@ class Side:
             for environment in (record.get("environment", {}), self.results.environment)
         )
         return {"device": device, prefix: ", ".join(own or run)}
+
+    def threads(self) -> int | None:
+        """How many a CPU ran the step with; None of a GPU's steps, whose speed is not theirs."""
+        detail = self.results.outcome(self.cell["store"], self.cell["key"]).get("detail", {})
+        return detail.get("threads") if detail.get("device") == "cpu" else None
 
     def is_same(self, other: Side) -> bool:
         """Whether both are one and the same measurement: the same step, begun at the same moment."""
@@ -120,9 +134,10 @@ def _difference(part: str, old: Any, new: Any) -> str:
 
 def same_artifact(base: Side, head: Side) -> bool:
     """Whether both sides measured the same weights, or the same recorded answers."""
-    keys = [side.results.subject(side.cell["store"], side.cell["key"]) for side in (base, head)]
-    key = keys[0]
-    if key != keys[1]:
+    if base.is_same(head):
+        return True
+    key = base.subject
+    if key != head.subject:
         return False
     if key is None:
         # Recorded answers are data, which do not differ, and no weights are behind them.

@@ -12,6 +12,7 @@ import click
 
 from .. import plugins
 from ..interfaces import MambabenchError
+from ..store import disk_errors
 
 _VERBS = {
     "plugins": "inspect:show_plugins",
@@ -92,7 +93,9 @@ def main(arguments: list[str] | None = None) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        if error.filename is None:
+        # A write that finds the disk full does not know of what file.
+        if error.filename is None and error.errno not in disk_errors.FULL:
             raise
-        click.echo(f"mambabench: {error.filename}: {error.strerror}", err=True)
+        where = "" if error.filename is None else f"{error.filename}: "
+        click.echo(f"mambabench: {where}{error.strerror}", err=True)
         sys.exit(1)

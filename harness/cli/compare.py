@@ -26,15 +26,16 @@ def compare_stores(base: Path, head: Path, gates: Path | None) -> int:
     from ..results import Results
 
     registry = plugins.registry()
-    comparisons = compare(
-        Results.read([base]), Results.read([head]), read_gates(gates) if gates else Gates(), registry.verdicts
-    )
+    declared = read_gates(gates) if gates else Gates()
+    comparisons = compare(Results.read([base]), Results.read([head]), declared, registry.verdicts)
     console = Console()
     # A log has no width to fit in, and a wrapped table cannot be searched.
     wide = console if console.is_terminal else Console(width=240)
     wide.print(render_comparisons(comparisons))
     counts = Counter(comparison.verdict for comparison in comparisons)
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
+    for index in declared.idle:
+        click.echo(f"mambabench: warning: {gates}: gate.{index} fits nothing that was compared", err=True)
     _tell_of_plugins(registry)
     return exit_code(comparisons)
 

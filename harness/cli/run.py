@@ -240,7 +240,10 @@ def _state(at: Store, key: str) -> tuple[str, str]:
 def _cell_row(cell: dict[str, Any], at: Store) -> tuple[str, ...]:
     if cell["why"]:
         return cell["label"], "skipped", cell["why"]
-    return cell["label"], *_state(at, cell["key"])
+    status = at.status(cell["key"])
+    if status.state != "ok" and at.status(cell["key"], artifacts=False).state == "ok":
+        return cell["label"], "ok", f"{status.reason}; made anew where a run needs it"
+    return cell["label"], status.state, status.reason
 
 
 def _echo_needs(plan: Plan, steps: Steps) -> None:
@@ -260,7 +263,7 @@ def _echo_step(cell: dict[str, Any], at: Store) -> None:
     folder = at.folder(cell["key"])
     click.echo(f"  folder  {folder}")
     if (folder / "outcome.json").is_file():
-        record = at.outcome(cell["key"]) or {}
+        record = at.outcome(cell["key"], artifacts=False) or {}
         click.echo(f"  wall    {record.get('wall_s', 0.0):.2f} s")
         for name, value in sorted(record.get("detail", {}).items()):
             click.echo(f"  {name:<22} {value}")

@@ -85,7 +85,7 @@ def groups(
     bench: Bench, config: PerplexityConfig | DivergenceConfig | AgreementConfig, together: int = 0
 ) -> Iterator[list[Document]]:
     """The documents of a suite's data, so many at a time that records keep coming (or `together`), with progress as
-    they are done.
+    they are done: of `limit`, until all of fewer are, or of a number that is not known before.
 
     Raises MambabenchError where there are none."""
     documents = read_documents(bench.data[config.data])
@@ -94,8 +94,10 @@ def groups(
     done = 0
     bench.emit("progress", done=0, total=config.limit, unit="documents")
     while group := list(itertools.islice(documents, together or 16 * config.batch)):
+        if done:
+            bench.emit("progress", done=done, total=config.limit, unit="documents")
         yield group
         done += len(group)
-        bench.emit("progress", done=done, total=config.limit or done, unit="documents")
     if not done:
         raise MambabenchError(f"{bench.data[config.data]}: no documents to score")
+    bench.emit("progress", done=done, total=done, unit="documents")

@@ -1,8 +1,12 @@
 """The command line: quick answers, one line for what went wrong, exit codes."""
 
+import errno
+import os
+import shutil
 import time
 
 import pytest
+from mambabench.harness import cli
 
 COMMAND = """
 from dataclasses import dataclass
@@ -68,6 +72,37 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(mambabench, tmp_path, argume
     assert done.returncode == code
     assert line in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "report.md"), "report.md: Read-only file system"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_one_line(monkeypatch, capsys, error, line):
+    def write(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "cli", write)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["report", "store"])
+    assert capsys.readouterr().err == f"mambabench: {line}\n"
+
+
+def test_show_takes_a_step_for_done_whose_artifact_was_deleted(mambabench, stores, tmp_path):
+    builder = stores.Builder(tmp_path / "store")
+    facts = [{"name": "training_tokens", "value": 64, "unit": "tokens"}]
+    key = builder.step("half/align@seed0", kind="train", facts=facts, artifact="weights")
+    store = builder.write()
+    shutil.rmtree(store / "steps" / key / "artifact")
+    line = mambabench("show", store).stdout.splitlines()[1]
+    assert line.split()[:2] == ["half/align@seed0", "ok"]
+    assert line.endswith("artifact/artifact.json: missing; made anew where a run needs it")
+    told = mambabench("show", store, "half/align@seed0").stdout
+    assert "wall    3.00 s" in told
+    assert "64 tokens" in told
 
 
 def test_list_shows_options_and_what_is_not_installed(mambabench):

@@ -407,6 +407,15 @@ def test_ctrl_c_cancels_what_runs_and_the_next_run_takes_it_up(go: Go, store: St
     assert go(act("k0"), act("k1")).counts == {"ok": 2}
 
 
+def test_a_run_that_ctrl_c_ends_tells_of_the_steps_that_it_did_not_reach(go: Go) -> None:
+    class Stops(Silent):
+        def note(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    summary = go(act("a"), act("b", after="a"), progress=Stops())
+    assert summary.text() == "2 steps: 2 not reached; 0 ran now; stopped by Ctrl-C"
+
+
 def test_a_step_that_waits_for_another_run_says_so_once(
     go: Go, launcher: LocalLauncher, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +442,8 @@ def test_lines_tell_starts_and_ends(go: Go, capsys: pytest.CaptureFixture[str]) 
 def test_a_summary_is_one_line() -> None:
     outcomes = {"a": Outcome(state="ok"), "b": Outcome(state="error"), "c": Outcome(state="ok")}
     assert Summary(outcomes, ran=["b", "b"]).text() == "3 steps: 2 ok, 1 error; 1 ran now"
+    told = "3 steps: 2 ok, 1 error; 0 ran now; 1 failed before, --retry runs it again"
+    assert Summary(outcomes).text() == told, "what waits for --retry is not passed over in silence"
 
 
 def start_run(store: Store, trace: Path, *, do: str, seconds: float, count: int, runtime: Path) -> subprocess.Popen:

@@ -53,3 +53,12 @@ def test_the_first_record_follows_the_loading_and_the_last_progress_is_all(suite
     progress = [record for record in records if record["kind"] == "progress"]
     assert progress[-1]["done"] == progress[-1]["total"] > 0
     assert [record["done"] for record in progress] == sorted(record["done"] for record in progress)
+
+
+@pytest.mark.parametrize("limit", [0, 20, 50])
+def test_documents_are_not_said_to_be_all_before_they_are(measure, limit):
+    records = measure(Perplexity(PerplexityConfig(data="text", batch=1, limit=limit)), ["abc"] * 40)
+    all_of = min(limit or 40, 40)
+    told = [(record["done"], record["total"]) for record in records if record["kind"] == "progress"]
+    assert told[-1] == (all_of, all_of)
+    assert all(total > done or not total for done, total in told[:-1])
