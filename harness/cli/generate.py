@@ -33,10 +33,20 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     return value
 
 
+def _texts(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Python lets bytes through that are no characters, and tokenizers stumble over them."""
+    for value in values:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise click.BadParameter(f"{value!r} is not UTF-8.") from None
+    return values
+
+
 def _not_empty(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     if "" in values:
         raise click.BadParameter("an empty text appears everywhere.")
-    return values
+    return _texts(context, option, values)
 
 
 @click.command("generate")
@@ -45,6 +55,7 @@ def _not_empty(context: click.Context, option: click.Parameter, values: tuple[st
     "--prompt",
     "prompts",
     multiple=True,
+    callback=_texts,
     help="Text to continue [empty: begin of text]. Of several, one is continued after the other.",
 )
 @click.option("--decoder", help="The decoder component [standard; with --draft or --k: speculative].")

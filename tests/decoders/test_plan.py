@@ -154,7 +154,13 @@ def test_several_prompts_are_continued_one_after_the_other(folder, run):
 
 @pytest.mark.parametrize(
     ("option", "value", "why"),
-    [("--temperature", "nan", "nan is not"), ("--top-p", "nan", "nan is not"), ("--stop", "", "an empty text appears")],
+    [
+        ("--temperature", "nan", "nan is not"),
+        ("--top-p", "nan", "nan is not"),
+        ("--stop", "", "an empty text appears"),
+        ("--stop", "caf\udce9", "not UTF-8"),
+        ("--prompt", "caf\udce9", "not UTF-8"),
+    ],
 )
 def test_values_that_no_range_refuses_are_refused(folder, run, option, value, why):
     code, _, told = run("generate", folder / "teacher", option, value)
