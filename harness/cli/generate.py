@@ -39,7 +39,7 @@ def _texts(context: click.Context, option: click.Parameter, values: tuple[str, .
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise click.BadParameter(f"{value!r} is not UTF-8.") from None
+            raise click.BadParameter(f"not UTF-8: {value!r}") from None
     return values
 
 
