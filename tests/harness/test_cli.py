@@ -1,6 +1,9 @@
 """The command line: quick answers, one line for what went wrong, exit codes."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +71,15 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(mambabench, tmp_path, argume
     assert done.returncode == code
     assert line in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_output_that_is_full_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mambabench", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "mambabench: No space left on device\n")
 
 
 def test_list_shows_options_and_what_is_not_installed(mambabench):
