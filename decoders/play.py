@@ -45,12 +45,14 @@ class Rounds:
         self.draft, self.steady, self.script = draft, steady, script
         self.k = steps - 1
         self.longest = max(len(prompt.ids) for prompt in prompts)
+        if steps > model.max_context:
+            raise Unsupported(f"k = {self.k}: the model has {model.max_context} positions, which one round would pass")
         if rollback != "replay" and "snapshots" not in model.traits:
             raise Unsupported(f"rollback = {rollback!r} needs a backend that keeps snapshots (trait `snapshots`)")
         chosen = {} if rollback == "replay" else {"rollback": rollback}
         self.state = model.open(len(prompts), self.longest + limits.new_tokens, steps, **chosen)
         self._recording: Recording | None = getattr(model, "recording", _none)(self.state)
-        self.board = self._board(look)
+        self.board = self._board(min(look, limits.new_tokens))
         self.board.texts.begin(prompts, limits)
         self.board.results.begin()
         self._play: Callable[[int], None] = partial(plain_round, model, self.state, self.board, limits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..harness.answers import gap
 from ..harness.interfaces import Answer, Emit, Limits, OnText, Prompt, Stepper
 from .adaptive import cost
 from .batch import Batch
@@ -25,8 +26,9 @@ class StandardDecoder:
             return []
         if "generate" in model.traits:
             answers: list[Answer] = model.generate(prompts, limits, emit)  # type: ignore[attr-defined]
-            for row, answer in enumerate(answers if on_text else ()):
-                on_text(row, answer.text)  # type: ignore[misc]
+            for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+                if on_text is not None and answer.text:
+                    on_text(row, gap(prompt.ids, answer.ids, model.tokenizer) + answer.text)
             return answers
         batch = Batch(model, prompts, limits, emit, on_text)
         rounds = self.rounds(model, prompts, limits)

@@ -51,6 +51,14 @@ def _find(string: str, shown: Sequence[int], text: str, tokenizer: Tokenizer) ->
     return len(text) - len(tokenizer.decode(tail, skip_special_tokens=True)[at:])
 
 
+def gap(prompt: Sequence[int], new: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The space between a prompt and the text of what follows, which some tokenizers leave out before a first word."""
+    seen = prompt[-SEEN:]
+    before, alone, both = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (seen, new, [*seen, *new]))
+    space = both.removeprefix(before).removesuffix(alone)
+    return space if space.isspace() else ""
+
+
 class Pieces:
     """The text of a growing answer, a piece at a time, as far as no later token can change it.
 
@@ -60,7 +68,7 @@ class Pieces:
     """
 
     def __init__(self, prompt: Sequence[int], limits: Limits, tokenizer: Tokenizer) -> None:
-        self._before, self._limits, self._tokenizer = list(prompt[-SEEN:]), limits, tokenizer
+        self._before, self._limits, self._tokenizer = prompt, limits, tokenizer
         self._given = ""
 
     def more(self, new: Sequence[int], finished: bool) -> str:
@@ -77,9 +85,7 @@ class Pieces:
             return ""
         piece = text[len(self._given) :]
         if not self._given:
-            before, alone = self._text(self._before), self._text(new)
-            gap = self._text([*self._before, *new]).removeprefix(before).removesuffix(alone)
-            piece = gap + piece if gap.isspace() else piece
+            piece = gap(self._before, new, self._tokenizer) + piece
         self._given = text
         return piece
 

@@ -180,8 +180,7 @@ def _bandwidths(results: Results, row: dict[str, Any], of: pd.DataFrame) -> dict
 
 
 def _blocks(results: Results) -> pd.DataFrame:
-    """Blocks under the decoder that made them: the arm `reference` is the plan's first decoder, and `beside` is the
-    decoder that it was measured with."""
+    """Blocks under the decoder that made them; `beside` is the decoder that the plan's first one was measured with."""
     training = suites_with(results, use=TRAINING)
     timings = of_suites(
         results.timings, set(zip(results.timings["store"], results.timings["suite"], strict=True)) - training
@@ -189,8 +188,13 @@ def _blocks(results: Results) -> pd.DataFrame:
     if timings.empty:
         return pd.DataFrame(columns=["store", *WHO, "key"])
     blocks = block_frame(timings, by=("store", *WHO, "key"))
+    return _as_measured(results, blocks.assign(beside=blocks["decoder"]))
+
+
+def _as_measured(results: Results, of: pd.DataFrame) -> pd.DataFrame:
+    """Rows of either arm under the decoder that made them: the arm `reference` is the plan's first one."""
     first = results.decoders[0] if results.decoders else ""
-    return blocks.assign(beside=blocks["decoder"], decoder=blocks["decoder"].where(blocks["arm"] == "subject", first))
+    return of.assign(decoder=of["decoder"].where(of["arm"] == "subject", first))
 
 
 def _speed_up(blocks: pd.DataFrame, row: dict[str, Any], requests: list[str]) -> dict[str, Any]:
@@ -213,7 +217,7 @@ def _accepted_lengths(results: Results, requests: list[str]) -> dict[tuple[Any, 
     if rounds.empty:
         return {}
     timed = set(zip(results.timings["store"], results.timings["suite"], strict=True))
-    rounds = of_suites(rounds[rounds["arm"] == "subject"], timed)
+    rounds = _as_measured(results, of_suites(rounds, timed))
     if not set(requests) <= set(rounds):
         return {}
     found = {}

@@ -96,6 +96,9 @@ def main(arguments: list[str] | None = None) -> Any:
         # A write that finds the disk full does not know of what file.
         if error.filename is None and error.errno not in disk_errors.FULL:
             raise
+        if error.filename is None:
+            # It may have been the output, of which what is left would fail again when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         where = "" if error.filename is None else f"{error.filename}: "
         click.echo(f"mambabench: {where}{error.strerror}", err=True)
         sys.exit(1)

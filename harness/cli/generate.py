@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .. import metrics, plugins
+from ..answers import gap
 from ..config import ConfigError, Structurer
 from ..documents import leading_token
 from ..interfaces import DTYPES, Artifact, Backend, Binds, Decoder, Limits, MambabenchError, Prompt, Stepper, silent
+from ..store import read_json
 
 SCRATCH = "mambabench-"
 WARM_UPS = 2
@@ -31,10 +33,20 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     return value
 
 
+def _texts(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Python lets bytes through that are no characters, and tokenizers stumble over them."""
+    for value in values:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise click.BadParameter(f"not UTF-8: {value!r}") from None
+    return values
+
+
 def _not_empty(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     if "" in values:
         raise click.BadParameter("an empty text appears everywhere.")
-    return values
+    return _texts(context, option, values)
 
 
 @click.command("generate")
@@ -43,10 +55,11 @@ def _not_empty(context: click.Context, option: click.Parameter, values: tuple[st
     "--prompt",
     "prompts",
     multiple=True,
+    callback=_texts,
     help="Text to continue [empty: begin of text]. Of several, one is continued after the other.",
 )
 @click.option("--decoder", help="The decoder component [standard; with --draft or --k: speculative].")
-@click.option("--draft", help="The draft: a component such as ngram or layers, or the folder of a model.")
+@click.option("--draft", help="The draft: a component such as ngram or layers, or a model, named as MODEL is.")
 @click.option("--k", type=click.IntRange(1), help="Drafted tokens a round.")
 @click.option(
     "--option",
@@ -92,7 +105,8 @@ def generate(
     if gpus is not None:
         # As a step's child sees only the GPUs that it is given; the backend says so where torch finds none.
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+    given = {"model": str(model), "draft": draft or ""}
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch, _named(Path(scratch), given):
         table = {"use": decoder or ("standard" if draft is None and k is None else "speculative"), **_table(options)}
         models: dict[str, Artifact] = {}
         if k is not None:
@@ -183,6 +197,8 @@ def _profile(
     if profile is None:
         raise MambabenchError("--profile: this decoder cannot take its rounds apart")
     figures: Mapping[str, tuple[float, str]] = profile(stepper, [request], limits, count)
+    if not figures:
+        raise MambabenchError("--profile: the model decodes with its own loop, which cannot be taken apart")
     return figures
 
 
@@ -199,7 +215,8 @@ def _answer(maker: Decoder, stepper: Stepper, request: Prompt, limits: Limits) -
     if "on_text" in inspect.signature(maker.generate).parameters:
         maker.generate(stepper, [request], limits, emit, on_text=on_text)  # type: ignore[call-arg]
     else:
-        on_text(0, maker.generate(stepper, [request], limits, emit)[0].text)
+        answer = maker.generate(stepper, [request], limits, emit)[0]
+        on_text(0, gap(request.ids, answer.ids, stepper.tokenizer) + answer.text)
     return events
 
 
@@ -233,12 +250,24 @@ def _request(model: Path, prompt: str, number: int, stepper: Stepper, limits: Li
     return Prompt(tuple(ids), number)
 
 
+@contextmanager
+def _named(scratch: Path, given: Mapping[str, str]) -> Iterator[None]:
+    """Has errors name the folders that were given. A teacher's is taken over into one that is gone afterwards."""
+    try:
+        yield
+    except MambabenchError as error:
+        told = str(error)
+        for folder, name in given.items():
+            told = told.replace(str(scratch / folder), name)
+        raise MambabenchError(told) from error
+
+
 def _draft(draft: str, loaded: plugins.Registry) -> dict[str, Any]:
     if draft == "model" and not Path(draft).is_dir():
         raise MambabenchError("--draft model: give the folder of the model that drafts")
     if draft in loaded.components("draft") and draft != "model":
         return {"use": draft}
-    if Path(draft).is_dir():
+    if Path(draft).is_dir() or draft.startswith(plugins.BUILTIN):
         return {"use": "model", "model": draft}
     hint = plugins.suggest(draft, loaded.components("draft"))
     raise MambabenchError(f"--draft {draft}: neither the folder of a model nor a draft{hint}")
@@ -249,7 +278,9 @@ def _artifact(model: Path, scratch: Path, loaded: plugins.Registry) -> Artifact:
         model = plugins.shipped_teacher(str(model).removeprefix(plugins.BUILTIN), loaded)
     record_file = model / "artifact.json"
     if record_file.is_file():
-        record = json.loads(record_file.read_text())["backend"]
+        record = read_json(record_file).get("backend")
+        if not isinstance(record, Mapping) or not isinstance(record.get("config"), Mapping) or "name" not in record:
+            raise MambabenchError(f"{record_file}: names no backend, so this artifact is not a model")
         choice = Structurer(loaded).choice("backend", {"use": record["name"], **record["config"]})
         return Artifact(str(model), model, plugins.build(choice))
     if not (model / "config.json").is_file():

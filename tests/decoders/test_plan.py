@@ -1,6 +1,7 @@
 """Drafts in a plan: another model of it by its name, and layers of the model itself."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -153,7 +154,13 @@ def test_several_prompts_are_continued_one_after_the_other(folder, run):
 
 @pytest.mark.parametrize(
     ("option", "value", "why"),
-    [("--temperature", "nan", "nan is not"), ("--top-p", "nan", "nan is not"), ("--stop", "", "an empty text appears")],
+    [
+        ("--temperature", "nan", "nan is not"),
+        ("--top-p", "nan", "nan is not"),
+        ("--stop", "", "an empty text appears"),
+        ("--stop", "caf\udce9", "not UTF-8"),
+        ("--prompt", "caf\udce9", "not UTF-8"),
+    ],
 )
 def test_values_that_no_range_refuses_are_refused(folder, run, option, value, why):
     code, _, told = run("generate", folder / "teacher", option, value)
@@ -176,6 +183,9 @@ def test_values_that_no_range_refuses_are_refused(folder, run, option, value, wh
             ("--prompt", "w1 w2", "--new-tokens", "127"),
             "--new-tokens 127: the model has 128 positions, of which the prompt takes 3 and leaves 125",
         ),
+        (("--draft", "ngram", "--k", "128"), "k = 128: the model has 128 positions, which one round would pass"),
+        (("--draft", "builtin:teeny"), "unknown teacher 'teeny'; did you mean 'tiny'?"),
+        (("--draft", "builtin:tiny"), "draft model 'builtin:tiny' has 142 tokens and the target 33"),
         (("--prompt", "w1 " * 128), "--prompt has 129 tokens; the model has 128 positions"),
     ],
 )
@@ -183,3 +193,60 @@ def test_what_generate_cannot_do_is_one_line(folder, run, options, line):
     code, _, told = run("generate", folder / "teacher", *options)
     assert code == 1
     assert line in told
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"backend": null}', '{"backend": {"name": "teacher"}}'])
+def test_an_artifact_that_is_no_model_is_one_line(folder, run, tmp_path, record):
+    (tmp_path / "artifact.json").write_text(record, encoding="utf-8")
+    for options in ((tmp_path,), (folder / "teacher", "--draft", tmp_path)):
+        code, _, told = run("generate", *options)
+        assert (code, told.count("\n")) == (1, 1), told
+        assert told.startswith(f"mambabench: {tmp_path / 'artifact.json'}: ")
+
+
+def test_what_is_wrong_with_a_folder_names_that_folder(folder, run, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "teacher", broken, ignore=shutil.ignore_patterns("tokenizer*"))
+    for options in ((broken,), (folder / "teacher", "--draft", broken)):
+        code, _, told = run("generate", *options)
+        assert code == 1
+        assert f"mambabench: {broken}: no tokenizer can be loaded" in told
+
+
+def test_a_model_with_its_own_loop_goes_on_where_the_prompt_ends(folder, run, tmp_path):
+    config = {"cache": "dynamic"}
+    shutil.copytree(folder / "teacher", tmp_path, dirs_exist_ok=True)
+    record = {"backend": {"kind": "backend", "name": "hf", "revision": 1, "config": config}}
+    (tmp_path / "artifact.json").write_text(json.dumps(record), encoding="utf-8")
+    common = ("--prompt", "w1 w2", "--new-tokens", 9, "--dtype", "float64")
+    code, text, told = run("generate", tmp_path, *common, "--profile", 2)
+    assert text == run("generate", folder / "teacher", *common)[1]
+    assert (code, told.splitlines()[-1]) == (
+        1,
+        "mambabench: --profile: the model decodes with its own loop, which cannot be taken apart",
+    )
+
+
+def test_a_decoder_that_does_not_stream_goes_on_where_the_prompt_ends(folder, mambabench, tmp_path):
+    plugin = tmp_path / "whole.py"
+    plugin.write_text(
+        """
+from mambabench import Component, hookimpl
+from mambabench.decoders.plugin import StandardConfig
+
+@hookimpl
+def mambabench_components():
+    return [Component(kind="decoder", name="whole", target=f"{__name__}:Whole", config=StandardConfig)]
+
+class Whole:
+    def __init__(self, config): ...
+    def generate(self, model, prompts, limits, emit):
+        from mambabench.decoders.standard import StandardDecoder
+        return StandardDecoder().generate(model, prompts, limits, emit)
+""",
+        encoding="utf-8",
+    )
+    asked = ("generate", folder / "teacher", "--prompt", "w1 w2", "--new-tokens", 4, "--decoder", "whole")
+    done = mambabench("--plugin", plugin, *asked)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("w1 w2 w"), done.stdout

@@ -71,6 +71,14 @@ def test_what_became_known_at_once_is_one_burst():
     assert len(answers[0].ids) == model.calls == 10
 
 
+def test_to_look_once_for_all_rounds_takes_no_memory_for_more_rounds():
+    request, limits = [Prompt((1, 2))], Limits(new_tokens=10)
+    rarely = StandardDecoder(StandardConfig(look=10**30))
+    assert rarely.generate(MockStepper(), request, limits, silent) == StandardDecoder().generate(
+        MockStepper(), request, limits, silent
+    )
+
+
 def test_text_is_shown_as_soon_as_nothing_can_change_it():
     shown = []
     limits = Limits(new_tokens=8)

@@ -154,6 +154,25 @@ def test_speed_is_that_of_the_definitions(make, frames_of):
         assert math.isnan(number(lookup[f"{what} bandwidth %"]))
 
 
+def test_a_first_decoder_that_drafts_takes_no_plain_steps(stores, tmp_path, frames_of):
+    builder = stores.Builder(tmp_path / "store", seeds=(0,), decoders=("eager", "lookup"))
+    builder.model("teacher", teacher=True)
+    seconds = {"subject": 0.0022, "reference": 0.002}
+    timed, rounds = stores.bursts(np.random.default_rng(0), seconds, accepted=0.6)
+    rounds += [{**of, "arm": "reference", "drafted": 2, "accepted": 1} for of in rounds]
+    facts = [
+        {"name": "bytes of a step, batch 1", "value": 4e6, "unit": "byte"},
+        {"name": "copy bandwidth", "value": 4e9, "unit": "byte/s"},
+    ]
+    records, traits = {"burst": timed, "round": rounds}, ("pair", "alone")
+    builder.step("teacher/lookup/speed@seed0", records=records, traits=traits, facts=facts)
+    speed = frames_of(builder.write())["speed"]
+    eager = row(speed, decoder="eager")
+    assert (eager["accepted length"].value, eager["k"]) == (2, 2)
+    assert eager["lossless"] == "reference"
+    assert "copy bandwidth %" not in speed
+
+
 def test_speculation_shows_what_its_rounds_gain_beside_what_they_should(make, frames_of):
     frames = frames_of(make())
     found = frames["speculation"]
