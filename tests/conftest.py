@@ -116,3 +116,13 @@ def mambabench() -> Run:
         )
 
     return run
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Says once that there is no GPU, in place of an error of each test that asks for one."""
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("tests marked `gpu` need a CUDA device, and torch finds none")
