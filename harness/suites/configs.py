@@ -199,9 +199,11 @@ class LosslessnessConfig:
     draws: int = 256
     """How often each prompt is asked then, at least 10 times for each new token behind the first; a part of them at
     each batch size."""
+    seed: int = 0
+    """Of the random numbers of draws. With another one a nearly red result is looked at anew."""
 
     def __post_init__(self) -> None:
-        _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1, temperature=0, draws=20)
+        _at_least(self, prompts=1, prompt_tokens=1, new_tokens=1, batch=1, temperature=0, draws=20, seed=0)
         if self.temperature and self.new_tokens < 2:
             raise ValueError(f"new_tokens is {self.new_tokens}; texts that are drawn need at least 2")
         if self.temperature and self.draws < (least := 10 * (self.new_tokens - 1)):

@@ -101,9 +101,9 @@ class Losslessness:
         def ask_plain(chosen: Sequence[Prompt]) -> list[Answer]:
             return decoder_of(reference).generate(plain, chosen, limits[0], silent)
 
+        first = 2 * (bench.seed + config.seed)
         limits = [
-            Limits(new_tokens=config.new_tokens, temperature=config.temperature, seed=2 * bench.seed + arm)
-            for arm in range(2)
+            Limits(new_tokens=config.new_tokens, temperature=config.temperature, seed=first + arm) for arm in range(2)
         ]
         for number, ids in enumerate(texts):
             prompts = draws.requests(ids, number, config.draws)

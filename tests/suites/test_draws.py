@@ -37,6 +37,19 @@ def test_speculation_draws_from_the_distribution_of_plain_decoding(measure, look
     assert {r["batch"] for r in rounds} == {4, 32, 200 % 32}
 
 
+def test_with_another_seed_both_arms_draw_by_other_numbers_and_no_two_by_the_same(measure, plain):
+    seeds = set()
+
+    class Seen:
+        def generate(self, model, prompts, limits, emit):
+            seeds.add(limits.seed)
+            return plain.generate(model, prompts, limits, emit)
+
+    for seed in range(3):
+        measure(Losslessness(dataclasses.replace(CONFIG, prompts=1, seed=seed)), TEXTS, Seen(), Seen())
+    assert seeds == {0, 1, 2, 3, 4, 5}
+
+
 def test_a_decoder_that_draws_from_another_distribution_shows(measure, plain):
     class Cool:
         def generate(self, model, prompts, limits, emit):
