@@ -119,9 +119,9 @@ def mambabench() -> Run:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Says once that there is no GPU, in place of an error of each test that asks for one."""
-    if any(item.get_closest_marker("gpu") for item in items):
+    if any(item.get_closest_marker("gpu") for item in items) and not config.getoption("collectonly"):
         import torch
 
         if not torch.cuda.is_available():
