@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels.documents import Documents
 from ..kernels.few_rows import Projection, Unscaled, divides
-from ..kernels.gated_norm import gated_norm, silu_gated
 from ..kernels.multistep import Rotation, convolve, folded, multistep
-from ..kernels.multistep.fused_step import Front, Gate, fused_step, tap_by_tap
+from ..kernels.multistep.fused_step import Front, Gate, fused_step, gated, tap_by_tap
 from ..kernels.multistep.snapshot import snapshot_multistep, snapshot_ring_multistep
 from ..kernels.scan import scan
 from ..kernels.scan.reference import compute_dtype
@@ -91,10 +90,12 @@ class Mamba2(Mamba):
 
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
         """The gated norm per head or group, which the output projection gets. y [B, L, H, P], z [..., H P]."""
-        y = y.reshape(z.shape)
+        return gated(y.reshape(z.shape), z, self._gate())
+
+    def _gate(self, left: bool = False) -> Gate:
         if self.norm is None:
-            return silu_gated(y, z, self.gate_bias).to(z.dtype)
-        return gated_norm(y, z, self.norm.weight, self.gate_bias, self.shape.normed, self.eps)
+            return Gate(None, self.gate_bias)
+        return Gate(self.norm.weight, self.gate_bias, self.shape.normed, self.eps, left)
 
     def forward(
         self,
@@ -167,10 +168,7 @@ class Mamba2(Mamba):
             c = c.unflatten(2, (-1, self.shape.states))
             return self._gated(snapshot_ring_multistep(ring.views, c, decay, self.D, cache.state, call.start), z)
         window = cache.inputs, ring.convolved, self.active, self._tap_by_tap, rotation
-        front, gate = Front(weight, bias, self.dt_bias, *window), Gate(None, self.gate_bias)
-        if self.norm is not None:
-            left = self.shape.normed == self.inner and divides(self._behind, z.new_empty(z.shape))
-            gate = Gate(self.norm.weight, self.gate_bias, self.shape.normed, self.eps, left)
-        return fused_step(
-            new, z, front, ring.views, decay, self.D, cache.state, call.start, call.saved, call.plan, gate
-        )
+        whole = self.norm is not None and self.shape.normed == self.inner
+        gate = self._gate(left=whole and divides(self._behind, z.new_empty(z.shape)))
+        given = new, z, Front(weight, bias, self.dt_bias, *window), ring.views, decay, self.D, cache.state
+        return fused_step(*given, call.start, call.saved, call.plan, gate)

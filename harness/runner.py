@@ -37,7 +37,6 @@ AGAIN = ("crashed", "timeout")
 ATTEMPTS = 2
 ANEW = ("absent", "running", "interrupted", "cancelled", "blocked", "unsupported")
 """States in which a step runs without being asked for again."""
-FAILED = tuple(state for state in STATES if state != "ok" and state not in ANEW)
 
 POLL_S, POLL_ALONE_S = 0.03, 0.1
 REDRAW_S, REDRAW_ALONE_S = 0.25, 2.0
@@ -99,7 +98,7 @@ class Summary:
         steps = len(self.outcomes) + self.unreached
         counts = {**self.counts, **({"not reached": self.unreached} if self.unreached else {})}
         states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "nothing to do"
-        left = {key for key, outcome in self.outcomes.items() if outcome.state in FAILED} - set(self.ran)
+        left = {key for key, outcome in self.outcomes.items() if outcome.state not in ("ok", *ANEW)} - set(self.ran)
         hint = f"; {len(left)} failed before, --retry runs {'them' if len(left) > 1 else 'it'} again" if left else ""
         end = "; stopped by Ctrl-C" if self.stopped else ""
         return f"{steps} step{'s' * (steps != 1)}: {states}; {len(set(self.ran))} ran now{hint}{end}"

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .support import begins_early, timing_stream
 
@@ -51,6 +52,11 @@ def side_by_side(ignore_errors: bool) -> Iterator[None]:
             yield
     for compiled in () if ignore_errors else mode.raw_futures:
         compiled.result()
+
+
+def measurable(read: Tensor, least: int) -> bool:
+    """Whether what calls read is of so many bytes that their form matters, and can be timed now."""
+    return read.nbytes >= least and read.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 def settled(kind: Iterable[object], forms: Sequence[F], choose: Callable[[], F], usual: F) -> F:

@@ -220,7 +220,8 @@ def _rows(steps: Steps, at: Store | None, done: Container[str]) -> list[tuple[st
             step = steps.steps[cell.key]
             state, reason = "ok" if cell.key in done else "absent", ""
             if at is not None and cell.key not in done:
-                state, reason = _state(at, cell.key)
+                status = at.status(cell.key)
+                state, reason = status.state, status.reason
             if step.obstacle and state != "ok":
                 state, reason = "unsupported", step.obstacle
             text = {"absent": "to run"}.get(state, state) + (f": {reason}" if reason else "")
@@ -230,11 +231,6 @@ def _rows(steps: Steps, at: Store | None, done: Container[str]) -> list[tuple[st
                 text += f" (same as {step.labels[0]})"
             rows.append((_SYMBOLS.get(state, "✗"), cell.label, step.view().component, text))
     return rows
-
-
-def _state(at: Store, key: str) -> tuple[str, str]:
-    status = at.status(key)
-    return status.state, status.reason
 
 
 def _cell_row(cell: dict[str, Any], at: Store) -> tuple[str, ...]:

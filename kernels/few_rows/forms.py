@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..tuning import fastest, settled, side_by_side
+from ..tuning import fastest, measurable, settled, side_by_side
 from . import reference
 from .reference import Projection, Stream, Unscaled
 from .triton import APART, FORMS, Form, launch, normed, summed, tile_of
@@ -61,15 +61,10 @@ def form_for(given: Projection, rows: int, out: torch.dtype) -> Form | None:
     kernels are faster."""
     kind = kind_of(given, rows, out)
     if kind not in _best:
-        if not measurable(given.weight):
+        if not measurable(given.weight, MEASURED):
             return usual(kind)
         _best[kind] = settled(kind, forms_for(kind), partial(tune, given, kind), usual(kind))
     return _best[kind]
-
-
-def measurable(weight: Tensor) -> bool:
-    """Whether the form matters, and can be measured now."""
-    return weight.nbytes >= MEASURED and weight.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 def forms_for(kind: Kind) -> list[Form | None]:

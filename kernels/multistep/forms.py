@@ -23,11 +23,6 @@ COLD = 128 << 20
 """Bytes of checkpoints that do not fit in a cache."""
 
 
-def measurable(state: Tensor, least: int = MEASURED) -> bool:
-    """Whether memory is large enough for a form to matter, and can be measured now."""
-    return state.nbytes >= least and state.is_cuda and not torch.cuda.is_current_stream_capturing()
-
-
 def compiled(forms: Sequence[F], state: Tensor, run: Run[F]) -> None:
     """Compiles what may run, side by side."""
     cursor = torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)

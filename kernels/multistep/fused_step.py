@@ -141,7 +141,7 @@ def separate_step(
 
 
 def gated(y: Tensor, z: Tensor, gate: Gate) -> Tensor:
-    """y [B * T, H P] behind the gate and its norm."""
+    """y [..., H P] behind the gate and its norm, in the dtype of z [..., H P]."""
     if gate.weight is not None:
         return gated_norm(y, z, gate.weight, gate.bias, gate.width, gate.eps)
     return silu_gated(y, z, gate.bias).to(z.dtype)

@@ -23,8 +23,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..support import begun_early
-from ..tuning import settled
-from .forms import fastest, measurable
+from ..tuning import measurable, settled
+from .forms import MEASURED, fastest
 from .ring import between_tokens
 from .triton_pieces import rotated, softplus
 
@@ -265,7 +265,7 @@ def form_for(new: Projected, layer: Channels, ring: Tensor, state: Tensor, plan:
     busy."""
     read = *ring.shape[1:], new.C.shape[2], layer.repeat, new.z is None, new.rotary is None
     kind = *state.shape, *read, plan, new.x.dtype, state.device
-    if kind not in _best and measurable(state):
+    if kind not in _best and measurable(state, MEASURED):
         _best[kind] = settled(kind, forms_for(state), partial(tune, new, layer, ring, state, plan), FORMS[0])
     return _best.get(kind, FORMS[0])
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..support import begun_early
-from ..tuning import settled
-from .forms import fastest, measurable
+from ..tuning import measurable, settled
+from .forms import MEASURED, fastest
 from .triton_pieces import after, exp, fetched, mixed, part, taken, times
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def form_for(ring: Ring, C: Tensor, A: Tensor, D: Tensor, state: Tensor, plan: P
     kind = _kind(ring, C, state, plan)
     few = state.shape[0] * state.shape[1] < 2048 or ring.x.dtype == torch.float32
     usual = Form(16, 4) if few or state.shape[2] <= 16 else Form(32, 4)
-    if kind not in _best and measurable(state):
+    if kind not in _best and measurable(state, MEASURED):
         _best[kind] = settled(kind, forms_for(ring, state, plan), partial(tune, ring, C, A, D, state, plan), usual)
     return _best.get(kind, usual)
 

@@ -25,8 +25,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..few_rows import Unscaled
 from ..support import begun_early
-from ..tuning import settled
-from .forms import fastest, measurable
+from ..tuning import measurable, settled
+from .forms import fastest
 from .fused_step import gated, separate_step
 from .ring import between_tokens
 from .triton_fused_pieces import (

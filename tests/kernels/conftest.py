@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mambabench.kernels import support
+from mambabench.kernels import support, tuning
 from mambabench.kernels.gated_norm import fused as norm_fused
 from mambabench.kernels.scan import fused as scan_fused
 
@@ -180,3 +181,38 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
     monkeypatch.setattr(builder, "create_dot", dot)
+
+
+@pytest.fixture
+def timed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[Sequence[Callable[[], object]]], float]], None]:
+    """`timed_by(ms)`: a form's calls take as many milliseconds as `ms` says of them, whenever it is their turn. Nothing
+    was chosen by another process."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(tuning, "recorded", lambda calls, pool: calls)
+
+    def by(ms: Callable[[Sequence[Callable[[], object]]], float]) -> None:
+        def started_ms(graphs: Sequence[Sequence[Callable[[], object]]], rounds: int) -> list[list[float]]:
+            times = [[ms(calls) for calls in graphs] for _ in range(rounds)]
+            return [list(each) for each in zip(*times, strict=True)]
+
+        monkeypatch.setattr(tuning, "started_ms", started_ms)
+
+    return by
+
+
+@pytest.fixture
+def no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[types.ModuleType], None]:
+    """`no_memory(room)`: forms of this room could be timed, if there were memory for it."""
+
+    def full(like: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def take(room: types.ModuleType) -> None:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(room, "measurable", lambda *_: True)
+        monkeypatch.setattr(torch, "zeros_like", full)
+
+    return take

@@ -221,15 +221,11 @@ def test_reasons_are_given_where_the_kernel_does_not_serve(monkeypatch) -> None:
 
 
 @pytest.fixture
-def timed(interpreted, monkeypatch):
+def timed(interpreted, timed_by, monkeypatch):
     """Forms are timed by a table, in milliseconds; separate kernels take one. Each choice is a new process's."""
-    times, tuning = {None: 1.0}, importlib.import_module("mambabench.kernels.tuning")
+    times = {None: 1.0}
     monkeypatch.setattr(interpreted, "compile_forms", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(tuning, "recorded", lambda calls, pool: calls)
-    monkeypatch.setattr(
-        tuning, "started_ms", lambda graphs, rounds: [[times.get(calls[0].args[1], 2.0)] for calls in graphs]
-    )
+    timed_by(lambda calls: times.get(calls[0].args[1], 2.0))
     return times
 
 
@@ -246,9 +242,8 @@ def test_the_first_form_is_chosen_that_is_as_fast_as_any(interpreted, timed) -> 
     assert interpreted.tune(into, kind) is None
 
 
-def test_all_processes_choose_alike_where_two_ways_are_as_fast(interpreted, timed, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(interpreted, "measurable", lambda weight: True)
+def test_all_processes_choose_alike_where_two_ways_are_as_fast(interpreted, timed, monkeypatch) -> None:
+    monkeypatch.setattr(interpreted, "measurable", lambda *_: True)
     _, _, out, x, _ = drawn(1, 64, 32)
     first, second = interpreted.FORMS[:2]
     found = []
@@ -261,7 +256,7 @@ def test_all_processes_choose_alike_where_two_ways_are_as_fast(interpreted, time
 
 def test_the_usual_form_serves_a_process_without_memory_to_time_others(interpreted, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(interpreted, "measurable", lambda weight: True)
+    monkeypatch.setattr(interpreted, "measurable", lambda *_: True)
     monkeypatch.setattr(interpreted, "_best", {})
     _, _, out, x, _ = drawn(1, 64, 32)
     kind, asked = interpreted.kind_of(out, len(x), x.dtype), []

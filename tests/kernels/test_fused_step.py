@@ -1,7 +1,5 @@
 """Steps of a Mamba-2 layer by one kernel are those of separate ones, in Triton's interpreter and on a GPU."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -252,25 +250,22 @@ def test_a_head_that_is_small_has_its_norm_inside_before_anything_is_measured(ke
 
 
 @pytest.fixture
-def chosen(kernels, monkeypatch, tmp_path):
+def chosen(kernels, timed_by, monkeypatch):
     """Chooses as a new process does that times forms as the table says, in milliseconds. Has their calls."""
-    tuning = importlib.import_module("mambabench.kernels.tuning")
     calls = {}
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(tuning, "recorded", lambda calls, pool: calls)
 
     def choose(times, settle=True):
-        def started_ms(graphs, rounds):
-            calls.update({graph[0].args[0]: graph[0] for graph in graphs})
-            return [[times.get(form, 2.0)] for form in calls]
+        def ms(turns):
+            form = turns[0].args[0]
+            calls[form] = turns[0]
+            return times.get(form, 2.0)
 
-        monkeypatch.setattr(tuning, "started_ms", started_ms)
+        timed_by(ms)
         plan = Plan(count=2, steps=3, replay=4, settle=settle)
         layer = Layer(SHAPES["C per head"], plan, [1, 2], [0, 4], torch.float32)
         u, z, front, rings, _, _, state, *_, gate = layer.run(lambda *given: given, HEAD)["out"]
         monkeypatch.setattr(kernels, "_best", {})
-        monkeypatch.setattr(kernels, "measurable", lambda state, least: True)
+        monkeypatch.setattr(kernels, "measurable", lambda *_: True)
         return kernels.form_for(u, z, front, rings, state, plan, gate)
 
     choose.calls = calls

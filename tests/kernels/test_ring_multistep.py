@@ -212,16 +212,10 @@ def test_in_the_interpreter_random_rounds_are_the_recurrence_over_what_was_kept(
     check_rounds(kernels, (1, 1, 1, 1, 3, 4), replay, 40, "cpu")
 
 
-def test_without_memory_to_time_forms_the_usual_one_serves(kernels, monkeypatch, tmp_path):
+def test_without_memory_to_time_forms_the_usual_one_serves(kernels, no_memory):
     plan = Plan(count=1, steps=1, replay=4, settle=True)
     layer, _ = filled((4, 4, 1, 1, 64, 16), plan, 2, torch.float32, 1, [0, 4], "cpu")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "measurable", lambda state: True)
-
-    def full(like):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch, "zeros_like", full)
+    no_memory(kernels)
     for _ in range(2):
         form = kernels.form_for(layer.ring, layer.C, layer.A, layer.D, layer.state, plan)
         assert form == kernels.Form(16, 4)

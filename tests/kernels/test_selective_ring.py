@@ -296,7 +296,7 @@ def test_layers_with_as_large_states_have_their_own_form(kernels, monkeypatch, t
     """Where they read other amounts beside these: models on one machine choose for each other."""
     plan = Plan(count=1, steps=1, replay=4, settle=True)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "measurable", lambda state: True)
+    monkeypatch.setattr(kernels, "measurable", lambda *_: True)
     timed = []
     monkeypatch.setattr(kernels, "tune", lambda *given: timed.append(given) or kernels.FORMS[1])
     layers = shape(64, 4, 1, 1), shape(64, 4, 16, 1), shape(64, 4, 1, 16), shape(64, 4, 1, 1, gate="plain")
@@ -309,16 +309,10 @@ def test_layers_with_as_large_states_have_their_own_form(kernels, monkeypatch, t
         assert len(timed) == number
 
 
-def test_without_memory_to_time_forms_the_usual_one_serves(kernels, monkeypatch, tmp_path):
+def test_without_memory_to_time_forms_the_usual_one_serves(kernels, no_memory):
     plan = Plan(count=1, steps=1, replay=4, settle=True)
     layer, _ = filled(SHAPES["the paper's"], plan, 2, torch.float32, 1, [0, 4])
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "measurable", lambda state: True)
-
-    def full(like):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch, "zeros_like", full)
+    no_memory(kernels)
     for _ in range(2):
         form = kernels.form_for(layer.tokens(1), layer.channels, layer.ring, layer.state, plan)
         assert form == kernels.FORMS[0]

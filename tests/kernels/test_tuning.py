@@ -112,18 +112,10 @@ def test_a_kernel_that_prunes_its_forms_itself_is_left_alone(tuner: Any) -> None
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def clock(timed_by: Callable[..., None]) -> list[str]:
     """Calls say how many milliseconds they take. Returns the forms that graphs were started of, in order."""
-    started: list[str] = []
-
-    def started_ms(graphs: list[Any], rounds: int) -> list[list[float]]:
-        times = [[graph[0]() for graph in graphs] for _ in range(rounds)]
-        return [list(each) for each in zip(*times, strict=True)]
-
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(tuning, "recorded", lambda calls, pool: calls)
-    monkeypatch.setattr(tuning, "started_ms", started_ms)
-    return started
+    timed_by(lambda calls: calls[0]())
+    return []
 
 
 def test_the_first_form_is_taken_that_is_as_fast_as_any(clock: list[str]) -> None:
