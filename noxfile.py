@@ -45,8 +45,8 @@ def run(session: nox.Session, *command: str, **settings: str) -> None:
 @nox.session(reuse_venv=True, default=False)
 def env(session: nox.Session) -> None:
     """Install the package, editable, and all that its tests need."""
-    # Some dependencies come as source only and need setuptools at hand, since isolated builds would fetch it each time.
-    session.install("-c", CONSTRAINTS, "setuptools")
+    # Some dependencies come as source only and need these at hand, since isolated builds would fetch them each time.
+    session.install("-c", CONSTRAINTS, "setuptools", "setuptools-scm")
     session.install(
         "--no-build-isolation", "--config-settings=editable_mode=strict", "-c", CONSTRAINTS, "-e", f".[{EXTRAS}]"
     )
