@@ -1,8 +1,8 @@
 """How many tokens to draft: K is chosen for a window of rounds from what was accepted, and from what rounds cost.
 
-A round of K drafts takes time cost(K), measured once for a batch size, and yields 1 + a_1 + a_1 a_2 + … tokens, where
-a_j is the chance that draft j stands if those before it do. The best K has the least time per token. What was predicted
-of each window is kept beside what came.
+A round of K drafts takes time cost(K), measured once for a kind of request, and yields 1 + a_1 + a_1 a_2 + … tokens,
+where a_j is the chance that draft j stands if those before it do. The best K has the least time per token. What was
+predicted of each window is kept beside what came.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ Seconds = Callable[[int, int], float]
 
 
 class CostTable:
-    """Seconds of a round with K = 1, 2, … drafts, by batch size and kind of sampling, of the model last asked for."""
+    """Seconds of a round with K = 1, 2, … drafts, by batch size, length of the texts and kind of sampling, of the model
+    last asked for. Lengths between two powers of 2 count as alike."""
 
     def __init__(self) -> None:
         self._model: Stepper | None = None
-        self._known: dict[tuple[int, bool, int], list[float]] = {}
+        self._known: dict[tuple[int, ...], list[float]] = {}
 
-    def of(self, model: Stepper, batch: int, limits: Limits, k: int, seconds: Seconds) -> list[float]:
+    def of(self, model: Stepper, batch: int, length: int, limits: Limits, k: int, seconds: Seconds) -> list[float]:
         """Looks costs up, or measures them by rounds that change no text."""
         if self._model is not model:
             self._model, self._known = model, {}
-        key = (batch, limits.temperature > 0, k)
+        sampling = limits.temperature > 0, limits.top_k > 0, limits.top_p < 1
+        key = batch, length.bit_length(), *sampling, k
         if key not in self._known:
             self._known[key] = [cost(model, drafts, seconds) for drafts in range(1, k + 1)]
         return self._known[key]

@@ -91,7 +91,7 @@ class SpeculativeDecoder:
         batch.begin(rounds.first())
         chooser = None
         if self.window and batch.running:
-            costs = self._costs.of(model, len(prompts), limits, self.k, rounds.seconds)
+            costs = self._costs.of(model, len(prompts), rounds.longest, limits, self.k, rounds.seconds)
             chooser = Chooser(costs, self.window)
         run(batch, rounds, self.look, chooser)
         if chooser is not None:
@@ -109,9 +109,7 @@ class SpeculativeDecoder:
         rounds.prefill()
         rounds.open_draft()
         rounds.first()
-        if self.window:
-            return dict(enumerate(self._costs.of(model, len(prompts), limits, self.k, rounds.seconds), 1))
-        return {self.k: cost(model, self.k, rounds.seconds)}
+        return {k: cost(model, k, rounds.seconds) for k in range(1 if self.window else self.k, self.k + 1)}
 
     def profile(
         self, model: Stepper, prompts: Sequence[Prompt], limits: Limits, count: int

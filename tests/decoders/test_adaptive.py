@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambabench.decoders.adaptive import Chooser, CostTable, cost
 from mambabench.decoders.ngram import NgramDraft
+from mambabench.decoders.play import Rounds
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.standard import StandardDecoder
 from mambabench.decoders.texts import Texts
@@ -66,7 +67,7 @@ def test_a_request_of_one_window_has_nothing_to_compare():
     assert facts == ["cost of a round, K = 1"]
 
 
-def test_costs_are_measured_once_for_a_batch_size_of_a_model():
+def test_costs_are_measured_once_for_a_kind_of_request_of_a_model():
     played = []
 
     def seconds(k, count):
@@ -74,16 +75,17 @@ def test_costs_are_measured_once_for_a_batch_size_of_a_model():
         return k / 8
 
     costs, model, limits = CostTable(), MockStepper(), Limits(new_tokens=1)
-    first = costs.of(model, 2, limits, 3, seconds)
+    first = costs.of(model, 2, 9, limits, 3, seconds)
     assert first == [1 / 8, 2 / 8, 3 / 8]
     assert set(played) == {1, 2, 3}
     count = len(played)
-    assert costs.of(model, 2, limits, 3, seconds) == first
+    assert costs.of(model, 2, 15, limits, 3, seconds) == first
     assert len(played) == count
-    costs.of(model, 1, limits, 3, seconds)
-    assert len(played) == 2 * count
-    costs.of(MockStepper(), 2, limits, 3, seconds)
-    assert len(played) == 3 * count
+    filtered = [Limits(new_tokens=1, temperature=1.0, **filters) for filters in ({}, {"top_k": 9}, {"top_p": 0.9})]
+    others = [(model, 1, 9, limits), (model, 2, 900, limits), *((model, 2, 9, each) for each in filtered)]
+    for number, other in enumerate([*others, (MockStepper(), 2, 9, limits)], 2):
+        costs.of(*other, 3, seconds)
+        assert len(played) == number * count
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,16 @@ def test_nothing_is_measured_for_texts_that_end_with_their_first_token(limits):
     answers, records = answer_with_records(SpeculativeDecoder(NgramDraft(), 3, window=2), model, requests, limits)
     assert answers == StandardDecoder().generate(model, requests, limits, silent)
     assert [record["kind"] for record in records] == ["burst", "burst"]
+
+
+def test_costs_are_told_of_the_texts_that_are_asked_about(monkeypatch):
+    """Whatever the decoder has answered or measured before."""
+    monkeypatch.setattr(Rounds, "seconds", lambda rounds, k, count: k * rounds.longest / 8)
+    decoder, model, limits = SpeculativeDecoder(NgramDraft(), 2, window=2), MockStepper(), Limits(new_tokens=9)
+    for length in (3, 2, 40):
+        prompts = [Prompt((1, 2) * (length // 2) + (1,) * (length % 2))]
+        decoder.generate(model, prompts, limits, silent)
+        assert decoder.costs(model, prompts, limits) == {1: length / 8, 2: length / 4}
 
 
 @pytest.mark.parametrize(("window", "known"), [(0, [3]), (2, [1, 2, 3])])
