@@ -7,10 +7,12 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..harness.interfaces import MambabenchError
 from ..kernels.entry import Cursors
 from ..kernels.multistep import Plan, Ring, ring_supports, selective_ring_supports
 from ..kernels.scan.reference import compute_dtype
@@ -167,6 +169,8 @@ def replayable(config: HybridConfig, like: Tensor, steps: int) -> int:
     if not kinds or not all(steps_by_kernel(config, kind, like, steps) for kind in kinds):
         return steps
     asked = os.environ.get(VARIABLE)
+    if asked and not asked.isdecimal():
+        raise MambabenchError(f"{VARIABLE}={asked}: a number of tokens is wanted")
     return max(steps, int(asked) if asked else min(_worth(config, kind, like, steps) for kind in kinds))
 
 
@@ -262,9 +266,13 @@ def open_state(
 class Kept:
     """States that were given up, with what was recorded on them: the next request of the same sizes takes one over."""
 
+    _all: ClassVar[weakref.WeakSet[Kept]] = weakref.WeakSet()
+    """Of every model in this process."""
+
     def __init__(self, most: int = 4) -> None:
         self._most = most
         self._free: list[State] = []
+        self._all.add(self)
 
     def take(self, sizes: tuple[int, int, int, bool], make: Callable[[], State]) -> State:
         """An empty state of so many rows, positions and steps, with snapshots or without, one that was kept or a new
@@ -291,10 +299,13 @@ class Kept:
         try:
             return make()
         except torch.OutOfMemoryError:
-            if not self._free:
+            if not any(kept._free for kept in self._all):
                 raise
-        # Not before here: while the error is handled, its traceback holds what was made before it.
-        self.clear()
+        # Not before here: while the error is handled, its traceback holds what was made before it. Rounds that were
+        # recorded on a state hold one of their draft's, which is given up with them.
+        while any(kept._free for kept in self._all):
+            for kept in self._all:
+                kept.clear()
         torch.cuda.empty_cache()
         return make()
 

@@ -22,7 +22,7 @@ from .texts import Texts
 BLOCK = 256
 """Positions by which texts grow that outlive a request."""
 BOARDS = 4
-"""Kept on a state's memory."""
+"""Kept on a state's memory, the one used last at the end."""
 
 
 class Rounds:
@@ -144,14 +144,16 @@ class Rounds:
         kept = {} if self._recording is None else self._recording.kept
         sampling = limits.temperature, limits.top_k, limits.top_p
         key = (id(self.draft), self.steps, self.steady, self.script, look, room, limits.stop_tokens, sampling)
-        if key not in kept:
+        board = kept.pop(key, None)
+        if board is None:
             batch, device = len(self.prompts), self.model.device
             texts = Texts(batch, room, limits.stop_tokens, device, drafts=self.steps)
             while len(kept) >= BOARDS:
                 del kept[next(iter(kept))]
             none = torch.zeros(batch, dtype=torch.int32, device=device)
-            kept[key] = Board(texts, Results(batch, self.steps - 1, 2 * look, device), none, self.draft)
-        return kept[key]
+            board = Board(texts, Results(batch, self.steps - 1, 2 * look, device), none, self.draft)
+        kept[key] = board
+        return board
 
 
 def run(batch: Batch, rounds: Rounds, look: int, chooser: Chooser | None = None) -> None:

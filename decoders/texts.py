@@ -50,8 +50,10 @@ class Texts:
         """Rounds that are played meanwhile change no text."""
         running = self.running.clone()
         self.running.fill_(False)
-        yield
-        self.running.copy_(running)
+        try:
+            yield
+        finally:
+            self.running.copy_(running)
 
 
 def padded(texts: Sequence[Sequence[int]]) -> Tensor:

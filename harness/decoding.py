@@ -90,7 +90,7 @@ class DeviceDraft(Protocol):
 
     It may have `records(state) -> bool`: whether `follow` can become part of a recorded round, that is, launches the
     same work at every call, on the same memory; and `again(state, prompts, limits) -> bool`, which makes what `open`
-    returned serve another request of as many rows, or says that it cannot.
+    returned serve another request of as many rows that is sampled alike, or says that it cannot.
     """
 
     def open(self, target: Stepper, prompts: Sequence[Prompt], limits: Limits, k: int) -> Any:

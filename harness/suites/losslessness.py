@@ -18,7 +18,7 @@ from ..interfaces import Answer, Bench, Decoder, Emit, Limits, MambabenchError, 
 from . import draws
 from .configs import LosslessnessConfig
 from .near_ties import gaps, noise
-from .texts import check_room, pad, take_prompts
+from .texts import check_room, check_whole, pad, take_prompts
 
 EXACT = "float64"
 NOISE = 8
@@ -109,6 +109,8 @@ class Losslessness:
             prompts = draws.requests(ids, number, config.draws)
             answers = draws.in_batches(ask, prompts, config.batch)
             wanted = draws.in_batches(ask_plain, prompts, [max(config.batch)])
+            for arm, of in ((subject, answers), (reference, wanted)):
+                check_whole("losslessness", arm.decoder_name, of, config.new_tokens)
             task = f"temperature {config.temperature:g}"
             likely = (draws.likelihoods(plain, ids, of, max(config.batch)) for of in (answers, wanted))
             for metric, (value, freedom) in (

@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 
 from .. import metrics
-from ..interfaces import Bench, Limits, MambabenchError, Prompt, Stepper, Subject, silent
+from ..interfaces import Bench, Limits, Prompt, Stepper, Subject, silent
 from .configs import Request, SpeedConfig
 from .losslessness import decoder_of
-from .texts import check_room, take_prompts
+from .texts import check_room, check_whole, take_prompts
 from .traffic import bandwidths, step_bytes
 
 MAXRSS_BYTES = 1024
@@ -102,10 +102,7 @@ class Speed:
         for answer in answers:
             distinct, runs = metrics.distinct_ngrams(answer.ids)
             arm.distinct, arm.runs = arm.distinct + distinct, arm.runs + runs
-        short = [len(answer.ids) for answer in answers if len(answer.ids) != self.config.new_tokens]
-        if short:
-            asked = f"{short[0]} tokens, not the {self.config.new_tokens} asked for"
-            raise MambabenchError(f"speed: decoder {arm.subject.decoder_name!r} yielded {asked}")
+        check_whole("speed", arm.subject.decoder_name, answers, self.config.new_tokens)
         asked_for = {**request._asdict(), "new_tokens": self.config.new_tokens, "content": self.config.data}
         for kind, fields in records:
             if kind == "fact":

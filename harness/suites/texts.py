@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..documents import Document, encode_document, read_documents
-from ..interfaces import MambabenchError, Stepper, Unsupported
+from ..interfaces import Answer, MambabenchError, Stepper, Unsupported
 
 
 def pad(texts: Sequence[Sequence[int]], device: str) -> tuple[Tensor, Tensor]:
@@ -59,6 +59,14 @@ def _passages(path: Path, characters: int, rounds: int) -> Iterator[Document]:
         for document in longer:
             yield dataclasses.replace(document, text=document.text[:characters])
         longer = [dataclasses.replace(of, text=of.text[characters:]) for of in longer if len(of.text) > characters]
+
+
+def check_whole(suite: str, decoder: str, answers: Sequence[Answer], new_tokens: int) -> None:
+    """Raises `MambabenchError` where a text that nothing may end early has not as many tokens as were asked for."""
+    for answer in answers:
+        if len(answer.ids) != new_tokens:
+            wrong = f"yielded {len(answer.ids)} tokens, not the {new_tokens} asked for"
+            raise MambabenchError(f"{suite}: decoder {decoder!r} {wrong}")
 
 
 def check_room(suite: str, model: Stepper, tokens: int) -> None:

@@ -113,6 +113,26 @@ def test_kept_memory_makes_room_for_new(half: Path, monkeypatch: pytest.MonkeyPa
     assert len(tries) == 2
 
 
+def test_what_other_models_keep_makes_room_too(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft, other = (Recorded().load(half, "cpu", "float32") for _ in range(3))
+    state, of_draft = target.open(2, 20, 4), draft.open(2, 20, 4)
+    kept = weakref.ref(of_draft.end)
+    state.graphs.kept["recorded rounds"] = of_draft
+    del state, of_draft
+    gc.collect()
+    stepper = importlib.import_module("mambabench.backends.stepper")
+    whole = stepper.open_state
+
+    def full(*given):
+        if kept() is not None:
+            raise torch.OutOfMemoryError("no room")
+        return whole(*given)
+
+    monkeypatch.setattr(stepper, "open_state", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert len(other.open(3, 20, 4).end) == 3
+
+
 def test_without_kept_memory_a_full_device_is_an_error(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Recorded().load(half, "cpu", "float32")
 

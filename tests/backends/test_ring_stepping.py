@@ -12,6 +12,7 @@ from mambabench.backends.hybrid import Mamba2HybridBackend, MambaBackend, Teache
 from mambabench.backends.plugin import Mamba2HybridConfig, MambaConfig, TeacherConfig
 from mambabench.backends.stepper import HybridStepper
 from mambabench.harness.conformance import check_backend
+from mambabench.harness.interfaces import MambabenchError
 from mambabench.kernels import support
 from mambabench.kernels.multistep import fused_step, selective_ring
 from mambabench.kernels.support import Support
@@ -64,6 +65,12 @@ def test_rings_keep_the_stepping_contract(
     """Whether the checkpoint is written in every round that settles, or in some."""
     monkeypatch.setenv(states.VARIABLE, str(replay))
     check_backend(mamba_backend, artifact, rounds=100, dtype=dtype, tolerance=tolerance)
+
+
+def test_a_length_of_rings_that_is_no_number_is_told(rings: None, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(states.VARIABLE, "16 tokens")
+    with pytest.raises(MambabenchError, match="MAMBABENCH_REPLAY=16 tokens: a number of tokens is wanted"):
+        TeacherBackend(TeacherConfig()).load(half, "cpu", "float32").open(1, 4, 2)
 
 
 @pytest.mark.gpu

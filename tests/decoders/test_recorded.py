@@ -109,6 +109,14 @@ def test_a_round_is_recorded_once_for_all_requests(starts, name):
     assert model.facts()["graphs"] == (2, "")
 
 
+def test_of_many_kinds_of_rounds_those_used_last_are_kept(starts):
+    model, decoder = hybrid(MIXERS, graphs=True), decoders()["plain"]()
+    for temperature in (0.1, 0.2, 0.3, 0.4, 0.1, 0.5, 0.1):
+        ask(decoder, model, temperature=temperature)
+        gc.collect()
+    assert model.facts()["graphs"] == (5, "")
+
+
 @pytest.mark.parametrize("name", ["plain", "layers"])
 @pytest.mark.parametrize("warmup", [SpeedConfig(data="text").warmup, WARM_UPS])
 def test_what_is_timed_records_nothing_any_more(starts, name, warmup, monkeypatch):

@@ -1,5 +1,6 @@
 """Text in pieces, rounds that the host sees late, and rows that ended meanwhile."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,6 +163,14 @@ def test_a_text_that_ended_stays_as_it_is():
     assert texts.inputs.ids(0, 2).tolist() == [[4, 9], [4, 5], [3, 3]]
     assert texts.inputs.positions.tolist() == [[2, 3, 4], [3, 4, 5], [4, 5, 6]]
     assert texts.inputs.positions.dtype == torch.int32
+
+
+def test_a_round_that_fails_while_texts_are_held_leaves_them_running():
+    texts = Texts(1, 12, (), "cpu")
+    texts.begin([Prompt((1, 2))], Limits(new_tokens=5))
+    with pytest.raises(KeyboardInterrupt), texts.held():
+        raise KeyboardInterrupt
+    assert texts.running.tolist() == [True]
 
 
 def test_texts_serve_one_request_after_the_other():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from mambabench.decoders.speculative import SpeculativeDecoder
-from mambabench.harness.interfaces import Answer
+from mambabench.harness.interfaces import Answer, MambabenchError
 from mambabench.harness.suites.configs import LosslessnessConfig
 from mambabench.harness.suites.draws import in_batches, of_likelihoods, of_tokens, requests
 from mambabench.harness.suites.losslessness import Losslessness
@@ -48,6 +48,15 @@ def test_with_another_seed_both_arms_draw_by_other_numbers_and_no_two_by_the_sam
     for seed in range(3):
         measure(Losslessness(dataclasses.replace(CONFIG, prompts=1, seed=seed)), TEXTS, Seen(), Seen())
     assert seeds == {0, 1, 2, 3, 4, 5}
+
+
+def test_a_decoder_that_stops_early_is_an_error(measure, plain):
+    class Short:
+        def generate(self, model, prompts, limits, emit):
+            return [Answer((1,), "a", "length") for _ in prompts]
+
+    with pytest.raises(MambabenchError, match="yielded 1 tokens, not the 5"):
+        measure(Losslessness(CONFIG), TEXTS, Short(), plain)
 
 
 def test_a_decoder_that_draws_from_another_distribution_shows(measure, plain):
