@@ -82,6 +82,8 @@ class ScriptedConfig:
     """Drafted tokens a round."""
     tokens: float = 3.0
     """Mean tokens of a round, the correction or bonus token included: more than 1, less than k + 1."""
+    rollback: Rollback = "replay"
+    """As of `speculative`."""
     look: int = 1
     """Rounds after which the host looks at what came of them."""
 

@@ -15,7 +15,8 @@ def scripted(config: ScriptedConfig) -> SpeculativeDecoder:
     from ..harness.plugins import build
 
     rate = acceptance(config.tokens, config.k)
-    return SpeculativeDecoder(build(config.draft), config.k, look=config.look, script=rate)
+    draft = build(config.draft)
+    return SpeculativeDecoder(draft, config.k, look=config.look, script=rate, rollback=config.rollback)
 
 
 def acceptance(tokens: float, k: int) -> float:

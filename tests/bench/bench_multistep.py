@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=9, help="K + 1")
-    parser.add_argument("--replay", type=int, nargs="+", default=[], help="default: K + 1, 16, 24, 48")
+    parser.add_argument("--replay", type=int, nargs="+", default=[], help="default: K + 1, the engine's, 16, 24, 48")
     parser.add_argument("--shape", choices=[*SHAPES, *SELECTIVE], nargs="+", default=[*SHAPES, *SELECTIVE])
     parser.add_argument("--pieces", type=int, nargs="+", default=[1, 2], help="of the checkpoint where it meets C")
     parser.add_argument("--form", type=int, nargs="+", help="only the forms of these numbers")
@@ -210,7 +210,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
         peers |= {peer: ways[peer](made) for peer in args.peers}
         del made
     print(f"\n{name}, batch {batch}, {count} tokens: update {peers['update']:.1f} us, scan {peers['scan']:.1f} us")
-    for replay in args.replay or [count, 16, 24, 48]:
+    for replay in args.replay or sorted({count, inputs.REPLAYED[name], 16, 24, 48}):
         plan = Plan(count, count, replay, True)
         made = layers(inputs.Mamba2, shape, batch, plan)
         rounds = inputs.turns(plan, batch, max(CALLS, len(made)), "cuda")

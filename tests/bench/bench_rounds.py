@@ -12,7 +12,8 @@ turned, without SiLU and norm, their gate biased.
 `--rollbacks` measures in their place what the target does in a round, by how it takes rejected tokens back: by replay,
 by snapshots, and for the record by re-decoding: a round runs on a copy of the recurrent states, and then the tokens
 that stand are run from the states themselves, by a call of their own. Every row keeps the nearest whole number of
-tokens to `--accepted`; a batch whose rows differ would have to pad that call.
+tokens to `--accepted`; a batch whose rows differ would have to pad that call. Below stands what the matrix products
+alone take of a step and of a round, one after the other by cuBLAS.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mambabench.backends.config import HybridConfig
 from mambabench.backends.model import HybridForCausalLM
 from mambabench.backends.state import KVCache, State
@@ -39,6 +43,7 @@ from mambabench.decoders.stepping import LayersDraft
 from mambabench.harness.cli.generate import shares
 from mambabench.harness.interfaces import Limits, Prompt
 from mambabench.harness.mockmodel import MockTokenizer
+from mambabench.kernels.tuning import graph_ms
 from torch import Tensor, nn
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -155,7 +160,31 @@ def compare_rollbacks(
         off = "" if row["off"] is None else f"{row['off']:.2g}"
         print(f"{row['rollback']:12} {1e3 * row['seconds']:8.3f} {seconds:6.3f}", end=" ")
         print(f"{row['state bytes'] / 1e6:9.1f} {held:8.2f} {off:>10}", flush=True)
-    return [{"shape": name, "batch": batch, "context": context, "k": k, "kept": kept} | row for row in rows]
+    step, whole = (products(model, batch * count) for count in (1, k + 1))
+    print(f"products alone {1e3 * step:.3f} ms, of a round {1e3 * whole:.3f} ms: {whole / step:.3f} steps", flush=True)
+    sizes = {"shape": name, "batch": batch, "context": context, "k": k, "kept": kept}
+    return [sizes | {"products": {"step": step, "round": whole}} | row for row in rows]
+
+
+def weights_of(model: HybridStepper) -> list[Tensor]:
+    """Of a call's matrix products, as it has them; those of the step sizes of Mamba-1 are left out."""
+    pairs = [pair for layer in model.model.model.layers for pair in (layer._mixing, layer._inner) if pair]
+    return [*(end.weight for pair in pairs for end in pair), model.model.lm_head.weight]
+
+
+@torch.inference_mode()
+def products(model: HybridStepper, rows: int, repeats: int = 9) -> float:
+    """Seconds of the bare matrix products of a call with so many tokens in all."""
+    calls = []
+    for weight in weights_of(model):
+        x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        calls.append(partial(F.linear, x, weight))
+    if weight.is_cuda:
+        return statistics.median(graph_ms(calls, repeats)) / 1e3
+    began = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - began
 
 
 def _round(

@@ -54,6 +54,8 @@ MAMBA2 = {
     "Mamba2-28M": Shape2(8, 4, 4, 8, 64, 64, 64),
     "tiny": Shape2(4, 2, 2, 4, 8, 16, 16),
 }
+REPLAYED = {"Mamba2-2.7B": 11, "Mamba2-paper": 16, "Mamba2-28M": 9, "tiny": 16}
+"""Tokens that the engine replays at most where a round has 9: its rings are as long as memory allows, up to 16."""
 MAMBA1 = {
     "Mamba1-2.8B": Shape1(5120, 5120, 1, 1, 5120, 1),
     "Mamba1-paper": Shape1(4096, 1024, 64, 256, 128, 4),

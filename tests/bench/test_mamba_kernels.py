@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mambabench.backends import state as states
+from mambabench.backends.config import HybridConfig
 from mambabench.kernels.few_rows import Unscaled
 from mambabench.kernels.multistep import (
     Plan,
@@ -22,13 +24,14 @@ from mambabench.kernels.multistep import (
 )
 from mambabench.kernels.multistep.fused_step import fused_step, separate_step
 from mambabench.kernels.scan.fused import TUNED
+from mambabench.kernels.support import Support
 from mambabench.kernels.tuning import compile_side_by_side
 from torch import Tensor
 
 TOKENS = 9
 """K + 1."""
-MAMBA2, MAMBA1 = Plan(TOKENS, TOKENS, 16, True), Plan(TOKENS, TOKENS, TOKENS, True)
-"""Rings as long as the engine's."""
+MAMBA1 = Plan(TOKENS, TOKENS, TOKENS, True)
+"""A ring as long as the engine's."""
 ROUNDS = 64
 BATCHES = (1, 16, 64)
 
@@ -48,20 +51,44 @@ def group(request: pytest.FixtureRequest) -> str:
     return f"{family}, {given['shape']}, batch {given['batch']}"
 
 
+@pytest.fixture
+def plan(inputs: SimpleNamespace, shape: str) -> Plan:
+    """Of a Mamba-2 layer, whose ring is as long as the engine's."""
+    return Plan(TOKENS, TOKENS, inputs.REPLAYED[shape], True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ("Mamba2-2.7B", {"mamba_heads": 80, "mamba_head_dim": 64, "mamba_states": 128, "mamba_groups": 1}),
+        ("Mamba2-paper", {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}),
+        ("Mamba2-28M", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}),
+    ],
+)
+def test_rings_are_as_long_as_the_engine_s(inputs: SimpleNamespace, monkeypatch, shape: str, sizes: Any) -> None:
+    monkeypatch.setattr(states, "ring_supports", lambda *given: Support.yes())
+    config = HybridConfig(mixers=["mamba2"], **sizes)
+    layer = inputs.MAMBA2[shape]
+    assert config.mamba2 == (layer.heads, layer.width, layer.size, *layer[1:4], layer.normed)
+    assert states.replayable(config, torch.empty(0, dtype=torch.bfloat16), TOKENS) == inputs.REPLAYED[shape]
+
+
 def heads_of(t: Tensor, groups: int) -> Tensor:
     """[B, …, G, N] as a peer takes it: fewer groups one after the other."""
     return t.repeat_interleave(groups // t.shape[-2], -2).contiguous()
 
 
 @sizes(*layers2)
-def test_mamba2_step(cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int) -> None:
-    rounds = inputs.turns(MAMBA2, batch, ROUNDS, device)
+def test_mamba2_step(
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int, plan: Plan
+) -> None:
+    rounds = inputs.turns(plan, batch, ROUNDS, device)
     now = itertools.cycle(rounds)
 
     def make() -> tuple[Any]:
-        return (inputs.Mamba2(inputs.MAMBA2[shape], batch, MAMBA2, device),)
+        return (inputs.Mamba2(inputs.MAMBA2[shape], batch, plan, device),)
 
-    moved = make()[0].step_bytes(*inputs.means(MAMBA2, rounds))
+    moved = make()[0].step_bytes(*inputs.means(plan, rounds))
     found = cold(make, lambda layer: ring_multistep(*layer.step(next(now))), moved=moved, calls=ROUNDS)
     (layer,) = cold.inputs(make)
     x, dt, B, C = layer.tokens(rounds[0], 0)
@@ -71,13 +98,13 @@ def test_mamba2_step(cold, inputs: SimpleNamespace, device: torch.device, assert
 
 @sizes(*layers2)
 def test_mamba2_convolution(
-    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int, plan: Plan
 ) -> None:
-    starts = [turn.start for turn in inputs.turns(MAMBA2, batch, ROUNDS, device)]
+    starts = [turn.start for turn in inputs.turns(plan, batch, ROUNDS, device)]
     now = itertools.cycle(starts)
 
     def make() -> tuple[Any]:
-        return (inputs.Mamba2(inputs.MAMBA2[shape], batch, MAMBA2, device),)
+        return (inputs.Mamba2(inputs.MAMBA2[shape], batch, plan, device),)
 
     def run(layer: Any) -> tuple[Tensor, ...]:
         return convolve(*layer.convolution(next(now))), layer.whole, layer.dt
@@ -97,16 +124,16 @@ def test_mamba2_convolution(
 @sizes(*layers2)
 @pytest.mark.parametrize("form", ["ours", "separate"])
 def test_mamba2_between_projections(
-    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int, form: str
+    cold, inputs: SimpleNamespace, device: torch.device, assert_near, shape: str, batch: int, plan: Plan, form: str
 ) -> None:
     """Convolution, step, gate and norm: in one kernel if that is the faster way, and in one for each."""
-    rounds = inputs.turns(MAMBA2, batch, ROUNDS, device)
+    rounds = inputs.turns(plan, batch, ROUNDS, device)
     now, way = itertools.cycle(rounds), fused_step if form == "ours" else separate_step
 
     def make() -> tuple[Any]:
-        return (inputs.Mamba2(inputs.MAMBA2[shape], batch, MAMBA2, device),)
+        return (inputs.Mamba2(inputs.MAMBA2[shape], batch, plan, device),)
 
-    moved = make()[0].fused_step_bytes(*inputs.means(MAMBA2, rounds))
+    moved = make()[0].fused_step_bytes(*inputs.means(plan, rounds))
     found = cold(make, lambda layer: way(*layer.fused_step(next(now))), moved=moved, calls=ROUNDS)
     found = found.divided() if isinstance(found, Unscaled) else found
     (layer,) = cold.inputs(make)

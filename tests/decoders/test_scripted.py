@@ -5,9 +5,11 @@ from mambabench.decoders.scripted import acceptance, scripted
 from mambabench.decoders.speculative import SpeculativeDecoder
 from mambabench.decoders.stepping import ModelDraft
 from mambabench.harness.conformance_decoders import answer_with_records, check_decoder, check_records
-from mambabench.harness.interfaces import Limits, Prompt
+from mambabench.harness.interfaces import Limits, Prompt, Unsupported
 from mambabench.harness.metrics import mean_accepted_length
 from mambabench.harness.mockmodel import MockStepper
+
+from .hybrids import hybrid
 
 
 @pytest.mark.parametrize(("k", "tokens"), [(4, 3.0), (4, 3.9), (1, 1.5), (8, 2.0)])
@@ -26,6 +28,16 @@ def test_rounds_have_the_tokens_that_were_asked_for(k, tokens, temperature):
 
 def test_limits_and_records_are_kept_though_the_text_means_nothing():
     check_decoder(scripted(ScriptedConfig()), lossless=False)
+
+
+def test_rounds_by_chance_are_the_same_whatever_takes_tokens_back():
+    target, prompts, limits = hybrid("a2a1"), [Prompt((1, 2)), Prompt((3,), 1)], Limits(new_tokens=20)
+    ways = [scripted(ScriptedConfig(k=3, tokens=2.5, rollback=rollback)) for rollback in ("replay", "snapshot")]
+    one, two = (answer_with_records(way, target, prompts, limits) for way in ways)
+    assert one[0] == two[0]
+    assert [r for r in one[1] if r["kind"] == "round"] == [r for r in two[1] if r["kind"] == "round"]
+    with pytest.raises(Unsupported, match="rollback = 'snapshot'"):
+        answer_with_records(ways[1], MockStepper(), prompts, limits)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
