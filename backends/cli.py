@@ -1,4 +1,4 @@
-"""The command `export`: a model of ours in the format of released checkpoints."""
+"""The commands `export`, a model of ours in the format of released checkpoints, and `kernels`."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def export(model: Path, out: Path, teacher: str) -> None:
         raise MambabenchError(f"{out}: exists already; name a new folder")
     released.export(model, out, teacher)
     click.echo(f"{out}: written", err=True)
+
+
+@click.command()
+def kernels() -> None:
+    """Say which kernels there are for the GPUs of this machine, and why not."""
+    from ..kernels.overview import overview
+
+    for name, support in overview().items():
+        click.echo(f"{name:28}{f'in PyTorch: {support.reason}' if support.reason else 'by kernels'}")

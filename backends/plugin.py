@@ -98,7 +98,7 @@ class MambaSsmConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportConfig:
+class CommandConfig:
     """A command's options are click's."""
 
 
@@ -175,7 +175,14 @@ def mambabench_components() -> list[Component]:
             kind="command",
             name="export",
             target="mambabench.backends.cli:export",
-            config=ExportConfig,
+            config=CommandConfig,
             summary="Write a model in the format of released MambaInLlama checkpoints",
+        ),
+        Component(
+            kind="command",
+            name="kernels",
+            target="mambabench.backends.cli:kernels",
+            config=CommandConfig,
+            summary="Which kernels there are for the GPUs of this machine, and why not",
         ),
     ]
