@@ -73,7 +73,8 @@ class Speed:
         "in a text, those that are different; text that loops has few. Copy and read bandwidth: the bytes that a plain "
         "step must move, over TPOT, as a share of what a copy moves beside it on the device, and of what is read where "
         "nothing is written; small weights may lie in caches, which are faster. A draft reads the prompt too: on a "
-        "CPU before the first token is told, on a GPU behind it."
+        "CPU before the first token is told, on a GPU behind it. Weights, KV and state are the model's own: what a "
+        "draft has beside them is in the peak alone, which is of all that the process held meanwhile."
     )
 
     def __init__(self, config: NoOptions) -> None:
