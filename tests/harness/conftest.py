@@ -115,13 +115,11 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        made = LocalLauncher(LocalConfig(jobs=3))
-        made.prepare(PRELOADED)
-        yield made
-        made.close()
+def launcher() -> Iterator[LocalLauncher]:
+    made = LocalLauncher(LocalConfig(jobs=3))
+    made.prepare(PRELOADED)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")
