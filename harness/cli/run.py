@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..config import plain
 from ..interfaces import Choice, MambabenchError
 from ..keys import Fingerprints
 from ..plan import Plan, read_plan
-from ..steps import Steps, expand, matches
+from ..steps import Step, Steps, expand, matches
 from ..store import Store
 from .inspect import echo_columns
 
@@ -55,7 +55,11 @@ def show_plan(
     done = at.done(list(steps)) if at else {}
     echo_columns(("", "step", "component", "state"), _rows(steps, at, done))
     left = [step for step in steps if step.key not in done]
-    click.echo(f"\n{len(steps.steps)} steps, {len(left)} to run; store {folder}")
+    failed, blocked = _held_up(left, at)
+    held = len(failed) + len(blocked)
+    hint = f"; {len(failed)} failed before, --retry runs {'them' if len(failed) > 1 else 'it'} again" if failed else ""
+    hint += f" and what {'they block' if len(failed) > 1 else 'it blocks'} ({len(blocked)})" if blocked else ""
+    click.echo(f"\n{len(steps.steps)} steps, {len(left) - held} to run{hint}; store {folder}")
     missing = Counter(text for step in left for text in ([step.obstacle] if step.obstacle else step.wants))
     for text, count in missing.items():
         click.echo(f"missing: {text} ({count} step{'s' * (count != 1)})")
@@ -240,6 +244,18 @@ def _cell_row(cell: dict[str, Any], at: Store) -> tuple[str, ...]:
     if status.state != "ok" and at.status(cell["key"], artifacts=False).state == "ok":
         return cell["label"], "ok", f"{status.reason}; made anew where a run needs it"
     return cell["label"], status.state, status.reason
+
+
+def _held_up(left: Sequence[Step], at: Store | None) -> tuple[set[str], set[str]]:
+    """Keys of the steps that failed and are not run again unasked, and of those that wait for them."""
+    from ..runner import left_as_found
+
+    failed = {step.key for step in left if at is not None and left_as_found(step, at)}
+    blocked: set[str] = set()
+    for step in left:
+        if step.key not in failed and step.all_inputs & (failed | blocked):
+            blocked.add(step.key)
+    return failed, blocked
 
 
 def _echo_needs(plan: Plan, steps: Steps) -> None:
