@@ -9,7 +9,7 @@ import click
 from ..harness.interfaces import MambabenchError
 
 
-@click.command()
+@click.command(short_help="Write a model as a MambaInLlama checkpoint.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--teacher", default="", help="The Transformer that the released code loads first: a folder or a name.")

@@ -111,7 +111,7 @@ def run_plan(
     return 130 if summary.stopped else 0 if summary.fine else 1
 
 
-@click.command("show")
+@click.command("show", short_help="What a store holds, or one step of it.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("label", required=False)
 def show_store(store: Path, label: str | None) -> None:
@@ -267,6 +267,10 @@ def _echo_needs(plan: Plan, steps: Steps) -> None:
     click.echo(f"\n{hours:{',.0f' if hours >= 10 else '.2g'}} GPU-hours in all. {BASIS}")
 
 
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _echo_step(cell: dict[str, Any], at: Store) -> None:
     label, state, reason = _cell_row(cell, at)
     click.echo(f"{label}: {state}{f': {reason}' if reason else ''}")
@@ -277,11 +281,13 @@ def _echo_step(cell: dict[str, Any], at: Store) -> None:
     if (folder / "outcome.json").is_file():
         record = at.outcome(cell["key"], artifacts=False) or {}
         click.echo(f"  wall    {record.get('wall_s', 0.0):.2f} s")
-        for name, value in sorted(record.get("detail", {}).items()):
-            click.echo(f"  {name:<22} {value}")
+        rows = [(name, _short(value)) for name, value in sorted(record.get("detail", {}).items())]
         for fact in record.get("facts", []):
             arm = f" ({fact['arm']})" if fact.get("arm") else ""
-            click.echo(f"  {fact['name']:<22} {fact['value']} {fact.get('unit', '')}{arm}".rstrip())
+            rows.append((fact["name"], f"{_short(fact['value'])} {fact.get('unit', '')}{arm}".rstrip()))
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, text in rows:
+            click.echo(f"  {name:<{width}}  {text}")
     log = folder / "log.txt"
     if log.is_file() and state != "ok":
         click.echo("  log     " + "\n          ".join(log.read_text(errors="replace").splitlines()[-20:]))

@@ -106,6 +106,17 @@ def test_show_takes_a_step_for_done_whose_artifact_was_deleted(mambabench, store
     assert "64 tokens" in told
 
 
+def test_show_puts_figures_below_each_other_and_shortens_them(mambabench, stores, tmp_path):
+    builder = stores.Builder(tmp_path / "store")
+    facts = [
+        {"name": "distinct 4-grams, batch 1", "value": 0.4528301886792453, "unit": "share"},
+        {"name": "weights", "value": 2_850_400, "unit": "byte"},
+    ]
+    builder.step("half/lookup/speed@seed0", kind="measure", facts=facts)
+    lines = mambabench("show", builder.write(), "half/lookup/speed").stdout.splitlines()
+    assert lines[-2:] == ["  distinct 4-grams, batch 1  0.45283 share", "  weights                    2850400 byte"]
+
+
 PLAN = """
 schema = 1
 name = "small"
@@ -162,15 +173,30 @@ def test_a_reader_that_is_gone_ends_a_command_quietly_and_is_no_verdict(stores, 
     words = [word.replace("STORE", store) for word in words]
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "mambabench", *words], stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mambabench", *words], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_list_shows_options_and_what_is_not_installed(mambabench):
-    text = mambabench("list", "suite", "--options").stdout
-    assert "losslessness" in text
-    assert "new_tokens" in text
+def test_help_says_all_of_each_command(mambabench):
+    commands = mambabench("--help").stdout.partition("Commands:")[2].strip().splitlines()
+    assert len(commands) == 10
+    assert not [line for line in commands if line.endswith("...")]
+
+
+def test_list_shows_options_as_a_plan_has_them(mambabench):
+    told = dict(
+        line.split(maxsplit=1) for line in mambabench("list", "--options").stdout.splitlines() if line[0] == " "
+    )
+    assert told["rollback"] == '"replay" | "snapshot" = "replay"'
+    assert told["draft"] == 'draft = "ngram"'
+    assert told["judge"] == "judge (may be left out)"
+    assert told["kinds"].endswith('= ["phone-book", "needle", "multi-key", "copying"]')
+    assert told["pairs"] == "whole number = 8"
+    assert told["annotator"] == 'text = "weighted_alpaca_eval_gpt4_turbo"'
+    assert told["path"] == "file (must be given)"
 
 
 @pytest.mark.parametrize("verb", [("plugins",), ("list",)])
