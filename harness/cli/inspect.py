@@ -88,8 +88,7 @@ def _options(config: type) -> list[tuple[str, str]]:
 
 
 def _option(item: dataclasses.Field[Any], hint: Any) -> str:
-    made = item.default_factory is not dataclasses.MISSING
-    default = item.default_factory() if made else item.default  # type: ignore[misc]
+    default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     if default is dataclasses.MISSING:
         return f"{_kind(hint)} (must be given)"
     return _kind(hint) + (" (may be left out)" if default is None else f" = {_value(default)}")
@@ -106,7 +105,7 @@ def _kind(hint: Any) -> str:
         return " | ".join(_kind(each) for each in arguments if each is not type(None))
     if get_origin(hint) is tuple:
         return f"list of {_kind(arguments[0])}"
-    return _TYPES.get(hint) or (hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint)))
+    return _TYPES.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _value(value: Any) -> str:
