@@ -61,7 +61,7 @@ def _passages(path: Path, characters: int, rounds: int) -> Iterator[Document]:
         longer = [dataclasses.replace(of, text=of.text[characters:]) for of in longer if len(of.text) > characters]
 
 
-def check_room(suite: str, model: Stepper, tokens: int) -> None:
-    """Raises `Unsupported` where a model has too few positions for what a suite asks."""
+def check_room(what: str, model: Stepper, tokens: int) -> None:
+    """Raises `Unsupported` where a model has too few positions for what an option of a suite asks."""
     if tokens > model.max_context:
-        raise Unsupported(f"{suite}: needs {tokens} positions, the model has {model.max_context}")
+        raise Unsupported(f"{what} needs {tokens} positions, the model has {model.max_context}")

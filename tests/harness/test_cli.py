@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mambabench.harness import cli, plugins
 from mambabench.harness.environment import machine_facts
@@ -178,6 +179,18 @@ def test_a_reader_that_is_gone_ends_a_command_quietly_and_is_no_verdict(stores, 
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_compare_ends_with_the_strictest_verdict_first(mambabench, stores, tmp_path):
+    folders = []
+    for name, labels in (("base", ("perplexity", "other")), ("head", ("perplexity",))):
+        builder = stores.Builder(tmp_path / name)
+        for label in labels:
+            text = stores.losses_of_text(np.random.default_rng(0), nll=1.0)
+            builder.step(f"teacher/-/{label}@seed0", records={"sample": text}, use="perplexity")
+        folders.append(builder.write())
+    done = mambabench("compare", *folders)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (12, "1 not comparable, 1 pass")
 
 
 def test_help_says_all_of_each_command(mambabench):
