@@ -259,12 +259,12 @@ def _held_up(left: Sequence[Step], at: Store | None) -> tuple[set[str], set[str]
 
 
 def _echo_needs(plan: Plan, steps: Steps) -> None:
-    from ..needs import BASIS, needs
+    from ..needs import BASIS, hours_told, needs
 
     found = needs(plan, steps)
     echo_columns(("step", "tokens", "GiB a GPU", "GPU-hours", "data"), [need.row() for need in found])
     hours = sum(need.hours or 0.0 for need in found)
-    click.echo(f"\n{hours:{',.0f' if hours >= 10 else '.2g'}} GPU-hours in all. {BASIS}")
+    click.echo(f"\n{hours_told(hours)} GPU-hours in all. {BASIS}")
 
 
 def _short(value: Any) -> str:
