@@ -9,7 +9,7 @@ import click
 from ..harness.interfaces import MambabenchError
 
 
-@click.command()
+@click.command(short_help="Write a model as a MambaInLlama checkpoint.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--teacher", default="", help="The Transformer that the released code loads first: a folder or a name.")
@@ -23,7 +23,7 @@ def export(model: Path, out: Path, teacher: str) -> None:
     click.echo(f"{out}: written", err=True)
 
 
-@click.command()
+@click.command(short_help="Which kernels there are for this machine's GPUs.")
 def kernels() -> None:
     """Say which kernels there are for the GPUs of this machine, and why not."""
     from ..kernels.overview import overview

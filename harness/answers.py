@@ -18,7 +18,7 @@ def ends(new: Sequence[int], limits: Limits, tokenizer: Tokenizer) -> bool:
         return False
     # A character is at most four byte tokens, so this many tokens hold the longest stop string and more.
     tail = new[-16 - 4 * max(map(len, limits.stop_strings)) :]
-    forms = [tokenizer.decode(tail, skip_special_tokens=skip) for skip in (False, True)]
+    forms = [_told(tail, tokenizer, skip) for skip in (False, True)]
     return any(string in form for string in limits.stop_strings for form in forms)
 
 
@@ -36,19 +36,32 @@ def make_answer(new: Sequence[int], limits: Limits, tokenizer: Tokenizer) -> Ans
     stopped = new[-1] in limits.stop_tokens
     shown = new[:-1] if stopped else new
     text = tokenizer.decode(shown, skip_special_tokens=True)
-    cuts = [at for string in limits.stop_strings if (at := _find(string, shown, text, tokenizer)) >= 0]
-    return Answer(tuple(new), text[: min(cuts, default=len(text))], "stop" if stopped or cuts else "length")
+    told = _told(shown, tokenizer, True) if limits.stop_strings else text
+    cuts = [at for string in limits.stop_strings if (at := _find(string, shown, told, tokenizer)) >= 0]
+    end = min(cuts, default=len(told)) - (len(told) - len(text))
+    return Answer(tuple(new), text[: max(end, 0)], "stop" if stopped or cuts else "length")
 
 
 def _find(string: str, shown: Sequence[int], text: str, tokenizer: Tokenizer) -> int:
     """Where a stop string begins in the text, or -1. One that holds special tokens is not in the text, which has none;
     it is the last that the tokens say, so what else it holds is counted from the end."""
     at = text.find(string)
-    if at >= 0 or string not in tokenizer.decode(shown):
+    if at >= 0 or string not in _told(shown, tokenizer, False):
         return at
     tails = (shown[first:] for first in range(len(shown) - 1, -1, -1))
-    tail, at = next((tail, at) for tail in tails if (at := tokenizer.decode(tail).find(string)) >= 0)
-    return len(text) - len(tokenizer.decode(tail, skip_special_tokens=True)[at:])
+    tail, at = next((tail, at) for tail in tails if (at := _told(tail, tokenizer, False).find(string)) >= 0)
+    return len(text) - len(_told(tail, tokenizer, True)[at:])
+
+
+def _told(ids: Sequence[int], tokenizer: Tokenizer, skip: bool) -> str:
+    """What tokens say behind others: with the space before a first word, of which a stop string may begin."""
+    known: Any = tokenizer
+    return (_space(ids[0], known) if ids else "") + tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@lru_cache(maxsize=1 << 16)
+def _space(token: int, tokenizer: Tokenizer) -> str:
+    return gap((token,), (token,), tokenizer)
 
 
 def gap(prompt: Sequence[int], new: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -76,8 +89,9 @@ class Pieces:
         if finished:
             return self._next(make_answer(new, self._limits, self._tokenizer).text, new)
         text = self._text(new).rstrip(REPLACEMENT)
-        forms = (text, self._tokenizer.decode(new).rstrip(REPLACEMENT)) if self._limits.stop_strings else ()
-        waiting = max((_begun(string, form) for string in self._limits.stop_strings for form in forms), default=0)
+        strings = self._limits.stop_strings
+        forms = [_told(new, self._tokenizer, skip).rstrip(REPLACEMENT) for skip in (False, True)] if strings else []
+        waiting = max((_begun(string, form) for string in strings for form in forms), default=0)
         return self._next(text[: max(len(text) - waiting, 0)], new)
 
     def _next(self, text: str, new: Sequence[int]) -> str:

@@ -27,6 +27,8 @@ DECODING = 0.6
 TRAINED, FROZEN, TEACHING = 16, 2, 2
 """Bytes a weight: fp32 weight, gradient and two moments of Adam; bf16 weight alone; bf16 weight of a teacher."""
 GIB = 2.0**30
+LEAST = 0.001
+"""GPU-hours that are told as a number; less is nothing to choose a machine by."""
 REMOVED = "removed"
 """The backend that puts nothing in the attention's place."""
 BASIS = (
@@ -110,14 +112,18 @@ class Need:
 
     def row(self) -> tuple[str, str, str, str, str]:
         """For a table: label, tokens, GiB, GPU-hours, data."""
-        hours = "" if self.hours is None else f"{self.hours:,.0f}" if self.hours >= 10 else f"{self.hours:.2g}"
         return (
             self.label,
             "" if self.tokens is None else f"{self.tokens / 1e6:,.0f} M" if self.tokens >= 1e6 else f"{self.tokens:,}",
             "" if self.memory is None else f"{self.memory / GIB:,.1f}",
-            hours,
+            "" if self.hours is None else hours_told(self.hours),
             self.data,
         )
+
+
+def hours_told(hours: float) -> str:
+    """To two digits where they say something."""
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}" if hours >= LEAST or not hours else f"< {LEAST}"
 
 
 def needs(plan: Plan, steps: Steps) -> list[Need]:

@@ -25,7 +25,7 @@ from .keys import digest
 from .locks import Lock
 from .plugins import LOCAL, HookFailure, Registry
 from .progress import Progress, Tail, progress_for
-from .store import Store, outcome_of
+from .store import Status, Store, outcome_of
 
 T = TypeVar("T")
 
@@ -102,6 +102,28 @@ class Summary:
         hint = f"; {len(left)} failed before, --retry runs {'them' if len(left) > 1 else 'it'} again" if left else ""
         end = "; stopped by Ctrl-C" if self.stopped else ""
         return f"{steps} step{'s' * (steps != 1)}: {states}; {len(set(self.ran))} ran now{hint}{end}"
+
+
+def left_as_found(step: PlannedStep, store: Store) -> bool:
+    """Whether a step failed before and a run without `retry` leaves it at that."""
+    status = store.status(step.key)
+    return status.state not in ("ok", *ANEW) and not _otherwise(step, store) and _spent(status)
+
+
+def _otherwise(step: PlannedStep, store: Store) -> bool:
+    """Whether a step that failed is now asked for with other options, or with more of the machine."""
+    wanted = step.to_json()
+    try:
+        asked = store.step(step.key)
+    except MambabenchError:
+        # A damaged step.json says nothing of why the step failed.
+        return True
+    return any(digest(asked.get(part)) != digest(wanted[part]) for part in ("component", "needs"))
+
+
+def _spent(status: Status) -> bool:
+    """Whether a step that failed has no attempt left."""
+    return status.state not in AGAIN or (status.record or {}).get("attempt", 1) >= ATTEMPTS
 
 
 @dataclass(slots=True)
@@ -241,7 +263,7 @@ class _Run:
         if key in self.attempts and tried <= self.attempts[key]:
             return False
         used = 0
-        if status.state not in ANEW and not self.retry and self._otherwise(step):
+        if status.state not in ANEW and not self.retry and _otherwise(step, self.store):
             # How it is asked for now is written before there is a place for it, and for good if this run is stopped.
             self.store.forget(key)
             self.written.discard(key)
@@ -249,21 +271,11 @@ class _Run:
             assert status.record is not None
             outcome = outcome_of(status.record, self.store.partial(key))
             used = outcome.attempt
-            if status.state not in AGAIN or used >= ATTEMPTS:
+            if _spent(status):
                 self._end(step, outcome, final=True)
                 return True
         self.attempts[key] = used
         return False
-
-    def _otherwise(self, step: PlannedStep) -> bool:
-        """Whether a step that failed is now asked for with other options, or with more of the machine."""
-        wanted = step.to_json()
-        try:
-            asked = self.store.step(step.key)
-        except MambabenchError:
-            # A damaged step.json says nothing of why the step failed.
-            return True
-        return any(digest(asked.get(part)) != digest(wanted[part]) for part in ("component", "needs"))
 
     def _refusal(self, step: PlannedStep) -> str:
         if step.key not in self.refused:

@@ -68,14 +68,15 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
     figure, axes = canvas()
     models = list(dict.fromkeys(point[0] for point in points))
     decoders = list(dict.fromkeys(point[1] for point in points))
+    colours = colours_of(models, results)
     for model, decoder, speed_, value in points:
-        colour, mark = COLOURS[models.index(model) % len(COLOURS)], MARKS[decoders.index(decoder) % len(MARKS)]
+        mark = MARKS[decoders.index(decoder) % len(MARKS)]
         error = getattr(value, "se", math.nan)
         axes.errorbar(
             speed_, number(value), yerr=error if math.isfinite(error) else None,
-            fmt=mark, color=colour, markersize=7, capsize=2, elinewidth=1,
+            fmt=mark, color=colours[model], markersize=7, capsize=2, elinewidth=1,
         )  # fmt: skip
-    _label(axes, points, [COLOURS[models.index(point[0]) % len(COLOURS)] for point in points])
+    _label(axes, points, [colours[point[0]] for point in points])
     if measure.endswith("perplexity"):
         wide_range(axes, [number(point[3]) for point in points])
     axes.set_xlabel("decoding speed, tokens/s")
@@ -143,6 +144,9 @@ def _accepted_lengths(results: Results) -> Plot | None:
     groups = [(of, group["accepted"] + 1) for of, group in rounds.groupby(["model", "decoder"], sort=False)]
     order = {name: place for place, name in enumerate(results.models["model"])}
     groups.sort(key=lambda group: order.get(group[0][0], len(order)))
+    models = [model for (model, _), _ in groups]
+    alone = len(set(models)) == len(models)
+    colours = [*colours_of(models, results).values()] if alone else COLOURS
     figure, axes = canvas()
     longest = int(max(lengths.max() for _, lengths in groups))
     width = 0.8 / len(groups)
@@ -151,7 +155,7 @@ def _accepted_lengths(results: Results) -> Plot | None:
         shift = (place - (len(groups) - 1) / 2) * width
         axes.bar(
             [length + shift for length in range(1, longest + 1)], shares, width * 0.92,
-            color=COLOURS[place % len(COLOURS)], label=f"{model}, {decoder} (mean {lengths.mean():.2f})",
+            color=colours[place % len(colours)], label=f"{model}, {decoder} (mean {lengths.mean():.2f})",
         )  # fmt: skip
     axes.set_xticks(range(1, longest + 1))
     axes.set_xlabel("accepted length, tokens per round")
@@ -159,6 +163,13 @@ def _accepted_lengths(results: Results) -> Plot | None:
     axes.legend(frameon=False, fontsize=9 if len(groups) <= 6 else 7, labelcolor=INK)
     note = f"Tokens that a round of verification yields, the correction or bonus token included.{at}"
     return Plot("accepted-lengths", "Accepted lengths", note, svg_of(figure))
+
+
+def colours_of(models: Sequence[str], results: Results) -> dict[str, str]:
+    """The colours of models: the same in all plots of a report, where there are enough for all of its models."""
+    known = [*results.models["model"].drop_duplicates()]
+    order = known if len(known) <= len(COLOURS) and set(models) <= set(known) else [*dict.fromkeys(models)]
+    return {model: COLOURS[order.index(model) % len(COLOURS)] for model in models}
 
 
 def canvas() -> tuple[Any, Axes]:

@@ -9,7 +9,7 @@ import pandas as pd
 from ..harness.results import Results
 from . import agreement, recall
 from .build import Plot
-from .plots import COLOURS, INK, MARKS, grid, svg_of
+from .plots import INK, MARKS, colours_of, grid, svg_of
 from .recovery import LEVEL, with_interval
 
 if TYPE_CHECKING:
@@ -28,13 +28,14 @@ def by_distance(results: Results) -> Plot | None:
     asked = set(samples["task"])
     kinds, lengths = [kind for kind in recall.KINDS if kind in asked], sorted(set(samples["length"]))
     models = [model for model in results.models["model"] if model in set(samples["model"])]
+    colours = colours_of(models, results)
     marks = dict(zip(lengths, MARKS * len(lengths), strict=False))
     figure, axes = grid(len(recall.FORMS), len(kinds), (max(6.4, WIDE * len(kinds) + 1), 2.1 * len(recall.FORMS) + 1))
     for row, (metric, name) in enumerate(recall.FORMS.items()):
         for column, kind in enumerate(kinds):
             panel = axes[row * len(kinds) + column]
             here = samples[(samples["task"] == kind) & (samples["metric"] == metric)]
-            _lines(panel, here, models, marks, aside=0.008 * samples["distance"].max())
+            _lines(panel, here, colours, marks, aside=0.008 * samples["distance"].max())
             panel.axhline(100 * here["chance"].mean(), color=INK, linewidth=1, linestyle=":")
             panel.set_ylim(-4, 104)
             panel.set_xlim(0, 1.08 * samples["distance"].max())
@@ -46,7 +47,7 @@ def by_distance(results: Results) -> Plot | None:
                 panel.set_ylabel(f"{name}, %")
             else:
                 panel.tick_params(labelleft=False)
-    _legend(figure, axes[0], models, {f"{length:g} tokens": mark for length, mark in marks.items()})
+    _legend(figure, axes[0], colours, {f"{length:g} tokens": mark for length, mark in marks.items()})
     note = (
         "Questions whose answers stand in the text before them, by how far back. Above: the answer is likelier than "
         "wrong choices. Below: the model writes it. Marks are lengths of texts, dotted lines chance, bars "
@@ -55,19 +56,18 @@ def by_distance(results: Results) -> Plot | None:
     return Plot("recall", "Recall by distance and length", note, svg_of(figure))
 
 
-def _lines(panel: Axes, here: pd.DataFrame, models: list[str], marks: dict[float, str], aside: float) -> None:
+def _lines(panel: Axes, here: pd.DataFrame, colours: dict[str, str], marks: dict[float, str], aside: float) -> None:
     """A line per model, `aside` of the one before, so that none hides another."""
-    for place, model in enumerate(models):
+    for place, (model, colour) in enumerate(colours.items()):
         cells = [
             (
-                float(cell["distance"].mean()) + aside * (place - (len(models) - 1) / 2),
+                float(cell["distance"].mean()) + aside * (place - (len(colours) - 1) / 2),
                 length,
                 with_interval(cell).scaled(100),
             )
             for (length, _), cell in here[here["model"] == model].groupby(["length", "depth"])
         ]
         cells.sort(key=lambda cell: cell[0])
-        colour = COLOURS[place % len(COLOURS)]
         panel.plot([x for x, _, _ in cells], [y.value for _, _, y in cells], color=colour, linewidth=1.2, alpha=0.8)
         for x, length, y in cells:
             panel.errorbar(
@@ -84,12 +84,13 @@ def by_depth(results: Results) -> Plot | None:
         return None
     tasks = list(dict.fromkeys(samples["task"]))
     models = [model for model in results.models["model"] if model in set(samples["model"])]
+    colours = colours_of(models, results)
     figure, axes = grid(1, 2, (6.4, 4.0))
     for panel, metric, label, factor in (
         (axes[0], agreement.KL, "KL(teacher || model), nat per token", 1),
         (axes[1], agreement.TOP, "same likeliest token, %", 100),
     ):
-        for place, model in enumerate(models):
+        for model in models:
             for which, task in enumerate(tasks):
                 rows = samples[(samples["model"] == model) & (samples["task"] == task) & (samples["metric"] == metric)]
                 points = [(depth, with_interval(of).scaled(factor)) for depth, of in rows.groupby("depth")]
@@ -97,7 +98,7 @@ def by_depth(results: Results) -> Plot | None:
                     [x for x, _ in points], [y.value for _, y in points],
                     yerr=[[max(y.value - y.low, 0) if y.se > 0 else 0 for _, y in points],
                           [max(y.high - y.value, 0) if y.se > 0 else 0 for _, y in points]],
-                    fmt=MARKS[which % len(MARKS)] + "-", color=COLOURS[(place + 1) % len(COLOURS)],
+                    fmt=MARKS[which % len(MARKS)] + "-", color=colours[model],
                     markersize=4, linewidth=1.3, elinewidth=0.8, capsize=2,
                 )  # fmt: skip
         panel.set_xscale("log", base=2)
@@ -105,7 +106,7 @@ def by_depth(results: Results) -> Plot | None:
         panel.set_xlabel("depth in the text, tokens")
         panel.set_ylabel(label)
     marks = {task: MARKS[which % len(MARKS)] for which, task in enumerate(tasks)} if len(tasks) > 1 else {}
-    _legend(figure, axes[0], models, marks, first=1)
+    _legend(figure, axes[0], colours, marks)
     note = (
         "Teacher-forced, by how many tokens of the document stand before the one that is predicted; a point stands at "
         f"the least depth of its group, bars are {100 * LEVEL:.0f}\u00a0% intervals over documents."
@@ -113,13 +114,11 @@ def by_depth(results: Results) -> Plot | None:
     return Plot("agreement", "Agreement with the teacher by depth", note, svg_of(figure))
 
 
-def _legend(figure: Any, panel: Axes, models: list[str], marks: dict[str, str], first: int = 0) -> None:
+def _legend(figure: Any, panel: Axes, colours: dict[str, str], marks: dict[str, str]) -> None:
     """Below everything: models by colour, what else there is by mark."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=COLOURS[(place + first) % len(COLOURS)], label=model) for place, model in enumerate(models)
-    ]
+    handles = [Line2D([], [], color=colour, label=model) for model, colour in colours.items()]
     handles += [Line2D([], [], color=INK, marker=mark, linestyle="", label=name) for name, mark in marks.items()]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9,

@@ -11,7 +11,7 @@ from ..harness import statistics as st
 from ..harness.results import Results
 from .build import Plot
 from .distillation import KL, PERPLEXITY, Row, ratios, rows_of, trained_on
-from .plots import COLOURS, INK, MARKS, canvas, canvases, svg_of, wide_range
+from .plots import COLOURS, INK, MARKS, canvas, canvases, colours_of, svg_of, wide_range
 from .recovery import LEVEL, with_interval
 
 if TYPE_CHECKING:
@@ -145,11 +145,11 @@ def loss_curves(results: Results) -> tuple[Plot, ...]:
     places = {model: place for place, model in enumerate(results.models["model"])}
     losses = results.losses.sort_values("model", key=lambda models: models.map(places), kind="stable")
     stages = losses.drop_duplicates(["store", "key", "step"]).groupby("stage", sort=False)
-    drawn = (_curves(stage, of) for stage, of in stages)
+    drawn = (_curves(stage, of, results) for stage, of in stages)
     return tuple(plot for plot in drawn if plot is not None)
 
 
-def _curves(stage: Any, losses: DataFrame) -> Plot | None:
+def _curves(stage: Any, losses: DataFrame, results: Results) -> Plot | None:
     parts = [part for part in PARTS if part in losses and losses[part].notna().any()]
     if parts == ["loss", "ce"]:
         parts = ["loss"]
@@ -159,11 +159,12 @@ def _curves(stage: Any, losses: DataFrame) -> Plot | None:
     }
     if max(len(line) for line in lines.values()) < 2:
         return None
+    colours = colours_of([*lines], results)
     figure, every = canvases(len(parts))
     for part, axes in zip(parts, every, strict=True):
         for place, (model, line) in enumerate(lines.items()):
             axes.plot(
-                line["tokens"], line[part], label=model, linewidth=1.2, color=COLOURS[place % len(COLOURS)],
+                line["tokens"], line[part], label=model, linewidth=1.2, color=colours[model],
                 linestyle=STROKES[place // len(COLOURS) % len(STROKES)],
             )  # fmt: skip
         wide_range(axes, [float(value) for line in lines.values() for value in line[part].dropna()])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from .. import plugins
 from ..interfaces import MambabenchError
 from ..store import disk_errors
 
+PIPE_CLOSED = 141
+"""Exit code of a command whose reader is gone, as that of a program which SIGPIPE ends: neither done nor a verdict."""
 _VERBS = {
     "plugins": "inspect:show_plugins",
     "list": "inspect:list_components",
@@ -28,6 +32,14 @@ _VERBS = {
 
 class Verbs(click.Group):
     """The built-in verbs, and the commands that plug-ins bring."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        with _pipes():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _pipes():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*_VERBS, *(name for name in plugins.registry().components("command") if name not in _VERBS)]
@@ -47,6 +59,20 @@ class Verbs(click.Group):
             return _broken(
                 name, f"{loaded.owner(component)}: {component.target} fails: {type(error).__name__}: {error}"
             )
+
+
+@contextmanager
+def _pipes() -> Iterator[None]:
+    """Ends a command whose reader is gone; left to themselves, click and rich would do so with 1."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        # What is left of the output would fail again when Python ends.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise click.exceptions.Exit(PIPE_CLOSED) from None
 
 
 def _broken(name: str, why: str) -> click.Command:
@@ -89,9 +115,6 @@ def main(arguments: list[str] | None = None) -> Any:
     except (KeyboardInterrupt, click.Abort):
         click.echo("mambabench: interrupted", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
         # A write that finds the disk full does not know of what file.
         if error.filename is None and error.errno not in disk_errors.FULL:

@@ -21,7 +21,7 @@ def compare_stores(base: Path, head: Path, gates: Path | None) -> int:
     """
     from rich.console import Console
 
-    from ..compare import compare, exit_code, render_comparisons
+    from ..compare import STRICTNESS, compare, exit_code, render_comparisons
     from ..gates import Gates, read_gates
     from ..results import Results
 
@@ -33,7 +33,8 @@ def compare_stores(base: Path, head: Path, gates: Path | None) -> int:
     wide = console if console.is_terminal else Console(width=240)
     wide.print(render_comparisons(comparisons))
     counts = Counter(comparison.verdict for comparison in comparisons)
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()) or "nothing to compare")
+    strictest = [f"{counts[verdict]} {verdict}" for verdict in reversed(STRICTNESS) if counts[verdict]]
+    console.print(", ".join(strictest) or "nothing to compare")
     for index in declared.idle:
         click.echo(f"mambabench: warning: {gates}: gate.{index} fits nothing that was compared", err=True)
     _tell_of_plugins(registry)

@@ -49,7 +49,7 @@ def _not_empty(context: click.Context, option: click.Parameter, values: tuple[st
     return _texts(context, option, values)
 
 
-@click.command("generate")
+@click.command("generate", short_help="Continue prompts with a model, and tell how fast it went.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--prompt",
@@ -155,7 +155,7 @@ def summary(events: list[dict[str, Any]]) -> list[str]:
     rounds = [event for event in events if event["kind"] == "round"]
     facts = {event["name"]: event["value"] for event in events if event["kind"] == "fact"}
     at_s, tokens = [burst["at_s"] for burst in bursts], [burst["tokens"] for burst in bursts]
-    text = f"[{sum(tokens)} tokens, first after {metrics.ttft(at_s) * 1000:.1f} ms"
+    text = f"[{sum(tokens)} token{'s' * (sum(tokens) != 1)}, first after {metrics.ttft(at_s) * 1000:.1f} ms"
     if len(bursts) > 1:
         text += f", {1 / metrics.tpot(at_s, tokens):.1f} tokens/s"
     lines = [text + "]"]
@@ -226,7 +226,8 @@ def _decoder(table: Mapping[str, Any], loaded: plugins.Registry) -> Decoder:
     except ConfigError as error:
         if error.path == "use":
             raise MambabenchError(f"--decoder: {error.message}") from None
-        hint = "" if "draft" in table or table["use"] != "standard" else "; to draft, say --draft or --k"
+        way = "use --decoder speculative" if {"draft", "k"} & table.keys() else "say --draft or --k"
+        hint = f"; to draft, {way}" if table["use"] == "standard" else ""
         raise MambabenchError(f"decoder {table['use']}: {error}{hint}") from None
     return maker
 

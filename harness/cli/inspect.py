@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import types
+import typing
 from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
 from .. import plugins
-from ..interfaces import KINDS
+from ..interfaces import KINDS, Choice, ChoiceOf, Reference
+
+_ENTRIES = {"data": "entry of [data]", "models": "entry of [models]", "files": "file"}
+_TYPES = {str: "text", bool: "true or false", int: "whole number", float: "number"}
 
 
-@click.command("plugins")
+@click.command("plugins", short_help="The plug-ins that loaded and those that did not.")
 @click.option("--traceback", is_flag=True, help="Print the tracebacks of broken plug-ins.")
 def show_plugins(traceback: bool) -> None:
     """The plug-ins that loaded and those that did not, with load times."""
@@ -36,11 +43,11 @@ def show_plugins(traceback: bool) -> None:
             click.echo(f"\n{broken.distribution} {broken.version}, {broken.entry_point}:\n{broken.traceback.rstrip()}")
 
 
-@click.command("list")
-@click.argument("kind", required=False, type=click.Choice(KINDS))
+@click.command("list", short_help="The components that plans may use.")
+@click.argument("kind", required=False, metavar="[KIND]", type=click.Choice(KINDS))
 @click.option("--options", is_flag=True, help="Show each component's options with their defaults.")
 def list_components(kind: str | None, options: bool) -> None:
-    """The components that plans may use."""
+    """The components that plans may use, all or of one KIND, such as suite."""
     loaded = plugins.registry()
     rows: list[tuple[str, ...]] = []
     for of in [kind] if kind else KINDS:
@@ -49,11 +56,11 @@ def list_components(kind: str | None, options: bool) -> None:
             notes = component.summary + (f"  [needs {', '.join(lacking)}]" if lacking else "")
             rows.append((of, name, loaded.owner(component), notes))
             if options:
-                rows += [("", f"  {item.name}", "", _option(item)) for item in dataclasses.fields(component.config)]
+                rows += [("", f"  {name}", "", text) for name, text in _options(component.config)]
     echo_columns(("kind", "name", "from", ""), rows)
 
 
-@click.command("env")
+@click.command("env", short_help="What is recorded of this machine with every run.")
 def show_environment() -> None:
     """What is recorded of this machine and its packages with every run."""
     from ..environment import capture
@@ -70,11 +77,36 @@ def echo_columns(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
         click.echo("  ".join([*cells, row[-1]]).rstrip())
 
 
-def _option(item: dataclasses.Field) -> str:
-    kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
-    if item.default is not dataclasses.MISSING:
-        default = getattr(item.default, "name", item.default)
-        return f"{kind} = {default!r}"
-    if item.default_factory is not dataclasses.MISSING:
-        return f"{kind} = {item.default_factory()!r}"
-    return f"{kind} (must be given)"
+def _options(config: type) -> list[tuple[str, str]]:
+    """Each option with what it takes and its default, as a plan has them."""
+    try:
+        hints = typing.get_type_hints(config, include_extras=True)
+    except NameError:
+        # What only type checkers import has no meaning here.
+        hints = {}
+    return [(item.name, _option(item, hints.get(item.name, item.type))) for item in dataclasses.fields(config)]
+
+
+def _option(item: dataclasses.Field[Any], hint: Any) -> str:
+    default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+    if default is dataclasses.MISSING:
+        return f"{_kind(hint)} (must be given)"
+    return _kind(hint) + (" (may be left out)" if default is None else f" = {_value(default)}")
+
+
+def _kind(hint: Any) -> str:
+    arguments = get_args(hint)
+    if get_origin(hint) is Annotated:
+        marks = [mark for mark in arguments[1:] if isinstance(mark, ChoiceOf | Reference)]
+        return next((_ENTRIES[m.section] if isinstance(m, Reference) else m.kind for m in marks), _kind(arguments[0]))
+    if get_origin(hint) is Literal:
+        return " | ".join(map(_value, arguments))
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(_kind(each) for each in arguments if each is not type(None))
+    if get_origin(hint) is tuple:
+        return f"list of {_kind(arguments[0])}"
+    return _TYPES.get(hint) or str(getattr(hint, "__name__", hint))
+
+
+def _value(value: Any) -> str:
+    return json.dumps(value.name if isinstance(value, Choice) else value, ensure_ascii=False, default=str)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..config import plain
 from ..interfaces import Choice, MambabenchError
 from ..keys import Fingerprints
 from ..plan import Plan, read_plan
-from ..steps import Steps, expand, matches
+from ..steps import Step, Steps, expand, matches
 from ..store import Store
 from .inspect import echo_columns
 
@@ -55,7 +55,11 @@ def show_plan(
     done = at.done(list(steps)) if at else {}
     echo_columns(("", "step", "component", "state"), _rows(steps, at, done))
     left = [step for step in steps if step.key not in done]
-    click.echo(f"\n{len(steps.steps)} steps, {len(left)} to run; store {folder}")
+    failed, blocked = _held_up(left, at)
+    held = len(failed) + len(blocked)
+    hint = f"; {len(failed)} failed before, --retry runs {'them' if len(failed) > 1 else 'it'} again" if failed else ""
+    hint += f" and what {'they block' if len(failed) > 1 else 'it blocks'} ({len(blocked)})" if blocked else ""
+    click.echo(f"\n{len(steps.steps)} steps, {len(left) - held} to run{hint}; store {folder}")
     missing = Counter(text for step in left for text in ([step.obstacle] if step.obstacle else step.wants))
     for text, count in missing.items():
         click.echo(f"missing: {text} ({count} step{'s' * (count != 1)})")
@@ -107,7 +111,7 @@ def run_plan(
     return 130 if summary.stopped else 0 if summary.fine else 1
 
 
-@click.command("show")
+@click.command("show", short_help="What a store holds, or one step of it.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("label", required=False)
 def show_store(store: Path, label: str | None) -> None:
@@ -242,13 +246,29 @@ def _cell_row(cell: dict[str, Any], at: Store) -> tuple[str, ...]:
     return cell["label"], status.state, status.reason
 
 
+def _held_up(left: Sequence[Step], at: Store | None) -> tuple[set[str], set[str]]:
+    """Keys of the steps that failed and are not run again unasked, and of those that wait for them."""
+    from ..runner import left_as_found
+
+    failed = {step.key for step in left if at is not None and left_as_found(step, at)}
+    blocked: set[str] = set()
+    for step in left:
+        if step.key not in failed and step.all_inputs & (failed | blocked):
+            blocked.add(step.key)
+    return failed, blocked
+
+
 def _echo_needs(plan: Plan, steps: Steps) -> None:
-    from ..needs import BASIS, needs
+    from ..needs import BASIS, hours_told, needs
 
     found = needs(plan, steps)
     echo_columns(("step", "tokens", "GiB a GPU", "GPU-hours", "data"), [need.row() for need in found])
     hours = sum(need.hours or 0.0 for need in found)
-    click.echo(f"\n{hours:{',.0f' if hours >= 10 else '.2g'}} GPU-hours in all. {BASIS}")
+    click.echo(f"\n{hours_told(hours)} GPU-hours in all. {BASIS}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _echo_step(cell: dict[str, Any], at: Store) -> None:
@@ -261,11 +281,13 @@ def _echo_step(cell: dict[str, Any], at: Store) -> None:
     if (folder / "outcome.json").is_file():
         record = at.outcome(cell["key"], artifacts=False) or {}
         click.echo(f"  wall    {record.get('wall_s', 0.0):.2f} s")
-        for name, value in sorted(record.get("detail", {}).items()):
-            click.echo(f"  {name:<22} {value}")
+        rows = [(name, _short(value)) for name, value in sorted(record.get("detail", {}).items())]
         for fact in record.get("facts", []):
             arm = f" ({fact['arm']})" if fact.get("arm") else ""
-            click.echo(f"  {fact['name']:<22} {fact['value']} {fact.get('unit', '')}{arm}".rstrip())
+            rows.append((fact["name"], f"{_short(fact['value'])} {fact.get('unit', '')}{arm}".rstrip()))
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, text in rows:
+            click.echo(f"  {name:<{width}}  {text}")
     log = folder / "log.txt"
     if log.is_file() and state != "ok":
         click.echo("  log     " + "\n          ".join(log.read_text(errors="replace").splitlines()[-20:]))

@@ -100,7 +100,7 @@ def both(suite: str, bench: Bench, config: DivergenceConfig | AgreementConfig) -
     Raises `Unsupported` where one has too few positions."""
     subject, told = bench.subject.artifact, bench.models[config.teacher]
     for artifact in (subject, told):
-        _check_room(suite, artifact, config.context - 1)
+        _check_room(f"{suite}: context = {config.context}", artifact, config.context - 1)
     if subject.path == told.path:
         return None
     return _load(told, bench.subject.device), _load(subject, bench.subject.device)
@@ -138,7 +138,7 @@ def _load(artifact: Artifact, device: str) -> Any:
     return model.to(device)
 
 
-def _check_room(suite: str, artifact: Artifact, tokens: int) -> None:
+def _check_room(what: str, artifact: Artifact, tokens: int) -> None:
     room = artifact.backend.describe(artifact.path)["max_context"]
     if tokens > room:
-        raise Unsupported(f"{suite}: needs {tokens} positions, {artifact.name} has {room}")
+        raise Unsupported(f"{what} needs {tokens} positions, {artifact.name} has {room}")

@@ -51,7 +51,7 @@ class Losslessness:
         plain = model if reference.artifact.path == subject.artifact.path else reference.load(dtype)
         total = config.prompts * (config.draws if config.temperature else len(config.batch))
         bench.emit("progress", done=0, total=total, unit="texts")
-        check_room("losslessness", model, config.prompt_tokens + config.new_tokens)
+        check_room("losslessness: prompt_tokens + new_tokens", model, config.prompt_tokens + config.new_tokens)
         shortest = max(config.prompt_tokens - 3, 1)
         lengths = range(config.prompt_tokens, shortest - 1, -1)
         texts = take_prompts(bench.data[config.data], model, config.prompts, lengths)

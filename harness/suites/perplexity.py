@@ -24,7 +24,7 @@ class Perplexity:
 
     def run(self, bench: Bench) -> None:
         model = bench.subject.load()
-        check_room("perplexity", model, self.config.context - 1)
+        check_room(f"perplexity: context = {self.config.context}", model, self.config.context - 1)
         together = PACKED_TOGETHER if self.config.windows == "packed" else 0
         for group in groups(bench, self.config, together):
             self._measure(group, model, bench)

@@ -21,7 +21,7 @@ class Preferences:
     def run(self, bench: Bench) -> None:
         config, path = self.config, bench.data[self.config.data]
         model = bench.subject.load()
-        check_room("preferences", model, config.context - 1)
+        check_room(f"preferences: context = {config.context}", model, config.context - 1)
         pairs = list(itertools.islice(read_preferences(path), config.limit or None))
         encoded = list(encode_many([each for pair in pairs for each in pair.documents()], model.tokenizer, ended=True))
         texts = [(ids[: config.context], min(context, config.context)) for ids, context in encoded]

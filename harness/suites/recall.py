@@ -29,7 +29,7 @@ class Recall:
 
     def run(self, bench: Bench) -> None:
         model = bench.subject.load()
-        check_room("recall", model, max(self.config.lengths))
+        check_room("recall: the longest of lengths", model, max(self.config.lengths))
         decoder = decoder_or_plain(bench.subject.decoder, model.device)
         bench.emit("progress", done=0, total=0, unit="questions")
         items = list(make_items(self.config, model.tokenizer))

@@ -42,7 +42,8 @@ class Speed:
             config = self.config
             total = config.pairs * len(config.requests)
             bench.emit("progress", done=0, total=total, unit="blocks")
-            check_room("speed", model, max(of.prompt_tokens for of in config.requests) + config.new_tokens)
+            longest = max(of.prompt_tokens for of in config.requests)
+            check_room("speed: the longest prompt + new_tokens", model, longest + config.new_tokens)
             _emit_size(bench, "weights", model.cost(1, 1, 1).held_weight_bytes)
             block = 0
             for request in config.requests:

@@ -69,7 +69,7 @@ def check_whole(suite: str, decoder: str, answers: Sequence[Answer], new_tokens:
             raise MambabenchError(f"{suite}: decoder {decoder!r} {wrong}")
 
 
-def check_room(suite: str, model: Stepper, tokens: int) -> None:
-    """Raises `Unsupported` where a model has too few positions for what a suite asks."""
+def check_room(what: str, model: Stepper, tokens: int) -> None:
+    """Raises `Unsupported` where a model has too few positions for what an option of a suite asks."""
     if tokens > model.max_context:
-        raise Unsupported(f"{suite}: needs {tokens} positions, the model has {model.max_context}")
+        raise Unsupported(f"{what} needs {tokens} positions, the model has {model.max_context}")

@@ -176,6 +176,10 @@ def test_values_that_no_range_refuses_are_refused(folder, run, option, value, wh
         (("--draft", "layers", "--option", "draft.layers=[9]"), "there is no layer 9 in a model of 4"),
         (("--draft", "layers", "--option", "draft=ngram"), "--option draft=ngram and --draft layers: say one of them"),
         (("--gpus", "99"), "device 'cuda:0': torch finds no such device here"),
+        (
+            ("--decoder", "standard", "--draft", "ngram"),
+            "decoder standard: draft: unknown key; known: look; to draft, use --decoder speculative",
+        ),
         (("--option", "adapt=true"), "decoder standard: adapt: unknown key; known: look; to draft, say --draft or --k"),
         (("--decoder", "standad"), "--decoder: unknown decoder 'standad'; did you mean 'standard'?"),
         (("--draft", "model"), "--draft model: give the folder of the model that drafts"),

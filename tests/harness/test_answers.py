@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import mambabench.distillers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mambabench.harness.answers import ends
+from mambabench.harness.answers import Pieces, ends, make_answer
 from mambabench.harness.interfaces import Limits
 from mambabench.harness.mockmodel import MockStepper
 
+TINY = Path(mambabench.distillers.__file__).parent / "tiny" / "teacher"
 STRINGS = ("\n", "She", " was", "ë", "?!")
 
 
@@ -44,3 +46,19 @@ def test_stop_strings_end_real_texts_at_the_same_token(shared: Path, name: str) 
             counts = range(1, len(new) + 1)
             found = next((count for count in counts if ends(new[:count], limits, tokenizer)), None)
             assert found == next((count for count in counts if completes(new[:count], (string,), tokenizer)), None)
+
+
+@pytest.mark.parametrize(("string", "said"), [(" small", ""), (" small boat", ""), (" boat", "small"), ("small", "")])
+@pytest.mark.parametrize("name", ["stories-260k", "books-28m", "tiny"])
+def test_a_stop_string_that_begins_with_a_space_ends_a_text_at_its_first_word(request, name, string, said):
+    from transformers import AutoTokenizer
+
+    folder = TINY if name == "tiny" else request.getfixturevalue("shared") / "models" / name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ("the miller finds a", "the miller finds a small boat .")
+    prompt, whole = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    new, limits = whole[len(prompt) :], Limits(new_tokens=20, stop_strings=(string,))
+    count = next(count for count in range(1, len(new) + 1) if ends(new[:count], limits, tokenizer))
+    answer, pieces = make_answer(new[:count], limits, tokenizer), Pieces(prompt, limits, tokenizer)
+    shown = "".join(pieces.more(new[:some], finished=some == count) for some in range(1, count + 1))
+    assert (answer.text.strip(), answer.finish, shown.strip()) == (said, "stop", said)

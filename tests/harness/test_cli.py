@@ -8,8 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from mambabench.harness import cli
+from mambabench.harness import cli, plugins
+from mambabench.harness.environment import machine_facts
+from mambabench.harness.keys import Fingerprints
+from mambabench.harness.plan import read_plan
+from mambabench.harness.steps import expand
+from mambabench.harness.store import Store
 
 COMMAND = """
 from dataclasses import dataclass
@@ -101,6 +107,56 @@ def test_show_takes_a_step_for_done_whose_artifact_was_deleted(mambabench, store
     assert "64 tokens" in told
 
 
+def test_show_puts_figures_below_each_other_and_shortens_them(mambabench, stores, tmp_path):
+    builder = stores.Builder(tmp_path / "store")
+    facts = [
+        {"name": "distinct 4-grams, batch 1", "value": 0.4528301886792453, "unit": "share"},
+        {"name": "weights", "value": 2_850_400, "unit": "byte"},
+    ]
+    builder.step("half/lookup/speed@seed0", kind="measure", facts=facts)
+    lines = mambabench("show", builder.write(), "half/lookup/speed").stdout.splitlines()
+    assert lines[-2:] == ["  distinct 4-grams, batch 1  0.45283 share", "  weights                    2850400 byte"]
+
+
+PLAN = """
+schema = 1
+name = "small"
+[teacher]
+path = "builtin:tiny"
+[data]
+text = { use = "tiny", part = "train", documents = 8 }
+[stages.align]
+use = "progressive"
+data = "text"
+tokens = 1_000
+[models.half]
+use = "mamba2-hybrid"
+keep = 0.5
+train = ["align"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "asked", "told"),
+    [
+        ("error", (), "3 to run; 1 failed before, --retry runs it again and what it blocks (1)"),
+        ("crashed", (), "5 to run"),
+        ("error", ("--set", "data.text.documents=9"), "5 to run"),
+    ],
+)
+def test_plan_counts_what_failed_apart_from_what_would_run(mambabench, tmp_path, state, asked, told):
+    file, store = tmp_path / "plan.toml", Store.create(tmp_path / "store")
+    file.write_text(PLAN)
+    loaded = plugins.registry(())
+    steps = expand(read_plan(file, loaded), loaded, Fingerprints(tmp_path / "cache.json"), machine_facts(()))
+    (step,) = (step for step in steps if "data/text" in step.labels)
+    store.write_run({})
+    store.prepare(step.key, step.to_json())
+    store.fail(step.key, {"state": state, "reason": "a bug", "attempt": 1, "wall_s": 1.0})
+    done = mambabench("plan", file, "--store", store.path, *asked)
+    assert done.stdout.splitlines()[-1] == f"5 steps, {told}; store {store.path}"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_an_output_that_is_full_is_one_line():
     with Path("/dev/full").open("w") as full:
@@ -110,10 +166,50 @@ def test_an_output_that_is_full_is_one_line():
     assert (done.returncode, done.stderr) == (1, "mambabench: No space left on device\n")
 
 
-def test_list_shows_options_and_what_is_not_installed(mambabench):
-    text = mambabench("list", "suite", "--options").stdout
-    assert "losslessness" in text
-    assert "new_tokens" in text
+@pytest.mark.parametrize("words", [("list", "--options"), ("--help",), ("compare", "STORE", "STORE")])
+def test_a_reader_that_is_gone_ends_a_command_quietly_and_is_no_verdict(stores, tmp_path, words):
+    builder = stores.Builder(tmp_path / "store")
+    builder.step("half/-/perplexity@seed0")
+    store = str(builder.write())
+    words = [word.replace("STORE", store) for word in words]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "mambabench", *words], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_compare_ends_with_the_strictest_verdict_first(mambabench, stores, tmp_path):
+    folders = []
+    for name, labels in (("base", ("perplexity", "other")), ("head", ("perplexity",))):
+        builder = stores.Builder(tmp_path / name)
+        for label in labels:
+            text = stores.losses_of_text(np.random.default_rng(0), nll=1.0)
+            builder.step(f"teacher/-/{label}@seed0", records={"sample": text}, use="perplexity")
+        folders.append(builder.write())
+    done = mambabench("compare", *folders)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (12, "1 not comparable, 1 pass")
+
+
+def test_help_says_all_of_each_command(mambabench):
+    commands = mambabench("--help").stdout.partition("Commands:")[2].strip().splitlines()
+    assert len(commands) == 10
+    assert not [line for line in commands if line.endswith("...")]
+
+
+def test_list_shows_options_as_a_plan_has_them(mambabench):
+    told = dict(
+        line.split(maxsplit=1) for line in mambabench("list", "--options").stdout.splitlines() if line[0] == " "
+    )
+    assert told["rollback"] == '"replay" | "snapshot" = "replay"'
+    assert told["draft"] == 'draft = "ngram"'
+    assert told["judge"] == "judge (may be left out)"
+    assert told["kinds"].endswith('= ["phone-book", "needle", "multi-key", "copying"]')
+    assert told["pairs"] == "whole number = 8"
+    assert told["annotator"] == 'text = "weighted_alpaca_eval_gpt4_turbo"'
+    assert told["path"] == "file (must be given)"
 
 
 @pytest.mark.parametrize("verb", [("plugins",), ("list",)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mambabench.harness.interfaces import MambabenchError
 from mambabench.harness.keys import Fingerprints
-from mambabench.harness.needs import GIB, Shape, needs, read_shape
+from mambabench.harness.needs import GIB, Shape, hours_told, needs, read_shape
 from mambabench.harness.plan import read_plan
 from mambabench.harness.plugins import registry
 from mambabench.harness.steps import expand
@@ -183,6 +183,11 @@ def test_a_real_teacher_has_as_many_parameters_as_its_config_says(shared):
                 size *= length
             weights += size
         assert read_shape(shared / "models" / name).parameters == weights
+
+
+def test_hours_too_few_to_choose_a_machine_by_are_no_number():
+    told = [hours_told(hours) for hours in (0.0, 3.8e-6, 0.0042, 1.25, 1234.5)]
+    assert told == ["0", "< 0.001", "0.0042", "1.2", "1,234"]
 
 
 def test_needs_follow_tokens_weights_and_what_is_trained(expanded):

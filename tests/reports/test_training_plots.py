@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mambabench.harness.results import Results
 from mambabench.reports.distillation import rows_of
+from mambabench.reports.plots import COLOURS, colours_of
 from mambabench.reports.training_plots import ladder, lines_of, loss_curves
 
 NLL = {"on": 0.98, "half": 1.05, "quarter": 1.1, "on-all": 0.9, "half-all": 0.95, "none-all": 2.0}
@@ -112,3 +113,14 @@ def test_a_stage_that_two_models_share_is_drawn_once_and_a_single_record_not_at_
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", plot.svg)
     assert "aligned" in texts
     assert "tuned" not in texts
+
+
+def test_a_model_has_the_same_colour_in_every_plot(made):
+    results = made()
+    names = list(results.models["model"])
+    colours = colours_of(names, results)
+    assert len(set(colours.values())) == len(names) <= len(COLOURS)
+    assert colours_of(names[::-2], results) == {name: colours[name] for name in names[::-2]}
+    (mixers,) = (plot.svg for plot in loss_curves(results) if plot.name == "losses-mixers")
+    drawn = {name for name in names if colours[name] in mixers}
+    assert drawn == {"half", "quarter"}

@@ -189,7 +189,7 @@ def test_a_stride_belongs_to_sliding_windows():
 def test_limits_and_bad_sizes(measure):
     records = measure(Perplexity(PerplexityConfig(data="text", limit=2)), ["ab", "cd", "ef"])
     assert len(samples(records, "nll_per_token")) == 2
-    with pytest.raises(Unsupported, match="needs 4097 positions, the model has 4096"):
+    with pytest.raises(Unsupported, match="perplexity: context = 4098 needs 4097 positions, the model has 4096"):
         measure(Perplexity(PerplexityConfig(data="text", context=4098)), ["ab"])
     with pytest.raises(MambabenchError, match="no documents"):
         measure(Perplexity(PerplexityConfig(data="text")), [])
