@@ -164,6 +164,8 @@ class LayersDraft(SteppingDraft):
         if self._shrunk is None or self._shrunk[0] is not target:
             layers: int = target.layers  # type: ignore[attr-defined]
             chosen = self.config.layers or spread(layers, self.config.count)
+            if len(chosen) > layers:
+                raise Unsupported(f"draft layers: {len(chosen)} layers of a model of {layers}")
             if max(chosen) >= layers:
                 raise Unsupported(f"draft layers: there is no layer {max(chosen)} in a model of {layers}")
             self._shrunk = target, target.shrunk(chosen)  # type: ignore[attr-defined]
@@ -178,7 +180,6 @@ def spread(layers: int, count: int) -> tuple[int, ...]:
     >>> spread(32, 1)
     (0,)
     """
-    count = min(count, layers)
     return tuple(round(place * (layers - 1) / max(count - 1, 1)) for place in range(count))
 
 

@@ -44,7 +44,8 @@ class Recorder:
     def __init__(self, folder: Path, key: str, *, attempt: int = 1) -> None:
         self.folder, self.key = folder, key
         self.first: float | None = None
-        """When the first record came through `emit`, on the monotonic clock."""
+        """When the first record came through `emit`, on the monotonic clock; of suites that is the progress that they
+        tell once their models are there."""
         self.last: float | None = None
         self._lost = ""
         """Why a record is not on disk, or not whole; none may follow it then, nor the attempt end well."""
@@ -62,9 +63,8 @@ class Recorder:
         values = {name: plain(value) for name, value in fields.items()}
         check(kind, values)
         self._write({"kind": kind, "t": round(now - self._began, 6), **values})
-        if kind != "progress":
-            self.first = now if self.first is None else self.first
-            self.last = now
+        self.first = now if self.first is None else self.first
+        self.last = now
 
     def finish(self) -> list[dict[str, Any]]:
         """Writes the parquet files and returns the facts, those of the same name and arm once, the last one."""

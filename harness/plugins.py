@@ -48,6 +48,8 @@ from .interfaces import (
 
 BUILTIN = "builtin:"
 """Before the name of a source's part, or of a teacher, that comes with a plug-in."""
+MOST = 20
+"""Names that an error line has at most."""
 LOCAL = "mambabench_local_"
 """How the modules of local files begin; inside of one, a target is `f"{__name__}:factory"`."""
 
@@ -198,12 +200,18 @@ def _check_verdict(answer: Any) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of an error line: the nearest known name, or all of them."""
+    """The end of an error line: the nearest known name, or those that hold what was said, or all, up to `MOST`.
+
+    >>> suggest("half", ["half/plain/speed", "teacher/plain/speed"])
+    '; known: half/plain/speed'
+    """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    known = [each for each in known if name in each] or known
+    more = f" and {len(known) - MOST} more" if len(known) > MOST else ""
+    return f"; known: {', '.join(known[:MOST])}{more}" if known else ""
 
 
 _registries: dict[tuple[Path, ...], Registry] = {}

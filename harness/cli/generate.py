@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -105,6 +106,8 @@ def generate(
     if gpus is not None:
         # As a step's child sees only the GPUs that it is given; the backend says so where torch finds none.
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus)
+    if sys.stderr.isatty():
+        click.echo(f"[loading {model}]", err=True)
     given = {"model": str(model), "draft": draft or ""}
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch, _named(Path(scratch), given):
         table = {"use": decoder or ("standard" if draft is None and k is None else "speculative"), **_table(options)}
@@ -215,8 +218,10 @@ def _answer(maker: Decoder, stepper: Stepper, request: Prompt, limits: Limits) -
     if "on_text" in inspect.signature(maker.generate).parameters:
         maker.generate(stepper, [request], limits, emit, on_text=on_text)  # type: ignore[call-arg]
     else:
-        answer = maker.generate(stepper, [request], limits, emit)[0]
-        on_text(0, gap(request.ids, answer.ids, stepper.tokenizer) + answer.text)
+        answers = maker.generate(stepper, [request], limits, emit)
+        if not answers:
+            raise MambabenchError("the decoder returned no answer: `generate` must return one for each prompt")
+        on_text(0, gap(request.ids, answers[0].ids, stepper.tokenizer) + answers[0].text)
     return events
 
 

@@ -231,10 +231,7 @@ def test_a_model_with_its_own_loop_goes_on_where_the_prompt_ends(folder, run, tm
     )
 
 
-def test_a_decoder_that_does_not_stream_goes_on_where_the_prompt_ends(folder, mambabench, tmp_path):
-    plugin = tmp_path / "whole.py"
-    plugin.write_text(
-        """
+WHOLE = """
 from mambabench import Component, hookimpl
 from mambabench.decoders.plugin import StandardConfig
 
@@ -245,6 +242,14 @@ def mambabench_components():
 class Whole:
     def __init__(self, config): ...
     def generate(self, model, prompts, limits, emit):
+"""
+
+
+def test_a_decoder_that_does_not_stream_goes_on_where_the_prompt_ends(folder, mambabench, tmp_path):
+    plugin = tmp_path / "whole.py"
+    plugin.write_text(
+        WHOLE
+        + """
         from mambabench.decoders.standard import StandardDecoder
         return StandardDecoder().generate(model, prompts, limits, emit)
 """,
@@ -254,3 +259,11 @@ class Whole:
     done = mambabench("--plugin", plugin, *asked)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("w1 w2 w"), done.stdout
+
+
+def test_a_decoder_that_returns_nothing_is_told_what_it_must(folder, mambabench, tmp_path):
+    plugin = tmp_path / "whole.py"
+    plugin.write_text(WHOLE + "        ...\n", encoding="utf-8")
+    done = mambabench("--plugin", plugin, "generate", folder / "teacher", "--decoder", "whole")
+    assert done.returncode == 1
+    assert done.stderr == "mambabench: the decoder returned no answer: `generate` must return one for each prompt\n"

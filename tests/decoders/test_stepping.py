@@ -221,7 +221,7 @@ def test_a_shrunk_model_is_that_of_its_layers_and_leaves_the_whole_one_as_it_was
     assert target.layers == 4
 
 
-@pytest.mark.parametrize(("layers", "count", "chosen"), [(32, 2, (0, 31)), (5, 3, (0, 2, 4)), (2, 4, (0, 1))])
+@pytest.mark.parametrize(("layers", "count", "chosen"), [(32, 2, (0, 31)), (5, 3, (0, 2, 4)), (4, 4, (0, 1, 2, 3))])
 def test_layers_are_spread_from_the_first_to_the_last(layers, count, chosen):
     assert spread(layers, count) == chosen
 
@@ -238,6 +238,8 @@ def test_drafts_that_cannot_be_are_refused():
         run(drafting_model(hybrid("a", letters=LETTERS[::-1])))
     with pytest.raises(Unsupported, match="trait `shrinks`"):
         run(LayersDraft(LayersConfig()), MockStepper())
+    with pytest.raises(Unsupported, match="draft layers: 5 layers of a model of 4"):
+        run(LayersDraft(LayersConfig(count=5)), TARGETS["a2a2"])
     with pytest.raises(Unsupported, match=r"no layer 7 in a model of 4"):
         run(LayersDraft(LayersConfig(layers=(0, 7))), TARGETS["a2a2"])
     with pytest.raises(MambabenchError, match="which model 'absent' is"):

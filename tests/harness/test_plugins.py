@@ -170,3 +170,13 @@ def test_a_component_is_made_with_its_default_config(local):
     file = local(components("part(target=__name__ + ':make')") + "\ndef make(config):\n    return config.size\n")
     registry = plugins.load([file])
     assert plugins.make(registry.find("decoder", "mine")) == 1
+
+
+def test_an_unknown_name_is_told_what_is_like_it_or_holds_it_and_no_more_than_can_be_read():
+    labels = [f"{model}/plain/{suite}" for model in ("half", "teacher") for suite in "abcdefghijklmnop"]
+    assert plugins.suggest("haf/plain/a", labels) == "; did you mean 'half/plain/a'?"
+    assert plugins.suggest("half", labels) == f"; known: {', '.join(labels[:16])}"
+    told = plugins.suggest("x", labels)
+    assert told.startswith("; known: half/plain/a, ")
+    assert told.endswith(" and 12 more")
+    assert plugins.suggest("x", []) == ""
