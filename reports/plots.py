@@ -7,6 +7,7 @@ are drawn in middle tones that stand out on both. matplotlib is imported when a 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ INK = "#010203"
 """Drawn as this, shown in the page's colour."""
 COLOURS = ("#4c8dd6", "#e0803a", "#3fa37a", "#c85fa8", "#8f7ae0", "#b8982f", "#d75a5a", "#5aa9b8")
 MARKS = ("o", "s", "D", "^", "v", "P", "X")
+ENTRY = 1.4
+"""Inches of a name in a legend."""
 
 
 def plots_of(frames: Mapping[str, DataFrame], results: Results) -> tuple[Plot, ...]:
@@ -66,25 +69,25 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
     if not points:
         return None
     figure, axes = canvas()
-    models = list(dict.fromkeys(point[0] for point in points))
-    decoders = list(dict.fromkeys(point[1] for point in points))
-    colours = colours_of(models, results)
+    colours = colours_of([point[0] for point in points], results)
+    marks = dict(zip(dict.fromkeys(point[1] for point in points), itertools.cycle(MARKS), strict=False))
     for model, decoder, speed_, value in points:
-        mark = MARKS[decoders.index(decoder) % len(MARKS)]
         error = getattr(value, "se", math.nan)
         axes.errorbar(
             speed_, number(value), yerr=error if math.isfinite(error) else None,
-            fmt=mark, color=colours[model], markersize=7, capsize=2, elinewidth=1,
+            fmt=marks[decoder], color=colours[model], markersize=7, capsize=2, elinewidth=1,
+            markerfacecolor="none" if model in [*colours][len(COLOURS) :] else None,
         )  # fmt: skip
-    _label(axes, points, [colours[point[0]] for point in points])
+    legend(figure, colours, marks)
     if measure.endswith("perplexity"):
         wide_range(axes, [number(point[3]) for point in points])
     axes.set_xlabel("decoding speed, tokens/s")
     axes.set_ylabel(measure)
-    axes.margins(x=0.08, y=0.18)
+    axes.margins(0.08)
     better = "lower" if measure.endswith("perplexity") else "higher"
     batch = "" if "batch" not in speed else f" at batch {int(speed['batch'].iloc[0])}"
     note = f"One point per model and decoder{batch}; {better} and further right is better; bars are standard errors."
+    note += " Hollow points are of models with dotted lines." if len(colours) > len(COLOURS) else ""
     return Plot("quality-speed", "Quality against decoding speed", note, svg_of(figure))
 
 
@@ -98,23 +101,6 @@ def _measure(quality: DataFrame) -> str | None:
             if name.endswith(ending) and not name.startswith("recovery"):
                 return name
     return None
-
-
-def _label(axes: Axes, points: Sequence[tuple[str, str, float, Any]], colours: Sequence[str]) -> None:
-    """Names the points; those that lie close are named on alternate sides."""
-    xs, ys = [point[2] for point in points], [number(point[3]) for point in points]
-    wide, high = (max(xs) - min(xs)) or 1, (max(ys) - min(ys)) or 1
-    for place, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        close = [
-            other for other in range(place) if abs(xs[other] - x) < 0.25 * wide and abs(ys[other] - y) < 0.07 * high
-        ]
-        below = len(close) % 2 == 1
-        left = below and min(xs) + 0.2 * wide < x < min(xs[other] for other in close)
-        axes.annotate(
-            f"{points[place][0]}, {points[place][1]}", (x, y), textcoords="offset points",
-            xytext=(-7 if left else 7, -3 if below else 3), ha="right" if left else "left",
-            va="top" if below else "bottom", color=colours[place], fontsize=9,
-        )  # fmt: skip
 
 
 def wide_range(axes: Axes, values: Sequence[float]) -> None:
@@ -192,6 +178,23 @@ def grid(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Seq
     for axes in every:
         _dress(axes)
     return figure, every
+
+
+def legend(figure: Any, colours: Mapping[str, str], marks: Mapping[str, str]) -> None:
+    """Below everything: models by colour, dotted where colours begin anew, and what else there is by mark."""
+    from matplotlib.lines import Line2D
+
+    strokes: list[Any] = ["-"] * len(COLOURS) + [":"] * len(colours)
+    handles = [
+        Line2D([], [], color=colour, linewidth=3, linestyle=stroke, label=model)
+        for (model, colour), stroke in zip(colours.items(), strokes, strict=False)
+    ]
+    handles += [Line2D([], [], color=INK, marker=mark, linestyle="", label=name) for name, mark in marks.items()]
+    columns = int(figure.get_figwidth() / ENTRY)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), columns), frameon=False, fontsize=9,
+        labelcolor=INK,
+    )  # fmt: skip
 
 
 def _dress(axes: Axes) -> None:

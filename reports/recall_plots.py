@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from ..harness.results import Results
 from . import agreement, recall
 from .build import Plot
-from .plots import INK, MARKS, colours_of, grid, svg_of
+from .plots import INK, MARKS, colours_of, grid, legend, svg_of
 from .recovery import LEVEL, with_interval
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def by_distance(results: Results) -> Plot | None:
                 panel.set_ylabel(f"{name}, %")
             else:
                 panel.tick_params(labelleft=False)
-    _legend(figure, axes[0], colours, {f"{length:g} tokens": mark for length, mark in marks.items()})
+    legend(figure, colours, {f"{length:g} tokens": mark for length, mark in marks.items()})
     note = (
         "Questions whose answers stand in the text before them, by how far back. Above: the answer is likelier than "
         "wrong choices. Below: the model writes it. Marks are lengths of texts, dotted lines chance, bars "
@@ -106,21 +106,9 @@ def by_depth(results: Results) -> Plot | None:
         panel.set_xlabel("depth in the text, tokens")
         panel.set_ylabel(label)
     marks = {task: MARKS[which % len(MARKS)] for which, task in enumerate(tasks)} if len(tasks) > 1 else {}
-    _legend(figure, axes[0], colours, marks)
+    legend(figure, colours, marks)
     note = (
         "Teacher-forced, by how many tokens of the document stand before the one that is predicted; a point stands at "
         f"the least depth of its group, bars are {100 * LEVEL:.0f}\u00a0% intervals over documents."
     )
     return Plot("agreement", "Agreement with the teacher by depth", note, svg_of(figure))
-
-
-def _legend(figure: Any, panel: Axes, colours: dict[str, str], marks: dict[str, str]) -> None:
-    """Below everything: models by colour, what else there is by mark."""
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=colour, label=model) for model, colour in colours.items()]
-    handles += [Line2D([], [], color=INK, marker=mark, linestyle="", label=name) for name, mark in marks.items()]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9,
-        labelcolor=INK,
-    )  # fmt: skip

@@ -214,8 +214,8 @@ def test_no_picture_of_what_decoders_do_has_scripted_acceptance(stores, tmp_path
     scripted(store, stores)
     plots = {plot.name: plot.svg for plot in report_of(store.builder.write(), with_plots=True).plots}
     assert "accepted-lengths" not in plots
-    assert "teacher, plain" in plots["quality-speed"]
-    assert "teacher, lookup" not in plots["quality-speed"]
+    assert ">plain</text>" in plots["quality-speed"]
+    assert ">lookup</text>" not in plots["quality-speed"]
 
 
 def test_a_check_that_does_not_say_at_which_batch_size_is_none_of_greedy_text(timed, stores):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mambabench.harness.results import Results
 from mambabench.reports.distillation import rows_of
-from mambabench.reports.plots import COLOURS, colours_of
+from mambabench.reports.plots import COLOURS, canvas, colours_of, legend, svg_of
 from mambabench.reports.training_plots import ladder, lines_of, loss_curves
 
 NLL = {"on": 0.98, "half": 1.05, "quarter": 1.1, "on-all": 0.9, "half-all": 0.95, "none-all": 2.0}
@@ -124,3 +124,10 @@ def test_a_model_has_the_same_colour_in_every_plot(made):
     (mixers,) = (plot.svg for plot in loss_curves(results) if plot.name == "losses-mixers")
     drawn = {name for name in names if colours[name] in mixers}
     assert drawn == {"half", "quarter"}
+
+
+def test_where_colours_begin_anew_a_legend_has_other_strokes():
+    models = [f"model {number}" for number in range(len(COLOURS) + 2)]
+    figure, _ = canvas()
+    legend(figure, {model: COLOURS[place % len(COLOURS)] for place, model in enumerate(models)}, {"plain": "o"})
+    assert svg_of(figure).count("stroke-dasharray") == 2
