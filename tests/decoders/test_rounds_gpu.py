@@ -44,6 +44,21 @@ def test_the_text_is_that_of_the_cpu(draft, limits):
     assert there == here
 
 
+@pytest.mark.parametrize("steady", [True, False])
+def test_many_rows_draw_of_many_tokens_as_on_the_cpu_in_one_request_after_the_other(steady):
+    """Products of more rows than kernels for a few serve, and vocabularies of several parts."""
+    sizes = SIZES | {"letters": "".join(map(chr, range(0x4E00, 0x4E00 + 8191)))}
+    prompts = [Prompt(tuple(range(1 + row, 4 + row + row % 5)), row) for row in range(64)]
+
+    def texts(device):
+        model = hybrid(MIXERS, device, torch.float64, **sizes)
+        decoder = SpeculativeDecoder(LayersDraft(LayersConfig()), 4, look=4, steady=steady)
+        asked = (Limits(new_tokens=9, temperature=1.0, seed=seed) for seed in range(4))
+        return [decoder.generate(model, prompts, limits, silent) for limits in asked]
+
+    assert texts("cuda") == texts("cpu")
+
+
 @pytest.mark.parametrize("draft", drafts())
 @pytest.mark.parametrize("limits", [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9}])
 @pytest.mark.parametrize("way", ["", "off"], ids=["recorded", "eager"])
