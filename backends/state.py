@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -263,6 +263,12 @@ def open_state(
     return State(layers, *cursors, steps, replay, capacity, ring, exact, rotary, snapshots)
 
 
+def _empty(tensors: Sequence[Tensor]) -> None:
+    """Zeros in all of them, by a kernel for each dtype: a small model's first token waits for as many launches."""
+    for dtype in {tensor.dtype for tensor in tensors}:
+        torch._foreach_zero_([tensor for tensor in tensors if tensor.dtype is dtype])
+
+
 class Kept:
     """States that were given up, with what was recorded on them: the next request of the same sizes takes one over."""
 
@@ -283,8 +289,7 @@ class Kept:
         if found:
             whole = found[-1]
             self._free = [state for state in self._free if state is not whole]
-            for tensor in whole.tensors():
-                tensor.zero_()
+            _empty(whole.tensors())
         else:
             whole = self._make(make)
         lent = replace(whole)
