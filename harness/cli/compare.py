@@ -21,17 +21,20 @@ def compare_stores(base: Path, head: Path, gates: Path | None) -> int:
     """
     from rich.console import Console
 
-    from ..compare import STRICTNESS, compare, exit_code, render_comparisons
+    from ..compare import STRICTNESS, compare, exit_code, render_comparisons, unasked
     from ..gates import Gates, read_gates
     from ..results import Results
 
     registry = plugins.registry()
     declared = read_gates(gates) if gates else Gates()
-    comparisons = compare(Results.read([base]), Results.read([head]), declared, registry.verdicts)
+    sides = Results.read([base]), Results.read([head])
+    comparisons = compare(*sides, declared, registry.verdicts)
     console = Console()
     # A log has no width to fit in, and a wrapped table cannot be searched.
     wide = console if console.is_terminal else Console(width=240)
     wide.print(render_comparisons(comparisons))
+    if left_out := len(unasked(*sides)):
+        console.print(f"left out: {left_out} label{'s' * (left_out != 1)} that neither run was asked for")
     counts = Counter(comparison.verdict for comparison in comparisons)
     strictest = [f"{counts[verdict]} {verdict}" for verdict in reversed(STRICTNESS) if counts[verdict]]
     console.print(", ".join(strictest) or "nothing to compare")

@@ -102,7 +102,9 @@ def run_plan(
     known = {item.name for item in dataclasses.fields(component.config)}
     choice = Structurer(loaded).choice("launcher", {k: v for k, v in options.items() if k == "use" or k in known})
     at = Store.create(store or _default_store(plan))
-    at.write_run(_with_history(run_record(plan, steps, capture(loaded.environment()), code()), steps, at))
+    record = run_record(plan, steps, capture(loaded.environment()), code())
+    with at.holding_run():
+        at.write_run(_with_history(record, steps, at))
     with contextlib.closing(plugins.make(component, choice.config)) as children:
         summary = run(
             list(steps), at, children, loaded, host=host(indices), retry=retry, progress=progress_for(sys.stderr)
@@ -156,12 +158,16 @@ def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict
             for name, choice in plan.suites.items()
         ],
         "cells": [dataclasses.asdict(cell) for cell in steps.cells],
+        "asked": [cell.label for cell in steps.cells if cell.key in steps.steps],
     }
 
 
 def _with_history(record: dict[str, Any], steps: Steps, at: Store) -> dict[str, Any]:
-    """A run that has nothing to do leaves the code and the environment of the one that had."""
+    """What an earlier run was asked for stays asked for, and a run that has nothing to do leaves the code and the
+    environment of the one that had."""
     before = at.run()
+    asked = before.get("asked", [cell["label"] for cell in before.get("cells", [])])
+    record = {**record, "asked": list(dict.fromkeys([*asked, *record["asked"]]))}
     lost = {cell["label"] for cell in before.get("cells", [])} - {cell["label"] for cell in record["cells"]}
     if lost:
         click.echo(
