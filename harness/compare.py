@@ -62,9 +62,12 @@ def compare(
 
 def exit_code(comparisons: Sequence[Comparison]) -> int:
     """0 pass, 10 fail, 11 inconclusive, 12 not comparable: that of the strictest verdict; 12 for nothing at all."""
-    if not comparisons:
-        return EXIT_CODES["not comparable"]
-    return EXIT_CODES[max((c.verdict for c in comparisons), key=STRICTNESS.index)]
+    return EXIT_CODES[strictest(comparisons)]
+
+
+def strictest(comparisons: Sequence[Comparison]) -> str:
+    """The strictest verdict; nothing at all is not comparable."""
+    return max((c.verdict for c in comparisons), key=STRICTNESS.index, default="not comparable")
 
 
 def unasked(base: Results, head: Results) -> list[str]:
