@@ -4,7 +4,7 @@ The difference (head - base) of a metric has an interval (99 % by default). **Fa
 is worse than the margin; **pass** if the interval's end on the side for the worse is no worse than the margin, however
 far the other end reaches (a test of non-inferiority: an improvement of any size passes); else **inconclusive**. Labels
 whose suites, data or devices (of latency, a CPU's threads) differ, that are missing, or that failed on one side are
-**not comparable**: nothing is dropped in silence.
+**not comparable**: nothing is dropped in silence. What no run of either store was asked for is left out, and counted.
 
 * Quality is paired by item with clustered errors where both sides measured one artifact. Where training was rerun the
   items no longer carry the error (item-paired tests then raise false alarms in 13-25 % of comparisons): the seed is the
@@ -62,9 +62,18 @@ def compare(
 
 def exit_code(comparisons: Sequence[Comparison]) -> int:
     """0 pass, 10 fail, 11 inconclusive, 12 not comparable: that of the strictest verdict; 12 for nothing at all."""
-    if not comparisons:
-        return EXIT_CODES["not comparable"]
-    return EXIT_CODES[max((c.verdict for c in comparisons), key=STRICTNESS.index)]
+    return EXIT_CODES[strictest(comparisons)]
+
+
+def strictest(comparisons: Sequence[Comparison]) -> str:
+    """The strictest verdict; nothing at all is not comparable."""
+    return max((c.verdict for c in comparisons), key=STRICTNESS.index, default="not comparable")
+
+
+def unasked(base: Results, head: Results) -> list[str]:
+    """The labels of both plans that no run of either store was asked for, and of which neither has anything."""
+    before, after = (of.measured.groupby("label", sort=False)["asked"].any() for of in (base, head))
+    return [label for label, asked in before.items() if not asked and not after.get(label, True)]
 
 
 def decide(low: float, high: float, estimate: float, margin: float, better: str = "higher") -> str:
@@ -98,7 +107,10 @@ class _Run:
             for results in (self.base, self.head)
         ]
         retrained: dict[tuple[str, str, str], list[tuple[Side, Side]]] = {}
+        left_out = set(unasked(self.base, self.head))
         for label in dict.fromkeys([*rows[0].index, *rows[1].index]):
+            if label in left_out:
+                continue
             cells = [frame.loc[label] if label in frame.index else None for frame in rows]
             reason = self._unmeasured(*cells)
             if reason is None:

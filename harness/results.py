@@ -36,10 +36,11 @@ FRAMES: Mapping[str, tuple[str, ...]] = {
 MEASURED = ("measure", "judge")
 """Kinds of steps that are rows of tables: what a model scored, at once or in answers that were stored before."""
 
+UNASKED = "no run was asked for it"
 FACTS = ("name", "value", "unit", "arm")
 CELLS = (
     *("store", "label", "key", "kind", "model", "decoder", "suite", "stage", "seed", "state", "reason"),
-    *("wall_s", "overhead_s", "started", "attempt", "device", "threads", "peak_rss_bytes", "unfused"),
+    *("wall_s", "overhead_s", "started", "attempt", "device", "threads", "peak_rss_bytes", "unfused", "asked"),
 )
 
 
@@ -50,7 +51,8 @@ class Results:
     stores: tuple[Path, ...]
     cells: pd.DataFrame
     """One row per label in plan order; `state` as of outcomes, or `interrupted`, `skipped`, `not run`. The `reason`
-    beside `ok` is why a step did without some of its tasks."""
+    beside `ok` is why a step did without some of its tasks. `asked` is false of what is not run where no run of the
+    store was asked for it, as with `--only`."""
     models: pd.DataFrame
     """In plan order, the teacher first: store, model, backend, keep, teacher, order."""
     suites: pd.DataFrame
@@ -71,6 +73,7 @@ class Results:
         runs = {name: store.run() for name, store in opened.items()}
         several = len(runs) > 1
         cells = pd.DataFrame(_cells(opened, runs), columns=list(CELLS))
+        cells = cells.astype({"asked": bool})
         cells["seed"] = pd.to_numeric(cells["seed"]).astype("Int64")
         models = pd.DataFrame(
             [
@@ -221,18 +224,24 @@ def _names(stores: Sequence[Path]) -> list[str]:
 
 def _cells(stores: Mapping[str, Store], runs: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for name, run in runs.items():
+        # Stores of older versions do not say it.
+        asked = set(run.get("asked", (cell["label"] for cell in run.get("cells", ()))))
         for cell in run.get("cells", ()):
             row: dict[str, Any] = {**dict.fromkeys(CELLS), **{column: cell.get(column, "") for column in CELLS[1:9]}}
-            row["store"] = name
+            row |= {"store": name, "asked": True}
             if cell.get("why"):
                 yield {**row, "state": "skipped", "reason": cell["why"]}
                 continue
             status = stores[name].status(cell["key"], artifacts=False)
+            if status.state == "absent":
+                left_out = cell["label"] not in asked
+                yield {**row, "state": "not run", "reason": UNASKED if left_out else "", "asked": not left_out}
+                continue
             record = status.record or {}
             detail = record.get("detail", {})
             yield {
                 **row,
-                "state": "not run" if status.state == "absent" else status.state,
+                "state": status.state,
                 "reason": status.reason or _missing(record.get("facts", ())),
                 **{column: record.get(column) for column in ("wall_s", "started", "attempt")},
                 **{column: detail.get(column) for column in ("device", "threads", "peak_rss_bytes")},

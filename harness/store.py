@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,13 +80,9 @@ class Store:
                 raise MambabenchError(f"{store.path}: neither empty nor a store of results (it has no run.json)")
             if store.run_file.exists():
                 return cls.open(path)
-        making = Lock.take(store.path / LOCKS / "run", wait=True)
-        assert making is not None
-        try:
+        with store.holding_run():
             if not store.run_file.exists():
                 store.write_run({})
-        finally:
-            making.release()
         return cls.open(path)
 
     @property
@@ -108,6 +104,16 @@ class Store:
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         write_json(self.run_file, {"schema": SCHEMA, **run})
+
+    @contextmanager
+    def holding_run(self) -> Iterator[None]:
+        """Keeps other processes from writing run.json between a look at it and the next `write_run`."""
+        held = Lock.take(self.path / LOCKS / "run", wait=True)
+        assert held is not None
+        try:
+            yield
+        finally:
+            held.release()
 
     @property
     def cache(self) -> Path:

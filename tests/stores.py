@@ -34,6 +34,8 @@ class Builder:
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)
     decoders: tuple[str, ...] = ("plain", "lookup")
     code: Mapping[str, Any] = field(default_factory=lambda: CODE)
+    asked: Sequence[str] | None = None
+    """The labels that runs were asked for; None as older versions left it, who did not say."""
     environment: dict[str, str] = field(default_factory=lambda: {"cpu": "a CPU", "python": "3.11.9", "torch": "2.13.0"})
 
     def __post_init__(self) -> None:
@@ -135,6 +137,11 @@ class Builder:
         cell = {"label": label, "key": "", "kind": "measure", "model": model, "decoder": decoder, "suite": suite}
         self.cells.append({**cell, "stage": "", "seed": seed, "why": why})
 
+    def planned(self, label: str) -> None:
+        """Adds a cell that no run came to."""
+        self.skip(label, "")
+        self.cells[-1]["key"] = hashed(label)
+
     def write(self) -> Path:
         self.store.write_run(
             {
@@ -146,6 +153,7 @@ class Builder:
                 "decoders": list(self.decoders),
                 "suites": list(self.suites.values()),
                 "cells": self.cells,
+                **({} if self.asked is None else {"asked": self.asked}),
             }
         )
         return self.path

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 
 from .. import plugins
 from ..interfaces import KINDS, Choice, ChoiceOf, Reference
+from .output import echo_columns, echo_json, json_option
 
 _ENTRIES = {"data": "entry of [data]", "models": "entry of [models]", "files": "file"}
 _TYPES = {str: "text", bool: "true or false", int: "whole number", float: "number"}
@@ -20,9 +20,26 @@ _TYPES = {str: "text", bool: "true or false", int: "whole number", float: "numbe
 
 @click.command("plugins", short_help="The plug-ins that loaded and those that did not.")
 @click.option("--traceback", is_flag=True, help="Print the tracebacks of broken plug-ins.")
-def show_plugins(traceback: bool) -> None:
+@json_option
+def show_plugins(traceback: bool, as_json: bool) -> None:
     """The plug-ins that loaded and those that did not, with load times."""
     loaded = plugins.registry()
+    if as_json:
+        echo_json(
+            {
+                "plugins": [
+                    {
+                        **{name: getattr(plugin, name) for name in ("distribution", "version", "entry_point")},
+                        "seconds": plugin.seconds,
+                        "components": len(plugin.components),
+                        "imported_torch": plugin.imported_torch,
+                    }
+                    for plugin in loaded.plugins
+                ],
+                "broken": [dataclasses.asdict(broken) for broken in loaded.broken],
+            }
+        )
+        return
     rows = [
         (
             f"{plugin.distribution} {plugin.version}",
@@ -46,35 +63,44 @@ def show_plugins(traceback: bool) -> None:
 @click.command("list", short_help="The components that plans may use.")
 @click.argument("kind", required=False, metavar="[KIND]", type=click.Choice(KINDS))
 @click.option("--options", is_flag=True, help="Show each component's options with their defaults.")
-def list_components(kind: str | None, options: bool) -> None:
+@json_option
+def list_components(kind: str | None, options: bool, as_json: bool) -> None:
     """The components that plans may use, all or of one KIND, such as suite."""
     loaded = plugins.registry()
+    found: list[dict[str, Any]] = [
+        {
+            "kind": of,
+            "name": name,
+            "from": loaded.owner(component),
+            "summary": component.summary,
+            "missing": plugins.missing(component.requires),
+            **({"options": dict(_options(component.config))} if options else {}),
+        }
+        for of in ([kind] if kind else KINDS)
+        for name, component in loaded.components(of).items()
+    ]
+    if as_json:
+        echo_json({"components": found})
+        return
     rows: list[tuple[str, ...]] = []
-    for of in [kind] if kind else KINDS:
-        for name, component in loaded.components(of).items():
-            lacking = plugins.missing(component.requires)
-            notes = component.summary + (f"  [needs {', '.join(lacking)}]" if lacking else "")
-            rows.append((of, name, loaded.owner(component), notes))
-            if options:
-                rows += [("", f"  {name}", "", text) for name, text in _options(component.config)]
+    for each in found:
+        notes = each["summary"] + (f"  [needs {', '.join(each['missing'])}]" if each["missing"] else "")
+        rows.append((each["kind"], each["name"], each["from"], notes))
+        rows += [("", f"  {name}", "", text) for name, text in each.get("options", {}).items()]
     echo_columns(("kind", "name", "from", ""), rows)
 
 
 @click.command("env", short_help="What is recorded of this machine with every run.")
-def show_environment() -> None:
+@json_option
+def show_environment(as_json: bool) -> None:
     """What is recorded of this machine and its packages with every run."""
     from ..environment import capture
 
     facts = capture(plugins.registry().environment())
-    echo_columns(("fact", "value"), [(name, str(value)) for name, value in facts.items()])
-
-
-def echo_columns(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Prints left-aligned columns; the last one is as long as it is."""
-    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles) - 1)]
-    for row in [titles, *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        click.echo("  ".join([*cells, row[-1]]).rstrip())
+    if as_json:
+        echo_json(facts)
+    else:
+        echo_columns(("fact", "value"), [(name, str(value)) for name, value in facts.items()])
 
 
 def _options(config: type) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from ..config import plain
 from ..interfaces import Choice, MambabenchError
 from ..keys import Fingerprints
 from ..plan import Plan, read_plan
-from ..steps import Step, Steps, expand, matches
-from ..store import Store
-from .inspect import echo_columns
+from ..steps import Cell, Step, Steps, expand, matches
+from ..store import Status, Store
+from .output import echo_columns, echo_json, json_option
 
-_SYMBOLS = {"ok": "✓", "absent": "·", "running": "…", "skipped": "-"}
+DONE, TO_RUN, FAILED, BLOCKED, SKIPPED = "done", "to run", "failed", "blocked", "skipped"
+_SYMBOLS = {"ok": "✓", "absent": "·", "running": "…", SKIPPED: "-"}
 
 
 def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,26 +42,38 @@ def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("plan")
 @_plan_options
 @click.option("--needs", "asked", is_flag=True, help="Estimate data, GPU memory and GPU-hours instead.")
+@json_option
 def show_plan(
-    file: Path, store: Path | None, overrides: tuple[str, ...], only: tuple[str, ...], gpus: str | None, asked: bool
+    file: Path,
+    store: Path | None,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    gpus: str | None,
+    asked: bool,
+    as_json: bool,
 ) -> None:
     """Check a plan and show its steps: label, state, reason."""
     plan, steps = _expand(file, overrides, only, _gpus(gpus))
     if asked:
-        _echo_needs(plan, steps)
+        _echo_needs(plan, steps, as_json)
         return
     folder = store or _default_store(plan)
     at = Store.open(folder) if (folder / "run.json").is_file() else None
     _warn_of_broken()
     done = at.done(list(steps)) if at else {}
-    echo_columns(("", "step", "component", "state"), _rows(steps, at, done))
-    left = [step for step in steps if step.key not in done]
-    failed, blocked = _held_up(left, at)
-    held = len(failed) + len(blocked)
-    hint = f"; {len(failed)} failed before, --retry runs {'them' if len(failed) > 1 else 'it'} again" if failed else ""
-    hint += f" and what {'they block' if len(failed) > 1 else 'it blocks'} ({len(blocked)})" if blocked else ""
-    click.echo(f"\n{len(steps.steps)} steps, {len(left) - held} to run{hint}; store {folder}")
-    missing = Counter(text for step in left for text in ([step.obstacle] if step.obstacle else step.wants))
+    follows = _follows(steps, at, done)
+    found = [_planned(cell, steps, at, follows) for cell in steps.cells if cell.why or cell.key in steps.steps]
+    counts = Counter(follows.values())
+    missing = Counter(text for step in steps if step.key not in done for text in _missing(step))
+    if as_json:
+        told = {state: counts[state] for state in (DONE, TO_RUN, FAILED, BLOCKED)}
+        echo_json({"plan": plan.name, "store": str(folder), "counts": told, "missing": missing, "steps": found})
+        return
+    echo_columns(("", "step", "component", "state"), [_row(each) for each in found])
+    failed, blocked = counts[FAILED], counts[BLOCKED]
+    hint = f"; {failed} failed before, --retry runs {'them' if failed > 1 else 'it'} again" if failed else ""
+    hint += f" and what {'they block' if failed > 1 else 'it blocks'} ({blocked})" if blocked else ""
+    click.echo(f"\n{len(steps.steps)} steps, {counts[TO_RUN]} to run{hint}; store {folder}")
     for text, count in missing.items():
         click.echo(f"missing: {text} ({count} step{'s' * (count != 1)})")
 
@@ -102,7 +115,9 @@ def run_plan(
     known = {item.name for item in dataclasses.fields(component.config)}
     choice = Structurer(loaded).choice("launcher", {k: v for k, v in options.items() if k == "use" or k in known})
     at = Store.create(store or _default_store(plan))
-    at.write_run(_with_history(run_record(plan, steps, capture(loaded.environment()), code()), steps, at))
+    record = run_record(plan, steps, capture(loaded.environment()), code())
+    with at.holding_run():
+        at.write_run(_with_history(record, steps, at))
     with contextlib.closing(plugins.make(component, choice.config)) as children:
         summary = run(
             list(steps), at, children, loaded, host=host(indices), retry=retry, progress=progress_for(sys.stderr)
@@ -114,19 +129,23 @@ def run_plan(
 @click.command("show", short_help="What a store holds, or one step of it.")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("label", required=False)
-def show_store(store: Path, label: str | None) -> None:
+@json_option
+def show_store(store: Path, label: str | None, as_json: bool) -> None:
     """What a store holds; with a LABEL (or a glob), that step's record, facts and log."""
     at = Store.open(store)
     cells = at.run().get("cells", [])
-    if label is None:
-        echo_columns(("step", "state", "reason"), [_cell_row(cell, at) for cell in cells])
-        return
-    found = [cell for cell in cells if matches(cell["label"], label)]
-    if not found:
+    named = [cell for cell in cells if label is None or matches(cell["label"], label)]
+    if label is not None and not named:
         labels = [cell["label"] for cell in cells]
         raise MambabenchError(f"{store}: no step {label!r}{plugins.suggest(label, labels)}")
-    for cell in found:
-        _echo_step(cell, at)
+    found = [_held(cell, at, whole=label is not None) for cell in named]
+    if as_json:
+        echo_json({"store": str(store), "steps": found})
+    elif label is None:
+        echo_columns(("step", "state", "reason"), [(each["label"], each["state"], each["reason"]) for each in found])
+    else:
+        for each in found:
+            _echo_step(each)
 
 
 def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict[str, Any]) -> dict[str, Any]:
@@ -156,12 +175,16 @@ def run_record(plan: Plan, steps: Steps, environment: dict[str, str], code: dict
             for name, choice in plan.suites.items()
         ],
         "cells": [dataclasses.asdict(cell) for cell in steps.cells],
+        "asked": [cell.label for cell in steps.cells if cell.key in steps.steps],
     }
 
 
 def _with_history(record: dict[str, Any], steps: Steps, at: Store) -> dict[str, Any]:
-    """A run that has nothing to do leaves the code and the environment of the one that had."""
+    """What an earlier run was asked for stays asked for, and a run that has nothing to do leaves the code and the
+    environment of the one that had."""
     before = at.run()
+    asked = before.get("asked", [cell["label"] for cell in before.get("cells", [])])
+    record = {**record, "asked": list(dict.fromkeys([*asked, *record["asked"]]))}
     lost = {cell["label"] for cell in before.get("cells", [])} - {cell["label"] for cell in record["cells"]}
     if lost:
         click.echo(
@@ -215,55 +238,85 @@ def _warn_of_broken() -> None:
         )
 
 
-def _rows(steps: Steps, at: Store | None, done: Container[str]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for cell in steps.cells:
-        if cell.why:
-            rows.append((_SYMBOLS["skipped"], cell.label, "", f"skipped: {cell.why}"))
-        elif cell.key in steps.steps:
-            step = steps.steps[cell.key]
-            state, reason = "ok" if cell.key in done else "absent", ""
-            if at is not None and cell.key not in done:
-                status = at.status(cell.key)
-                state, reason = status.state, status.reason
-            if step.obstacle and state != "ok":
-                state, reason = "unsupported", step.obstacle
-            text = {"absent": "to run"}.get(state, state) + (f": {reason}" if reason else "")
-            if step.wants and state != "ok" and not step.obstacle:
-                text += f"; {'; '.join(step.wants)}"
-            if step.labels[0] != cell.label:
-                text += f" (same as {step.labels[0]})"
-            rows.append((_SYMBOLS.get(state, "✗"), cell.label, step.view().component, text))
-    return rows
-
-
-def _cell_row(cell: dict[str, Any], at: Store) -> tuple[str, ...]:
-    if cell["why"]:
-        return cell["label"], "skipped", cell["why"]
-    status = at.status(cell["key"])
-    if status.state != "ok" and at.status(cell["key"], artifacts=False).state == "ok":
-        return cell["label"], "ok", f"{status.reason}; made anew where a run needs it"
-    return cell["label"], status.state, status.reason
-
-
-def _held_up(left: Sequence[Step], at: Store | None) -> tuple[set[str], set[str]]:
-    """Keys of the steps that failed and are not run again unasked, and of those that wait for them."""
+def _follows(steps: Steps, at: Store | None, done: Container[str]) -> dict[str, str]:
+    """What a run without --retry would make of each step, by key."""
     from ..runner import left_as_found
 
-    failed = {step.key for step in left if at is not None and left_as_found(step, at)}
-    blocked: set[str] = set()
-    for step in left:
-        if step.key not in failed and step.all_inputs & (failed | blocked):
-            blocked.add(step.key)
-    return failed, blocked
+    found: dict[str, str] = {}
+    for step in steps:
+        if step.key in done:
+            found[step.key] = DONE
+        elif at is not None and left_as_found(step, at):
+            found[step.key] = FAILED
+        else:
+            held = any(found.get(key) in (FAILED, BLOCKED) for key in step.all_inputs)
+            found[step.key] = BLOCKED if held else TO_RUN
+    return found
 
 
-def _echo_needs(plan: Plan, steps: Steps) -> None:
+def _missing(step: Step) -> list[str]:
+    return [step.obstacle] if step.obstacle else list(step.wants)
+
+
+def _planned(cell: Cell, steps: Steps, at: Store | None, follows: Mapping[str, str]) -> dict[str, Any]:
+    """A label of the plan: how its step stands, and what follows."""
+    told: dict[str, Any] = {"label": cell.label, "component": None, "key": None, "missing": [], "same_as": None}
+    if cell.why:
+        return {**told, "state": SKIPPED, "reason": cell.why, "follows": SKIPPED}
+    step = steps.steps[cell.key]
+    told |= {"component": step.view().component, "key": step.key, "follows": follows[step.key]}
+    if step.labels[0] != cell.label:
+        told["same_as"] = step.labels[0]
+    if follows[step.key] == DONE:
+        return {**told, "state": "ok", "reason": ""}
+    told["missing"] = _missing(step)
+    if step.obstacle:
+        return {**told, "state": "unsupported", "reason": step.obstacle}
+    status = at.status(step.key) if at else Status("absent")
+    return {**told, "state": status.state, "reason": status.reason}
+
+
+def _row(planned: Mapping[str, Any]) -> tuple[str, ...]:
+    state, reason = planned["state"], planned["reason"]
+    text = (planned["follows"] if state == "absent" else state) + (f": {reason}" if reason else "")
+    text += "".join(f"; {each}" for each in planned["missing"] if each != reason)
+    text += f" (same as {planned['same_as']})" if planned["same_as"] else ""
+    return _SYMBOLS.get(state, "✗"), planned["label"], planned["component"] or "", text
+
+
+def _held(cell: Mapping[str, Any], at: Store, *, whole: bool) -> dict[str, Any]:
+    """A label of a store's last run; `whole` with what its step told and the end of the log of one that failed."""
+    told = {name: cell[name] or None for name in ("label", "key", "kind", "model", "decoder", "suite", "stage")}
+    told["seed"] = cell["seed"]
+    if not cell["key"]:
+        return {**told, "state": SKIPPED, "reason": cell["why"], "wall_s": None}
+    status = at.status(cell["key"])
+    records = status if status.state == "ok" else at.status(cell["key"], artifacts=False)
+    lost = "; made anew where a run needs it" if status.state != records.state else ""
+    record = records.record or {}
+    told |= {"state": records.state, "reason": status.reason + lost, "wall_s": record.get("wall_s")}
+    if whole:
+        folder = at.folder(cell["key"])
+        log = folder / "log.txt"
+        failed = records.state != "ok" and log.is_file()
+        told |= {"folder": str(folder), "detail": record.get("detail", {}), "facts": record.get("facts", [])}
+        told["log"] = log.read_text(errors="replace").splitlines()[-20:] if failed else []
+    return told
+
+
+def _echo_needs(plan: Plan, steps: Steps, as_json: bool) -> None:
     from ..needs import BASIS, hours_told, needs
 
     found = needs(plan, steps)
-    echo_columns(("step", "tokens", "GiB a GPU", "GPU-hours", "data"), [need.row() for need in found])
     hours = sum(need.hours or 0.0 for need in found)
+    if as_json:
+        told = [
+            {"label": of.label, "tokens": of.tokens, "memory_bytes": of.memory, "gpu_hours": of.hours, "data": of.data}
+            for of in found
+        ]
+        echo_json({"plan": plan.name, "gpu_hours": hours, "basis": BASIS, "steps": told})
+        return
+    echo_columns(("step", "tokens", "GiB a GPU", "GPU-hours", "data"), [need.row() for need in found])
     click.echo(f"\n{hours_told(hours)} GPU-hours in all. {BASIS}")
 
 
@@ -271,23 +324,19 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _echo_step(cell: dict[str, Any], at: Store) -> None:
-    label, state, reason = _cell_row(cell, at)
-    click.echo(f"{label}: {state}{f': {reason}' if reason else ''}")
-    if not cell["key"]:
+def _echo_step(held: Mapping[str, Any]) -> None:
+    click.echo(f"{held['label']}: {held['state']}{': ' * bool(held['reason'])}{held['reason']}")
+    if not held["key"]:
         return
-    folder = at.folder(cell["key"])
-    click.echo(f"  folder  {folder}")
-    if (folder / "outcome.json").is_file():
-        record = at.outcome(cell["key"], artifacts=False) or {}
-        click.echo(f"  wall    {record.get('wall_s', 0.0):.2f} s")
-        rows = [(name, _short(value)) for name, value in sorted(record.get("detail", {}).items())]
-        for fact in record.get("facts", []):
-            arm = f" ({fact['arm']})" if fact.get("arm") else ""
-            rows.append((fact["name"], f"{_short(fact['value'])} {fact.get('unit', '')}{arm}".rstrip()))
-        width = max((len(name) for name, _ in rows), default=0)
-        for name, text in rows:
-            click.echo(f"  {name:<{width}}  {text}")
-    log = folder / "log.txt"
-    if log.is_file() and state != "ok":
-        click.echo("  log     " + "\n          ".join(log.read_text(errors="replace").splitlines()[-20:]))
+    click.echo(f"  folder  {held['folder']}")
+    if held["wall_s"] is not None:
+        click.echo(f"  wall    {held['wall_s']:.2f} s")
+    rows = [(name, _short(value)) for name, value in sorted(held["detail"].items())]
+    for fact in held["facts"]:
+        arm = f" ({fact['arm']})" if fact.get("arm") else ""
+        rows.append((fact["name"], f"{_short(fact['value'])} {fact.get('unit', '')}{arm}".rstrip()))
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        click.echo(f"  {name:<{width}}  {text}")
+    if held["log"]:
+        click.echo("  log     " + "\n          ".join(held["log"]))

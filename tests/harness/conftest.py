@@ -123,6 +123,12 @@ def launcher() -> Iterator[LocalLauncher]:
 
 
 @pytest.fixture(scope="session")
+def acting_file() -> Path:
+    """The local plug-in of components that act."""
+    return ACTING
+
+
+@pytest.fixture(scope="session")
 def run_on_gpus(
     mambabench: Callable[..., subprocess.CompletedProcess[str]],
 ) -> Callable[..., subprocess.CompletedProcess[str]]:

@@ -27,6 +27,17 @@ def whole(store: Store, key: str = "k") -> Path:
     return store.finished(key)
 
 
+def test_what_runs_of_one_store_add_to_its_run_file_at_once_is_all_there(store: Store) -> None:
+    def add(label: int) -> None:
+        with store.holding_run():
+            run = store.run()
+            store.write_run({**run, "asked": [*run.get("asked", []), label]})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(32)))
+    assert sorted(store.run()["asked"]) == list(range(32))
+
+
 def test_a_step_goes_from_absent_through_interrupted_to_ok(store: Store) -> None:
     assert store.state("k") == "absent"
     store.prepare("k", {"kind": "data"})
