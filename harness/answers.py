@@ -50,7 +50,7 @@ def _find(string: str, shown: Sequence[int], text: str, tokenizer: Tokenizer) ->
         return at
     tails = (shown[first:] for first in range(len(shown) - 1, -1, -1))
     tail, at = next((tail, at) for tail in tails if (at := _told(tail, tokenizer, False).find(string)) >= 0)
-    return len(text) - len(_told(tail, tokenizer, True)[at:])
+    return max(len(text) - len(_told(tail, tokenizer, True)[at:]), 0)
 
 
 def _told(ids: Sequence[int], tokenizer: Tokenizer, skip: bool) -> str:

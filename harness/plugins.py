@@ -197,6 +197,8 @@ def _check_verdict(answer: Any) -> None:
         raise TypeError(f"the answer must be a Verdict or None, is {answer!r}")
     if answer.verdict not in VERDICTS:
         raise ValueError(f"unknown verdict {answer.verdict!r}{suggest(str(answer.verdict), VERDICTS)}")
+    if not isinstance(answer.reason, str):
+        raise TypeError(f"the reason must be text, is {answer.reason!r}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

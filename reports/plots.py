@@ -27,6 +27,8 @@ INK = "#010203"
 """Drawn as this, shown in the page's colour."""
 COLOURS = ("#4c8dd6", "#e0803a", "#3fa37a", "#c85fa8", "#8f7ae0", "#b8982f", "#d75a5a", "#5aa9b8")
 MARKS = ("o", "s", "D", "^", "v", "P", "X")
+AGAIN = ":"
+"""Lines of models whose colours another has."""
 ENTRY = 1.4
 """Inches of a name in a legend."""
 
@@ -70,13 +72,14 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
         return None
     figure, axes = canvas()
     colours = colours_of([point[0] for point in points], results)
+    strokes = strokes_of(colours)
     marks = dict(zip(dict.fromkeys(point[1] for point in points), itertools.cycle(MARKS), strict=False))
     for model, decoder, speed_, value in points:
         error = getattr(value, "se", math.nan)
         axes.errorbar(
             speed_, number(value), yerr=error if math.isfinite(error) else None,
             fmt=marks[decoder], color=colours[model], markersize=7, capsize=2, elinewidth=1,
-            markerfacecolor="none" if model in [*colours][len(COLOURS) :] else None,
+            markerfacecolor="none" if strokes[model] == AGAIN else None,
         )  # fmt: skip
     legend(figure, colours, marks)
     if measure.endswith("perplexity"):
@@ -158,6 +161,11 @@ def colours_of(models: Sequence[str], results: Results) -> dict[str, str]:
     return {model: COLOURS[order.index(model) % len(COLOURS)] for model in models}
 
 
+def strokes_of(colours: Mapping[str, str]) -> dict[str, Any]:
+    """The lines of models, which differ where colours begin anew."""
+    return {model: "-" if place < len(COLOURS) else AGAIN for place, model in enumerate(colours)}
+
+
 def canvas() -> tuple[Any, Axes]:
     """A figure with one pair of axes."""
     figure, (axes,) = canvases(1)
@@ -184,10 +192,9 @@ def legend(figure: Any, colours: Mapping[str, str], marks: Mapping[str, str]) ->
     """Below everything: models by colour, dotted where colours begin anew, and what else there is by mark."""
     from matplotlib.lines import Line2D
 
-    strokes: list[Any] = ["-"] * len(COLOURS) + [":"] * len(colours)
     handles = [
-        Line2D([], [], color=colour, linewidth=3, linestyle=stroke, label=model)
-        for (model, colour), stroke in zip(colours.items(), strokes, strict=False)
+        Line2D([], [], color=colours[model], linewidth=3, linestyle=stroke, label=model)
+        for model, stroke in strokes_of(colours).items()
     ]
     handles += [Line2D([], [], color=INK, marker=mark, linestyle="", label=name) for name, mark in marks.items()]
     columns = int(figure.get_figwidth() / ENTRY)

@@ -9,7 +9,7 @@ import pandas as pd
 from ..harness.results import Results
 from . import agreement, recall
 from .build import Plot
-from .plots import INK, MARKS, colours_of, grid, legend, svg_of
+from .plots import INK, MARKS, colours_of, grid, legend, strokes_of, svg_of
 from .recovery import LEVEL, with_interval
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def by_distance(results: Results) -> Plot | None:
 
 def _lines(panel: Axes, here: pd.DataFrame, colours: dict[str, str], marks: dict[float, str], aside: float) -> None:
     """A line per model, `aside` of the one before, so that none hides another."""
-    for place, (model, colour) in enumerate(colours.items()):
+    for place, (model, stroke) in enumerate(strokes_of(colours).items()):
         cells = [
             (
                 float(cell["distance"].mean()) + aside * (place - (len(colours) - 1) / 2),
@@ -68,11 +68,14 @@ def _lines(panel: Axes, here: pd.DataFrame, colours: dict[str, str], marks: dict
             for (length, _), cell in here[here["model"] == model].groupby(["length", "depth"])
         ]
         cells.sort(key=lambda cell: cell[0])
-        panel.plot([x for x, _, _ in cells], [y.value for _, _, y in cells], color=colour, linewidth=1.2, alpha=0.8)
+        panel.plot(
+            [x for x, _, _ in cells], [y.value for _, _, y in cells], stroke, color=colours[model],
+            linewidth=1.2, alpha=0.8,
+        )  # fmt: skip
         for x, length, y in cells:
             panel.errorbar(
                 x, y.value, yerr=[[y.value - max(y.low, 0)], [min(y.high, 100) - y.value]] if y.se > 0 else None,
-                fmt=marks[length], color=colour, markersize=4, elinewidth=0.7, capsize=1.5,
+                fmt=marks[length], color=colours[model], markersize=4, elinewidth=0.7, capsize=1.5,
             )  # fmt: skip
 
 
@@ -90,7 +93,7 @@ def by_depth(results: Results) -> Plot | None:
         (axes[0], agreement.KL, "KL(teacher || model), nat per token", 1),
         (axes[1], agreement.TOP, "same likeliest token, %", 100),
     ):
-        for model in models:
+        for model, stroke in strokes_of(colours).items():
             for which, task in enumerate(tasks):
                 rows = samples[(samples["model"] == model) & (samples["task"] == task) & (samples["metric"] == metric)]
                 points = [(depth, with_interval(of).scaled(factor)) for depth, of in rows.groupby("depth")]
@@ -98,7 +101,7 @@ def by_depth(results: Results) -> Plot | None:
                     [x for x, _ in points], [y.value for _, y in points],
                     yerr=[[max(y.value - y.low, 0) if y.se > 0 else 0 for _, y in points],
                           [max(y.high - y.value, 0) if y.se > 0 else 0 for _, y in points]],
-                    fmt=MARKS[which % len(MARKS)] + "-", color=colours[model],
+                    fmt=MARKS[which % len(MARKS)] + stroke, color=colours[model],
                     markersize=4, linewidth=1.3, elinewidth=0.8, capsize=2,
                 )  # fmt: skip
         panel.set_xscale("log", base=2)

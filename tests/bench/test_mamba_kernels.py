@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from mambabench.backends import state as states
 from mambabench.backends.config import HybridConfig
+from mambabench.kernels import support
 from mambabench.kernels.few_rows import Unscaled
 from mambabench.kernels.multistep import (
     Plan,
@@ -67,6 +68,8 @@ def plan(inputs: SimpleNamespace, shape: str) -> Plan:
 )
 def test_rings_are_as_long_as_the_engine_s(inputs: SimpleNamespace, monkeypatch, shape: str, sizes: Any) -> None:
     monkeypatch.setattr(states, "ring_supports", lambda *given: Support.yes())
+    for variable in (states.VARIABLE, support.VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
     config = HybridConfig(mixers=["mamba2"], **sizes)
     layer = inputs.MAMBA2[shape]
     assert config.mamba2 == (layer.heads, layer.width, layer.size, *layer[1:4], layer.normed)

@@ -62,3 +62,18 @@ def test_a_stop_string_that_begins_with_a_space_ends_a_text_at_its_first_word(re
     answer, pieces = make_answer(new[:count], limits, tokenizer), Pieces(prompt, limits, tokenizer)
     shown = "".join(pieces.more(new[:some], finished=some == count) for some in range(1, count + 1))
     assert (answer.text.strip(), answer.finish, shown.strip()) == (said, "stop", said)
+
+
+@pytest.mark.parametrize("name", ["stories-260k", "books-28m", "tiny"])
+def test_behind_a_special_token_a_stop_string_that_begins_with_a_space_ends_a_text_too(request, name):
+    from transformers import AutoTokenizer
+
+    folder = TINY if name == "tiny" else request.getfixturevalue("shared") / "models" / name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = tokenizer.all_special_ids[0]
+    texts = ("the miller finds a", "the miller finds a small boat")
+    prompt, whole = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    new, limits = [special, *whole[len(prompt) :]], Limits(new_tokens=20, stop_strings=(" small boat",))
+    assert [ends(new[:count], limits, tokenizer) for count in (len(new) - 1, len(new))] == [False, True]
+    answer = make_answer(new, limits, tokenizer)
+    assert (answer.text, answer.finish) == ("", "stop")

@@ -340,12 +340,19 @@ class Misspelt:
         return Verdict("failed", "house rule")
 
 
+class Numbering:
+    @hookimpl
+    def mambabench_verdict(self, comparison):
+        return Verdict("fail", 12)
+
+
 @pytest.mark.parametrize(
     ("house", "error"),
     [
         (Raising, "ValueError: no [such] rule"),
         (Chatty, "TypeError: the answer must be a Verdict or None, is 'fail'"),
         (Misspelt, "ValueError: unknown verdict 'failed'; did you mean 'fail'?"),
+        (Numbering, "TypeError: the reason must be text, is 12"),
     ],
 )
 def test_a_verdict_hook_that_fails_never_passes_in_silence(make, monkeypatch, house, error):

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from mambabench.harness.results import Results
+from mambabench.reports import plots as drawing
 from mambabench.reports.agreement import Agreement
 from mambabench.reports.options import NoOptions
 from mambabench.reports.plots import plots_of
@@ -150,6 +151,16 @@ def test_plots_show_kinds_forms_lengths_and_models(results, table):
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", plots["agreement"].svg)
     assert {"same likeliest token, %", "half", "none"} <= set(texts)
     assert "teacher" not in texts
+
+
+def test_models_whose_colours_begin_anew_are_drawn_as_the_legend_has_them(results, table, monkeypatch):
+    monkeypatch.setattr(drawing, "COLOURS", drawing.COLOURS[:1])
+    frames = {"recall": table, "agreement": Agreement(NoOptions()).frame(results)}
+    dotted = {plot.name: plot.svg.count("stroke-dasharray") for plot in plots_of(frames, results)}
+    panels, chance, legend = 4, 1, 2
+    assert dotted["recall"] == panels * (legend + chance) + legend
+    panels, legend = 2, 1
+    assert dotted["agreement"] == panels * legend + legend
 
 
 def test_what_seeds_add_widens_the_intervals(stores, tmp_path):
