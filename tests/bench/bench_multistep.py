@@ -210,7 +210,7 @@ def measure(name: str, batch: int, args: argparse.Namespace, copy: float) -> lis
         peers |= {peer: ways[peer](made) for peer in args.peers}
         del made
     print(f"\n{name}, batch {batch}, {count} tokens: update {peers['update']:.1f} us, scan {peers['scan']:.1f} us")
-    for replay in args.replay or sorted({count, inputs.REPLAYED[name], 16, 24, 48}):
+    for replay in args.replay or sorted({max(count, each) for each in (inputs.REPLAYED[name], 16, 24, 48)} | {count}):
         plan = Plan(count, count, replay, True)
         made = layers(inputs.Mamba2, shape, batch, plan)
         rounds = inputs.turns(plan, batch, max(CALLS, len(made)), "cuda")

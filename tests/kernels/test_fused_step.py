@@ -96,15 +96,31 @@ def error(got, want):
     return float((got - want).nan_to_num().norm() / want.nan_to_num().norm())
 
 
+def roundings(layer, gate, exact, name, draws=16):
+    """How far off exact steps are whose convolutions are off by two roundings, at most of a few draws. Where large
+    terms cancel that is any multiple of a rounding, and which of two right ways is nearer to the truth is luck."""
+    given, dice, found = layer.tensors, torch.Generator().manual_seed(0), []
+    for _ in range(draws):
+        layer.tensors = dict(given)
+        for of in ("projected", "weight", "bias"):
+            noise = 2 * torch.rand(given[of].shape, generator=dice, dtype=torch.float64) - 1
+            layer.tensors[of] = given[of].cpu().double() * (1 + torch.finfo(layer.dtype).eps * noise)
+        found.append(error(layer.run(separate_step, gate, True)[name], exact[name]))
+    layer.tensors = given
+    return max(found)
+
+
 def check(layer, way, gate):
-    """As exact as separate steps in PyTorch, which leave some numbers unrounded; inputs are kept as they are."""
+    """As exact as separate steps in PyTorch, which leave some numbers unrounded, or as their inputs' roundings let it
+    be; inputs are kept as they are."""
     exact, plain, made = layer.run(separate_step, gate, True), layer.run(separate_step, gate), layer.run(way, gate)
     assert made["out"].dtype == (torch.float64 if layer.left else layer.dtype)
     assert made["out"].isfinite().all()
     assert torch.equal(made["window"].cpu().nan_to_num(), exact["window"].to(layer.dtype).nan_to_num())
     for name, kind in {"out": layer.dtype, "kept": layer.dtype, "state": torch.float32, "dt": torch.float32}.items():
         once = 2.0**-9 if kind == torch.bfloat16 else 2.0**-21
-        assert error(made[name], exact[name]) <= 1.5 * error(plain[name].to(kind), exact[name]) + once, name
+        off, allowed = error(made[name], exact[name]), 1.5 * error(plain[name].to(kind), exact[name]) + once
+        assert off <= allowed or off <= roundings(layer, gate, exact, name) + once, name
 
 
 HEAD, BIASED, ALL = (1, False), (1, True), (-1, True)
