@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from ..harness.results import Results
 from .acceptance_map import NAMES, OTHERS, Cell, cells_of, tokens_of
 from .build import Plot
-from .plots import COLOURS, INK, MARKS, canvases, svg_of
+from .plots import COLOURS, INK, MARKS, STROKES, canvases, svg_of
 from .speed import LEVEL
-from .training_plots import STROKES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,8 +27,7 @@ INK = "#010203"
 """Drawn as this, shown in the page's colour."""
 COLOURS = ("#4c8dd6", "#e0803a", "#3fa37a", "#c85fa8", "#8f7ae0", "#b8982f", "#d75a5a", "#5aa9b8")
 MARKS = ("o", "s", "D", "^", "v", "P", "X")
-AGAIN = ":"
-"""Lines of models whose colours another has."""
+STROKES = ("-", "--", ":", "-.")
 ENTRY = 1.4
 """Inches of a name in a legend."""
 
@@ -79,7 +78,7 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
         axes.errorbar(
             speed_, number(value), yerr=error if math.isfinite(error) else None,
             fmt=marks[decoder], color=colours[model], markersize=7, capsize=2, elinewidth=1,
-            markerfacecolor="none" if strokes[model] == AGAIN else None,
+            markerfacecolor="none" if strokes[model] != STROKES[0] else None,
         )  # fmt: skip
     legend(figure, colours, marks)
     if measure.endswith("perplexity"):
@@ -90,7 +89,7 @@ def _quality_and_speed(frames: Mapping[str, DataFrame], results: Results) -> Plo
     better = "lower" if measure.endswith("perplexity") else "higher"
     batch = "" if "batch" not in speed else f" at batch {int(speed['batch'].iloc[0])}"
     note = f"One point per model and decoder{batch}; {better} and further right is better; bars are standard errors."
-    note += " Hollow points are of models with dotted lines." if len(colours) > len(COLOURS) else ""
+    note += " Hollow points are of models with broken lines." if len(colours) > len(COLOURS) else ""
     return Plot("quality-speed", "Quality against decoding speed", note, svg_of(figure))
 
 
@@ -163,7 +162,7 @@ def colours_of(models: Sequence[str], results: Results) -> dict[str, str]:
 
 def strokes_of(colours: Mapping[str, str]) -> dict[str, Any]:
     """The lines of models, which differ where colours begin anew."""
-    return {model: "-" if place < len(COLOURS) else AGAIN for place, model in enumerate(colours)}
+    return {model: STROKES[place // len(COLOURS) % len(STROKES)] for place, model in enumerate(colours)}
 
 
 def canvas() -> tuple[Any, Axes]:
@@ -189,7 +188,7 @@ def grid(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Seq
 
 
 def legend(figure: Any, colours: Mapping[str, str], marks: Mapping[str, str]) -> None:
-    """Below everything: models by colour, dotted where colours begin anew, and what else there is by mark."""
+    """Below everything: models by colour, broken where colours begin anew, and what else there is by mark."""
     from matplotlib.lines import Line2D
 
     handles = [

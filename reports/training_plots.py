@@ -11,14 +11,13 @@ from ..harness import statistics as st
 from ..harness.results import Results
 from .build import Plot
 from .distillation import KL, PERPLEXITY, Row, ratios, rows_of, trained_on
-from .plots import COLOURS, INK, MARKS, canvas, canvases, colours_of, svg_of, wide_range
+from .plots import COLOURS, INK, MARKS, STROKES, canvas, canvases, colours_of, strokes_of, svg_of, wide_range
 from .recovery import LEVEL, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
-STROKES = ("-", "--", ":", "-.")
 LEGEND = 100
 """Characters in a line of a legend."""
 PARTS = {"loss": "loss", "ce": "cross entropy, nat", "kl": "divergence, nat"}
@@ -162,11 +161,9 @@ def _curves(stage: Any, losses: DataFrame, results: Results) -> Plot | None:
     colours = colours_of([*lines], results)
     figure, every = canvases(len(parts))
     for part, axes in zip(parts, every, strict=True):
-        for place, (model, line) in enumerate(lines.items()):
-            axes.plot(
-                line["tokens"], line[part], label=model, linewidth=1.2, color=colours[model],
-                linestyle=STROKES[place // len(COLOURS) % len(STROKES)],
-            )  # fmt: skip
+        for model, stroke in strokes_of(colours).items():
+            line = lines[model]
+            axes.plot(line["tokens"], line[part], stroke, label=model, linewidth=1.2, color=colours[model])
         wide_range(axes, [float(value) for line in lines.values() for value in line[part].dropna()])
         _count_tokens(axes)
         axes.set_ylabel(PARTS[part])
