@@ -99,9 +99,13 @@ class Summary:
         counts = {**self.counts, **({"not reached": self.unreached} if self.unreached else {})}
         states = ", ".join(f"{count} {state}" for state, count in counts.items()) or "nothing to do"
         left = {key for key, outcome in self.outcomes.items() if outcome.state not in ("ok", *ANEW)} - set(self.ran)
-        hint = f"; {len(left)} failed before, --retry runs {'them' if len(left) > 1 else 'it'} again" if left else ""
         end = "; stopped by Ctrl-C" if self.stopped else ""
-        return f"{steps} step{'s' * (steps != 1)}: {states}; {len(set(self.ran))} ran now{hint}{end}"
+        return f"{steps} step{'s' * (steps != 1)}: {states}; {len(set(self.ran))} ran now{hint(len(left))}{end}"
+
+
+def hint(failed: int) -> str:
+    """What to do about so many steps that are left as they were found, behind a count of others."""
+    return f"; {failed} failed before, --retry runs {'them' if failed > 1 else 'it'} again" if failed else ""
 
 
 def left_as_found(step: PlannedStep, store: Store) -> bool:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -69,10 +69,14 @@ def _pipes() -> Iterator[None]:
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        # What is left of the output would fail again when Python ends.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _drop(sys.stdout, sys.stderr)
         raise click.exceptions.Exit(PIPE_CLOSED) from None
+
+
+def _drop(*streams: TextIO) -> None:
+    """Loses what is left of outputs that cannot be written: it would fail again when Python ends."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _broken(name: str, why: str) -> click.Command:
@@ -120,8 +124,8 @@ def main(arguments: list[str] | None = None) -> Any:
         if error.filename is None and error.errno not in disk_errors.FULL:
             raise
         if error.filename is None:
-            # It may have been the output, of which what is left would fail again when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # It may have been the output.
+            _drop(sys.stdout)
         where = "" if error.filename is None else f"{error.filename}: "
         click.echo(f"mambabench: {where}{error.strerror}", err=True)
         sys.exit(1)

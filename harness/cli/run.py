@@ -53,6 +53,8 @@ def show_plan(
     as_json: bool,
 ) -> None:
     """Check a plan and show its steps: label, state, reason."""
+    from ..runner import hint
+
     plan, steps = _expand(file, overrides, only, _gpus(gpus))
     if asked:
         _echo_needs(plan, steps, as_json)
@@ -71,9 +73,8 @@ def show_plan(
         return
     echo_columns(("", "step", "component", "state"), [_row(each) for each in found])
     failed, blocked = counts[FAILED], counts[BLOCKED]
-    hint = f"; {failed} failed before, --retry runs {'them' if failed > 1 else 'it'} again" if failed else ""
-    hint += f" and what {'they block' if failed > 1 else 'it blocks'} ({blocked})" if blocked else ""
-    click.echo(f"\n{len(steps.steps)} steps, {counts[TO_RUN]} to run{hint}; store {folder}")
+    more = f" and what {'they block' if failed > 1 else 'it blocks'} ({blocked})" if blocked else ""
+    click.echo(f"\n{len(steps.steps)} steps, {counts[TO_RUN]} to run{hint(failed)}{more}; store {folder}")
     for text, count in missing.items():
         click.echo(f"missing: {text} ({count} step{'s' * (count != 1)})")
 
