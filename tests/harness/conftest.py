@@ -72,6 +72,22 @@ why = "too slow"
 [limits]
 timeout = "3 min"
 """
+SMALL = """
+schema = 1
+name = "small"
+[teacher]
+path = "builtin:tiny"
+[data]
+text = { use = "tiny", part = "train", documents = 8 }
+[stages.align]
+use = "progressive"
+data = "text"
+tokens = 1_000
+[models.half]
+use = "mamba2-hybrid"
+keep = 0.5
+train = ["align"]
+"""
 
 
 @pytest.fixture
@@ -107,6 +123,12 @@ def planner(tmp_path: Path, registry: plugins.Registry) -> Planner:
 @pytest.fixture
 def plan_text() -> str:
     return PLAN
+
+
+@pytest.fixture
+def small_plan() -> str:
+    """Of the shipped teacher and a hybrid."""
+    return SMALL
 
 
 @pytest.fixture

@@ -118,24 +118,6 @@ def test_show_puts_figures_below_each_other_and_shortens_them(mambabench, stores
     assert lines[-2:] == ["  distinct 4-grams, batch 1  0.45283 share", "  weights                    2850400 byte"]
 
 
-PLAN = """
-schema = 1
-name = "small"
-[teacher]
-path = "builtin:tiny"
-[data]
-text = { use = "tiny", part = "train", documents = 8 }
-[stages.align]
-use = "progressive"
-data = "text"
-tokens = 1_000
-[models.half]
-use = "mamba2-hybrid"
-keep = 0.5
-train = ["align"]
-"""
-
-
 @pytest.mark.parametrize(
     ("state", "asked", "told"),
     [
@@ -144,9 +126,9 @@ train = ["align"]
         ("error", ("--set", "data.text.documents=9"), "5 to run"),
     ],
 )
-def test_plan_counts_what_failed_apart_from_what_would_run(mambabench, tmp_path, state, asked, told):
+def test_plan_counts_what_failed_apart_from_what_would_run(mambabench, small_plan, tmp_path, state, asked, told):
     file, store = tmp_path / "plan.toml", Store.create(tmp_path / "store")
-    file.write_text(PLAN)
+    file.write_text(small_plan)
     loaded = plugins.registry(())
     steps = expand(read_plan(file, loaded), loaded, Fingerprints(tmp_path / "cache.json"), machine_facts(()))
     (step,) = (step for step in steps if "data/text" in step.labels)

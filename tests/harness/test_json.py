@@ -14,21 +14,7 @@ from mambabench.harness.results import Results
 from mambabench.harness.steps import expand
 from mambabench.harness.store import Store
 
-PLAN = """
-schema = 1
-name = "small"
-[teacher]
-path = "builtin:tiny"
-[data]
-text = { use = "tiny", part = "train", documents = 8 }
-[stages.align]
-use = "progressive"
-data = "text"
-tokens = 1_000
-[models.half]
-use = "mamba2-hybrid"
-keep = 0.5
-train = ["align"]
+MORE = """
 [models.same]
 like = "half"
 [suites.tasks]
@@ -172,9 +158,9 @@ def test_show_tells_facts_details_and_the_log_of_a_label(told, stores, tmp_path)
     assert (one["state"], one["reason"], one["key"], one["wall_s"]) == ("skipped", "too slow", None, None)
 
 
-def test_plan_tells_how_each_label_stands_and_what_follows(told, tmp_path):
+def test_plan_tells_how_each_label_stands_and_what_follows(told, small_plan, tmp_path):
     file, store = tmp_path / "plan.toml", Store.create(tmp_path / "store")
-    file.write_text(PLAN)
+    file.write_text(small_plan + MORE)
     loaded = registry(())
     steps = expand(read_plan(file, loaded), loaded, Fingerprints(tmp_path / "cache.json"), machine_facts(()))
     keys = {label: step.key for step in steps for label in step.labels}
@@ -208,9 +194,9 @@ def test_plan_tells_how_each_label_stands_and_what_follows(told, tmp_path):
     assert align[2:] == ["blocked"]
 
 
-def test_plan_tells_what_is_missing(told, tmp_path):
+def test_plan_tells_what_is_missing(told, small_plan, tmp_path):
     file = tmp_path / "plan.toml"
-    file.write_text(PLAN.replace("[[skip]]", f"{MISSING}[[skip]]"))
+    file.write_text(small_plan + MORE.replace("[[skip]]", f"{MISSING}[[skip]]"))
     document, table = told("plan", file, "--store", tmp_path / "store")
     lines = [line for line in table.stdout.splitlines() if line.startswith("missing: ")]
     assert {"file", "key"} <= {word for line in lines for word in line.split()}
@@ -220,9 +206,9 @@ def test_plan_tells_what_is_missing(told, tmp_path):
     assert {text for one in document["steps"] for text in one["missing"]} == set(document["missing"])
 
 
-def test_plan_tells_needs_in_bytes_and_hours(told, tmp_path):
+def test_plan_tells_needs_in_bytes_and_hours(told, small_plan, tmp_path):
     file = tmp_path / "plan.toml"
-    file.write_text(PLAN)
+    file.write_text(small_plan + MORE)
     document, _ = told("plan", file, "--needs")
     (align,) = (one for one in document["steps"] if one["label"] == "half/align@seed0")
     assert align["tokens"] == 1000
