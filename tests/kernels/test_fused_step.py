@@ -96,8 +96,8 @@ def error(got, want):
     return float((got - want).nan_to_num().norm() / want.nan_to_num().norm())
 
 
-def roundings(layer, gate, exact, name, draws=16):
-    """How far off exact steps are whose convolutions are off by two roundings, at most of a few draws. Where large
+def roundings(layer, gate, exact, draws=16):
+    """How far off exact steps come out whose convolutions are off by two roundings, at most of a few draws. Where large
     terms cancel that is any multiple of a rounding, and which of two right ways is nearer to the truth is luck."""
     given, dice, found = layer.tensors, torch.Generator().manual_seed(0), []
     for _ in range(draws):
@@ -105,7 +105,7 @@ def roundings(layer, gate, exact, name, draws=16):
         for of in ("projected", "weight", "bias"):
             noise = 2 * torch.rand(given[of].shape, generator=dice, dtype=torch.float64) - 1
             layer.tensors[of] = given[of].cpu().double() * (1 + torch.finfo(layer.dtype).eps * noise)
-        found.append(error(layer.run(separate_step, gate, True)[name], exact[name]))
+        found.append(error(layer.run(separate_step, gate, True)["out"], exact["out"]))
     layer.tensors = given
     return max(found)
 
@@ -120,7 +120,7 @@ def check(layer, way, gate):
     for name, kind in {"out": layer.dtype, "kept": layer.dtype, "state": torch.float32, "dt": torch.float32}.items():
         once = 2.0**-9 if kind == torch.bfloat16 else 2.0**-21
         off, allowed = error(made[name], exact[name]), 1.5 * error(plain[name].to(kind), exact[name]) + once
-        assert off <= allowed or off <= roundings(layer, gate, exact, name) + once, name
+        assert off <= allowed or (name == "out" and off <= roundings(layer, gate, exact) + once), name
 
 
 HEAD, BIASED, ALL = (1, False), (1, True), (-1, True)
